@@ -1,0 +1,1 @@
+"""What fastdl costs beside its peers: ``pytest benchmarks --benchmark-enable``."""

@@ -1,0 +1,31 @@
+"""Pins and records the threads, and puts the machine into the saved results."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+
+from fastdl import arrays
+
+
+@pytest.fixture(autouse=True, scope="session")
+def threads() -> int:
+    """Start Numba's threads before anything is timed, then pin torch's count."""
+    num_threads = torch.get_num_threads()
+    arrays.cpu_kernels()
+    torch.set_num_threads(num_threads)
+    torch.set_float32_matmul_precision("highest")
+    return num_threads
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Add what the figures depend on."""
+    import numba
+
+    machine_info["torch"] = torch.__version__
+    machine_info["numba"] = numba.__version__
+    machine_info["torch_threads"] = torch.get_num_threads()
+    machine_info["platform"] = platform.platform()

@@ -1,0 +1,5 @@
+"""``python -m fastdl``: the command line."""
+
+from fastdl.cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path to write to, which takes the place of `path` when the block ends well.
+
+    Parameters
+    ----------
+    path : path
+        Its folder is created where it is missing; a file that stands there stays until it is replaced.
+
+    Yields
+    ------
+    Path
+        A path beside it, of the same name, at which nothing stands yet. What is there is removed if the
+        block raises.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # a folder, since a file made by mkstemp could be read by its owner alone for ever
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+        temporary = Path(folder, path.name)
+        yield temporary
+        os.replace(temporary, path)

@@ -1,0 +1,61 @@
+"""What a figure was measured on: processor, threads, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import fastdl
+
+
+def cpu_model() -> str:
+    """Return the processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def gpu() -> str:
+    """Return the CUDA device's name, or why there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "none" if torch.version.cuda else "none (torch is built without CUDA)"
+
+
+def vector_bits() -> int:
+    """Return the width of the vectors that the kernels are built of; imports Numba."""
+    from fastdl.kernels.cpu.intrinsics import TILE
+
+    return int(TILE.vector_bytes) * 8
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes."""
+    packages = {name: version(name) for name in ("torch", "numba", "numpy")}
+    return {"fastdl": fastdl.__version__, "python": platform.python_version()} | packages
+
+
+def describe() -> dict[str, str | int]:
+    """Return what a table or a file of measurements must name."""
+    return {
+        "cpu": cpu_model(),
+        "cores": num_cores(),
+        "threads": torch.get_num_threads(),
+        "vector bits": vector_bits(),
+        "gpu": gpu(),
+        **versions(),
+    }

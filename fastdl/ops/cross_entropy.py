@@ -1,0 +1,196 @@
+"""Softmax-cross-entropy with class indices, alone and fused with the linear layer before it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from fastdl.arrays import array, array_or_nothing, cpu_kernels, nothing, num_threads
+from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.ops.linear import linear_backward, linear_forward
+from fastdl.reference import ops as reference
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    loss, grad_logits = _forward_fake(
+        logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
+    )
+    kernels = cpu_kernels()
+    invalid_row = kernels.cross_entropy_forward(
+        array(logits),
+        array(target),
+        array_or_nothing(weight, logits, 1),
+        ignore_index,
+        label_smoothing,
+        kernels.reduction.CODES[reduction],
+        array(loss).reshape(-1),
+        array(grad_logits) if need_grad else nothing(logits.dtype, 2),
+        num_threads(),
+    )
+    if invalid_row >= 0:
+        raise IndexError(
+            f"Target {target[invalid_row].item()} is out of bounds: row {invalid_row} of target must be a "
+            f"class from 0 to {logits.shape[1] - 1} or the ignore_index {ignore_index}"
+        )
+    return loss, grad_logits
+
+
+def _forward_fake(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty((logits.shape[0],) if reduction == "none" else ())
+    return loss, logits.new_empty(logits.shape if need_grad else (0, 0))
+
+
+def _backward(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    scaled = grad_logits.new_empty(grad_logits.shape)
+    cpu_kernels().cross_entropy_backward(
+        array(grad_loss).reshape(-1),
+        array(grad_logits),
+        array(target),
+        ignore_index,
+        array(scaled),
+        num_threads(),
+    )
+    return scaled
+
+
+cross_entropy_forward = register(
+    "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
+    " float label_smoothing, str reduction, bool need_grad) -> (Tensor loss, Tensor grad_logits)",
+    _forward,
+    _forward_fake,
+)
+cross_entropy_backward = register(
+    "cross_entropy_backward(Tensor grad_loss, Tensor grad_logits, Tensor target, int ignore_index) -> Tensor",
+    _backward,
+    lambda grad_loss, grad_logits, target, ignore_index: grad_logits.new_empty(grad_logits.shape),
+)
+
+
+class CrossEntropyFunction(Function):
+    """The op for autograd: logits (N, C), target (N,); returns the loss, and grad_logits for backward."""
+
+    @staticmethod
+    def forward(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: str,
+        need_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, and its gradient where it is wanted."""
+        outputs: tuple[Tensor, Tensor] = cross_entropy_forward(
+            logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep grad_logits, and the inputs for a gradient of the gradient."""
+        logits, target, weight, *options, _ = inputs
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(logits, target, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return ``grad_loss * grad_logits``."""
+        if grad_loss is None:
+            return (None,) * 7
+        logits, target, weight, grad_logits = ctx.saved_tensors
+        ignore_index, label_smoothing, reduction = ctx.options
+        if must_be_differentiable(grad_loss):
+            forward = partial(
+                reference.cross_entropy,
+                target=target,
+                weight=weight,
+                ignore_index=ignore_index,
+                reduction=reduction,
+                label_smoothing=label_smoothing,
+            )
+            return *reference_grads(forward, (logits,), (True,), grad_loss), *(None,) * 6
+        return cross_entropy_backward(grad_loss, grad_logits, target, ignore_index), *(None,) * 6
+
+
+class LinearCrossEntropyFunction(Function):
+    """Linear layer and loss as one op for autograd: input (N, K), linear_weight (C, K), target (N,).
+
+    Returns the loss, and grad_logits for backward. One op in place of two saves autograd's own time, and
+    the logits are gone after the forward.
+    """
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        reduction: str,
+        need_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, and its gradient with respect to the logits where a gradient is wanted."""
+        logits = linear_forward(input, linear_weight, linear_bias, False)
+        outputs: tuple[Tensor, Tensor] = cross_entropy_forward(
+            logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep grad_logits, and the inputs."""
+        input, linear_weight, linear_bias, target, weight, *options, _ = inputs
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients that are wanted of input, linear_weight and linear_bias."""
+        if grad_loss is None:
+            return (None,) * 9
+        input, linear_weight, linear_bias, target, weight, grad_logits = ctx.saved_tensors
+        ignore_index, label_smoothing, reduction = ctx.options
+        needs_grad = ctx.needs_input_grad[:3]
+        if must_be_differentiable(grad_loss):
+
+            def forward(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+                return reference.linear_cross_entropy(
+                    input,
+                    linear_weight,
+                    target,
+                    linear_bias,
+                    weight,
+                    ignore_index,
+                    reduction,
+                    label_smoothing,
+                )
+
+            inputs = (input, linear_weight, linear_bias)
+            return *reference_grads(forward, inputs, needs_grad, grad_loss), *(None,) * 6
+        grad_logits = cross_entropy_backward(grad_loss, grad_logits, target, ignore_index)
+        return *linear_backward(grad_logits, None, input, linear_weight, needs_grad), *(None,) * 6

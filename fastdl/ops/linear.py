@@ -1,0 +1,139 @@
+"""Fused linear + bias, with or without ReLU: ``output = relu(input @ weight.T + bias)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+from fastdl.arrays import array, array_or_nothing, cpu_kernels, nothing, num_threads
+from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.reference import ops as reference
+
+
+def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    output = input.new_empty((input.shape[0], weight.shape[0]))
+    cpu_kernels().linear_forward(
+        array(input), array(weight), array_or_nothing(bias, input, 1), relu, array(output), num_threads()
+    )
+    return output
+
+
+def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]))
+
+
+def _grad_input(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
+    grad_input = grad_output.new_empty((grad_output.shape[0], weight.shape[1]))
+    cpu_kernels().linear_grad_input(
+        array(grad_output),
+        array_or_nothing(output, weight, 2),
+        array(weight),
+        array(grad_input),
+        num_threads(),
+    )
+    return grad_input
+
+
+def _grad_input_fake(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
+    return grad_output.new_empty((grad_output.shape[0], weight.shape[1]))
+
+
+def _grad_weight(
+    grad_output: Tensor, output: Tensor | None, input: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    grad_weight, grad_bias = _grad_weight_fake(grad_output, output, input, need_weight, need_bias)
+    cpu_kernels().linear_grad_weight(
+        array(grad_output),
+        array_or_nothing(output, input, 2),
+        array(input),
+        array(grad_weight) if need_weight else nothing(input.dtype, 2),
+        array(grad_bias) if need_bias else nothing(input.dtype, 1),
+        num_threads(),
+    )
+    return grad_weight, grad_bias
+
+
+def _grad_weight_fake(
+    grad_output: Tensor, output: Tensor | None, input: Tensor, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    num_outputs, num_inputs = grad_output.shape[1], input.shape[1]
+    return (
+        input.new_empty((num_outputs, num_inputs) if need_weight else (0, 0)),
+        input.new_empty((num_outputs,) if need_bias else (0,)),
+    )
+
+
+linear_forward = register(
+    "linear_forward(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor", _forward, _forward_fake
+)
+linear_grad_input = register(
+    "linear_grad_input(Tensor grad_output, Tensor? output, Tensor weight) -> Tensor",
+    _grad_input,
+    _grad_input_fake,
+)
+linear_grad_weight = register(
+    "linear_grad_weight(Tensor grad_output, Tensor? output, Tensor input, bool need_weight, bool need_bias)"
+    " -> (Tensor grad_weight, Tensor grad_bias)",
+    _grad_weight,
+    _grad_weight_fake,
+)
+
+
+def linear_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the wanted ones of grad_input, grad_weight and grad_bias, the others as None.
+
+    Parameters
+    ----------
+    grad_output : (N, M)
+    output : (N, M) or None
+        The forward's result where it had a ReLU: a gradient passes where ``not output <= 0``.
+    input : (N, K)
+    weight : (M, K)
+    needs_grad
+        Whether the gradient of input, weight and bias is wanted.
+    """
+    need_input, need_weight, need_bias = needs_grad
+    grad_input = grad_weight = grad_bias = None
+    if need_input:
+        # grad_input = (grad_output * mask) @ weight
+        grad_input = linear_grad_input(grad_output, output, weight)
+    if need_weight or need_bias:
+        # grad_weight = (grad_output * mask).T @ input, grad_bias = (grad_output * mask).sum(0)
+        grad_weight, grad_bias = linear_grad_weight(grad_output, output, input, need_weight, need_bias)
+    return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None
+
+
+class LinearFunction(Function):
+    """The op for autograd: input (N, K), weight (M, K), bias (M,) or None, and whether a ReLU follows."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Return relu(input @ weight.T + bias)."""
+        output: Tensor = linear_forward(input, weight, bias, relu)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the gradients are made of."""
+        input, weight, bias, relu = inputs
+        ctx.relu = relu
+        ctx.save_for_backward(input, weight, bias, output if relu else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients that are wanted."""
+        input, weight, bias, output = ctx.saved_tensors
+        if must_be_differentiable(grad_output):
+            forward = reference.linear_relu if ctx.relu else reference.linear
+            return *reference_grads(
+                forward, (input, weight, bias), ctx.needs_input_grad[:3], grad_output
+            ), None
+        return *linear_backward(grad_output, output, input, weight, ctx.needs_input_grad[:3]), None

@@ -1,0 +1,84 @@
+"""Squared error: ``(input - target) ** 2``, elementwise or its mean or sum."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.reference import ops as reference
+
+
+def _forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    loss = _forward_fake(input, target, reduction)
+    kernels = cpu_kernels()
+    kernels.mse_loss_forward(
+        array(input).reshape(-1),
+        array(target).reshape(-1),
+        kernels.reduction.CODES[reduction],
+        array(loss).reshape(-1),
+        num_threads(),
+    )
+    return loss
+
+
+def _forward_fake(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return input.new_empty(input.shape if reduction == "none" else ())
+
+
+def _backward(grad_loss: Tensor, input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    grad_input = input.new_empty(input.shape)
+    kernels = cpu_kernels()
+    kernels.mse_loss_backward(
+        array(grad_loss).reshape(-1),
+        array(input).reshape(-1),
+        array(target).reshape(-1),
+        kernels.reduction.CODES[reduction],
+        array(grad_input).reshape(-1),
+        num_threads(),
+    )
+    return grad_input
+
+
+mse_loss_forward = register(
+    "mse_loss_forward(Tensor input, Tensor target, str reduction) -> Tensor", _forward, _forward_fake
+)
+mse_loss_backward = register(
+    "mse_loss_backward(Tensor grad_loss, Tensor input, Tensor target, str reduction) -> Tensor",
+    _backward,
+    lambda grad_loss, input, target, reduction: input.new_empty(input.shape),
+)
+
+
+class MSELossFunction(Function):
+    """The op for autograd: input and target of one shape."""
+
+    @staticmethod
+    def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+        """Return (input - target) ** 2, reduced."""
+        loss: Tensor = mse_loss_forward(input, target, reduction)
+        return loss
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep input and target, as torch does."""
+        input, target, ctx.reduction = inputs
+        ctx.save_for_backward(input, target)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Return ``2 (input - target) grad_loss``, over the number of elements for the mean."""
+        input, target = ctx.saved_tensors
+        need_input, need_target, _ = ctx.needs_input_grad
+        if must_be_differentiable(grad_loss):
+            forward = partial(reference.mse_loss, reduction=ctx.reduction)
+            return *reference_grads(forward, (input, target), (need_input, need_target), grad_loss), None
+        grad_input = mse_loss_backward(grad_loss, input, target, ctx.reduction)
+        # the target stands in the difference with a minus
+        grad_target = torch.neg(grad_input) if need_target else None
+        return grad_input if need_input else None, grad_target, None

@@ -1,0 +1,67 @@
+"""ReLU: ``output = max(input, 0)``, elementwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.reference import ops as reference
+
+
+def _contiguous_like(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _forward(input: Tensor) -> Tensor:
+    output = _contiguous_like(input)
+    cpu_kernels().relu_forward(array(input).reshape(-1), array(output).reshape(-1), num_threads())
+    return output
+
+
+def _backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    grad_input = _contiguous_like(grad_output)
+    cpu_kernels().relu_backward(
+        array(grad_output).reshape(-1),
+        array(output).reshape(-1),
+        array(grad_input).reshape(-1),
+        num_threads(),
+    )
+    return grad_input
+
+
+relu_forward = register("relu_forward(Tensor input) -> Tensor", _forward, _contiguous_like)
+relu_backward = register(
+    "relu_backward(Tensor grad_output, Tensor output) -> Tensor",
+    _backward,
+    lambda grad_output, output: _contiguous_like(grad_output),
+)
+
+
+class ReLUFunction(Function):
+    """The op for autograd, for an input of any shape."""
+
+    @staticmethod
+    def forward(input: Tensor) -> Tensor:
+        """Return max(input, 0); NaN stays NaN."""
+        output: Tensor = relu_forward(input)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the output, as torch does: its sign is the mask, and the input may be changed in place."""
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
+        """Return grad_output where not output <= 0, else 0."""
+        (output,) = ctx.saved_tensors
+        if must_be_differentiable(grad_output):
+            # relu(output) has the gradient of relu(input): both have one sign
+            return reference_grads(reference.relu, (output,), (True,), grad_output)[0]
+        grad_input: Tensor = relu_backward(grad_output, output)
+        return grad_input

@@ -1,0 +1,537 @@
+"""The register tiles that the matrix product is built of, as functions that a kernel can call.
+
+Numba vectorises plain loops, but it can't be told to keep a tile of sums in registers. An intrinsic can: it
+writes LLVM's own language, in which ``<16 x float>`` is a type like any other, and LLVM lowers that to what
+the CPU has. The code is generic in the element type and in the vector width.
+
+An array argument is followed by the position of its first element that counts, in elements from the array's
+start; strides are in elements too. Nothing here checks a bound.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from llvmlite import binding, ir
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+class Tile(NamedTuple):
+    """The shapes of the register tiles for one width of vectors."""
+
+    vector_bytes: int
+    rows: int
+    vectors: int
+    dot_rows: int
+    dot_cols: int
+
+
+# A tile's sums, the vectors that multiply them and one spare must fit in the registers: AVX-512 has 32,
+# AVX2 and plain x86-64 have 16.
+_TILES = {512: Tile(64, 14, 2, 4, 4), 256: Tile(32, 6, 2, 2, 4), 128: Tile(16, 4, 2, 2, 4)}
+
+
+def _vector_bits():
+    forced = os.environ.get("FASTDL_VECTOR_BITS")
+    if forced:
+        if forced not in map(str, _TILES):
+            raise ValueError(f"FASTDL_VECTOR_BITS is {forced!r}; it must be one of 512, 256 and 128.")
+        return int(forced)
+    if config.CPU_NAME == "generic":
+        return 128
+    if config.CPU_FEATURES is None:
+        features = {name for name, present in binding.get_host_cpu_features().items() if present}
+    else:
+        features = {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+    if "avx512f" in features:
+        return 512
+    return 256 if {"avx2", "fma"} <= features else 128
+
+
+TILE = _TILES[_vector_bits()]
+
+# how many vectors of column sums are kept at a time: enough to hide the latency of an addition
+SUM_VECTORS = 4
+
+# how many rows of b are added to a row of the product at a time: L1 has 8 ways, and rows may be 4 KB apart
+ROW_DEPTH = 8
+
+# what the sums of a tile start from
+FROM_ZERO, FROM_BIAS, FROM_OUTPUT = range(3)
+
+_INT32 = ir.IntType(32)
+_INTP = ir.IntType(types.intp.bitwidth)
+_BOOL = ir.IntType(1)
+
+
+class _Vectors:
+    """Writes instructions on vectors of one element type."""
+
+    def __init__(self, builder, element):
+        self.builder = builder
+        self.element = element
+        self.align = 4 if isinstance(element, ir.FloatType) else 8
+        self.width = TILE.vector_bytes // self.align
+        self.name = f"v{self.width}f{8 * self.align}"
+        self.type = ir.VectorType(element, self.width)
+        self.zero = ir.Constant(self.type, [0.0] * self.width)
+
+    def call(self, name, result, *arguments):
+        signature = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(self.builder.module, signature, f"llvm.{name}")
+        return self.builder.call(function, arguments)
+
+    def shuffle(self, a, b, lanes):
+        lanes = list(lanes)
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, len(lanes)), lanes))
+
+    def splat(self, value, width=None):
+        width = width or self.width
+        vector = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
+        vector = self.builder.insert_element(vector, value, _INT32(0))
+        return self.shuffle(vector, vector, [0] * width)
+
+    def first(self, count):
+        """Return the mask of the first count lanes."""
+        lanes = ir.Constant(ir.VectorType(_INTP, self.width), list(range(self.width)))
+        return self.builder.icmp_signed("<", lanes, self.splat(count))
+
+    def at(self, pointer, position):
+        position = position if isinstance(position, ir.Value) else _INTP(position)
+        return self.builder.gep(pointer, [position])
+
+    def load(self, pointer, mask=None, width=None):
+        kind = ir.VectorType(self.element, width or self.width)
+        pointer = self.builder.bitcast(pointer, kind.as_pointer())
+        if mask is None:
+            return self.builder.load(pointer, align=self.align)
+        return self.call(f"masked.load.{self.name}.p0", kind, pointer, _INT32(self.align), mask, self.zero)
+
+    def store(self, value, pointer, mask=None):
+        pointer = self.builder.bitcast(pointer, value.type.as_pointer())
+        if mask is None:
+            self.builder.store(value, pointer, align=self.align)
+        else:
+            name = f"masked.store.{self.name}.p0"
+            self.call(name, ir.VoidType(), value, pointer, _INT32(self.align), mask)
+
+    def load_start(self, start, bias, output, mask=None, width=None):
+        """Return what a sum starts from; where that is 0 the output is read in vain, without a branch."""
+        builder = self.builder
+        from_bias = builder.icmp_signed("==", start, _INTP(FROM_BIAS))
+        value = self.load(builder.select(from_bias, bias, output), mask, width)
+        from_zero = builder.icmp_signed("==", start, _INTP(FROM_ZERO))
+        return builder.select(from_zero, ir.Constant(value.type, [0.0] * value.type.count), value)
+
+    def multiply_add(self, a, b, c):
+        # fmuladd is one instruction where the CPU has it; llvm.fma would call a library where it hasn't
+        return self.call(f"fmuladd.{self.name}", self.type, a, b, c)
+
+    def relu(self, value, relu):
+        """Return max(value, 0) where relu is true; NaN stays NaN."""
+        low, zero = ir.Constant(self.element, float("-inf")), ir.Constant(self.element, 0.0)
+        bound = self.splat(self.builder.select(relu, zero, low), value.type.count)
+        return self.builder.select(self.builder.fcmp_ordered("<=", value, bound), bound, value)
+
+    def close(self, gate, value):
+        """Return the value, and 0 where the gate is 0 or less."""
+        return self.builder.select(self.builder.fcmp_ordered("<=", gate, self.zero), self.zero, value)
+
+    def loop(self, stop, step, values, body):
+        """Write ``for i in range(0, stop, step): values = body(i, values)`` and return the values."""
+        builder = self.builder
+        before = builder.block
+        head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        index = builder.phi(_INTP)
+        phis = [builder.phi(value.type) for value in values]
+        for phi, value in zip([index, *phis], [_INTP(0), *values], strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
+        builder.position_at_end(inside)
+        values = body(index, phis)
+        for phi, value in zip([index, *phis], [builder.add(index, _INTP(step)), *values], strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return phis
+
+    def choose(self, value, cases, write):
+        """Write a branch ``write(case)`` for each of the cases, one of which the value is.
+
+        Returns the values that the branches return, merged.
+        """
+        builder = self.builder
+        after = builder.append_basic_block("chosen")
+        blocks = [builder.append_basic_block(f"case_{case}") for case in cases]
+        switch = builder.switch(builder.zext(value, _INTP) if value.type == _BOOL else value, blocks[0])
+        ends = []
+        for case, block in zip(cases, blocks, strict=True):
+            switch.add_case(_INTP(int(case)), block)
+            builder.position_at_end(block)
+            results = write(case)
+            ends.append((builder.block, results))
+            builder.branch(after)
+        builder.position_at_end(after)
+        merged = [builder.phi(result.type) for result in ends[0][1]]
+        for block, results in ends:
+            for phi, result in zip(merged, results, strict=True):
+                phi.add_incoming(result, block)
+        return merged
+
+    def sum_lanes(self, values):
+        """Return one short vector whose lane i is the sum of the lanes of ``values[i]``.
+
+        Each round adds the halves of two vectors into one, so n vectors cost about 2 n shuffles in all, not
+        n log2(width).
+        """
+        count = 1 << (len(values) - 1).bit_length()
+        values = [*values, *[self.zero] * (count - len(values))]
+        part = self.width
+        while part > 1:
+            half = part // 2
+            if len(values) == 1:
+                pairs = [(values[0], values[0])]
+                length = values[0].type.count
+            else:
+                pairs = list(zip(values[::2], values[1::2], strict=True))
+                length = 2 * self.width
+            low = [i for start in range(0, length, part) for i in range(start, start + half)]
+            high = [i + half for i in low]
+            values = [self.builder.fadd(self.shuffle(a, b, low), self.shuffle(a, b, high)) for a, b in pairs]
+            part = half
+        while len(values) > 1:
+            lanes = range(2 * values[0].type.count)
+            values = [self.shuffle(a, b, lanes) for a, b in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
+
+    def transpose(self, rows):
+        """Return the columns of a square block, in log2(width) rounds of shuffles."""
+        width = self.width
+        step = width // 2
+        while step:
+            low = [width + lane - step if lane & step else lane for lane in range(width)]
+            high = [width + lane if lane & step else lane + step for lane in range(width)]
+            swapped = list(rows)
+            for i in range(width):
+                if not i & step:
+                    a, b = rows[i], rows[i + step]
+                    swapped[i], swapped[i + step] = self.shuffle(a, b, low), self.shuffle(a, b, high)
+            rows = swapped
+            step //= 2
+        return rows
+
+
+def _call_of(write, *kinds):
+    """Return the signature and the code generator of a call of the function that write writes."""
+    integers = [
+        types.boolean if isinstance(types.unliteral(kind), types.Boolean) else types.intp for kind in kinds
+    ]
+    signature = types.void(
+        *(
+            kind if isinstance(kind, types.Array) else integer
+            for kind, integer in zip(kinds, integers, strict=True)
+        )
+    )
+
+    def generate(context, builder, signature, values):
+        arguments = []
+        pairs = iter(zip(signature.args, values, strict=True))
+        for kind, value in pairs:
+            if isinstance(kind, types.Array):
+                data = context.make_array(kind)(context, builder, value).data
+                _, position = next(pairs)
+                arguments.append(builder.gep(data, [position]))
+            else:
+                arguments.append(value)
+        element = context.get_value_type(signature.args[0].dtype)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]),
+            f"fastdl.{write.__name__}.{element}",
+        )
+        if function.is_declaration:
+            function.linkage = "internal"
+            # inlined into its caller, a tile of many cases takes LLVM several times as long
+            function.attributes.add("noinline")
+            inner = ir.IRBuilder(function.append_basic_block("entry"))
+            write(_Vectors(inner, element), *function.args)
+            inner.ret_void()
+        builder.call(function, arguments)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+def _multiply_tile(
+    vectors, output, output_stride, a, a_row_stride, a_step, b, b_step, depth, rows, cols, bias, start, relu
+):
+    builder = vectors.builder
+    width = vectors.width
+
+    def write(num_vectors, num_rows):
+        columns = [v * width for v in range(num_vectors)]
+        masks = [vectors.first(builder.sub(cols, _INTP(column))) for column in columns]
+        output_rows = [vectors.at(output, builder.mul(output_stride, _INTP(i))) for i in range(num_rows)]
+        places = [
+            (vectors.at(row, c), mask) for row in output_rows for c, mask in zip(columns, masks, strict=True)
+        ]
+        a_offsets = [builder.mul(a_row_stride, _INTP(i)) for i in range(num_rows)]
+
+        def initial(kind):
+            if kind == FROM_ZERO:
+                return [vectors.zero] * len(places)
+            if kind == FROM_BIAS:
+                first = [vectors.load(vectors.at(bias, c), m) for c, m in zip(columns, masks, strict=True)]
+                return num_rows * first
+            return [vectors.load(place, mask) for place, mask in places]
+
+        def step(_, state):
+            a, b, *sums = state
+            right = [vectors.load(vectors.at(b, c), mask) for c, mask in zip(columns, masks, strict=True)]
+            left = [vectors.splat(builder.load(vectors.at(a, offset))) for offset in a_offsets]
+            factors = [(x, y) for x in left for y in right]
+            sums = [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
+            return [vectors.at(a, a_step), vectors.at(b, b_step), *sums]
+
+        sums = vectors.choose(start, [FROM_ZERO, FROM_BIAS, FROM_OUTPUT], initial)
+        _, _, *sums = vectors.loop(depth, 1, [a, b, *sums], step)
+        for total, (place, mask) in zip(sums, places, strict=True):
+            vectors.store(vectors.relu(total, relu), place, mask)
+        return []
+
+    def write_rows(num_vectors):
+        return vectors.choose(rows, range(1, TILE.rows + 1), lambda num_rows: write(num_vectors, num_rows))
+
+    used_vectors = builder.sdiv(builder.add(cols, _INTP(width - 1)), _INTP(width))
+    vectors.choose(used_vectors, range(1, TILE.vectors + 1), write_rows)
+
+
+def _add_rows(vectors, output, a, gate, gated, a_step, b, b_step, depth, cols, bias, start, relu):
+    builder = vectors.builder
+    whole = builder.and_(cols, _INTP(-vectors.width))
+    tail = vectors.first(builder.sub(cols, whole))
+
+    def write(count):
+        def factors(is_gated):
+            found = []
+            for offset in [builder.mul(a_step, _INTP(p)) for p in range(count)]:
+                factor = builder.load(vectors.at(a, offset))
+                if is_gated:
+                    zero = ir.Constant(vectors.element, 0.0)
+                    shut = builder.fcmp_ordered("<=", builder.load(vectors.at(gate, offset)), zero)
+                    factor = builder.select(shut, zero, factor)
+                found.append(vectors.splat(factor))
+            return found
+
+        left = vectors.choose(gated, [False, True], factors)
+        b_rows = [vectors.at(b, builder.mul(b_step, _INTP(p))) for p in range(count)]
+
+        def step(j, _, mask=None):
+            total = vectors.load_start(start, vectors.at(bias, j), vectors.at(output, j), mask)
+            for factor, row in zip(left, b_rows, strict=True):
+                total = vectors.multiply_add(factor, vectors.load(vectors.at(row, j), mask), total)
+            vectors.store(vectors.relu(total, relu), vectors.at(output, j), mask)
+            return []
+
+        vectors.loop(whole, vectors.width, [], step)
+        return step(whole, [], tail)
+
+    vectors.choose(depth, range(ROW_DEPTH + 1), write)
+
+
+def _dot_tile(vectors, output, output_stride, a, a_stride, b, b_stride, depth, rows, cols, bias, start, relu):
+    builder = vectors.builder
+    whole = builder.and_(depth, _INTP(-vectors.width))
+    tail = vectors.first(builder.sub(depth, whole))
+
+    def write(num_rows, num_cols):
+        a_rows = [vectors.at(a, builder.mul(a_stride, _INTP(i))) for i in range(num_rows)]
+        b_rows = [vectors.at(b, builder.mul(b_stride, _INTP(j))) for j in range(num_cols)]
+
+        def step(p, sums, mask=None):
+            right = [vectors.load(vectors.at(row, p), mask) for row in b_rows]
+            left = [vectors.load(vectors.at(row, p), mask) for row in a_rows]
+            factors = [(x, y) for x in left for y in right]
+            return [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
+
+        sums = vectors.loop(whole, vectors.width, [vectors.zero] * (num_rows * num_cols), step)
+        sums = step(whole, sums, tail)
+        for i in range(num_rows):
+            place = vectors.at(output, builder.mul(output_stride, _INTP(i)))
+            row = vectors.sum_lanes(sums[i * num_cols : (i + 1) * num_cols])
+            row = vectors.shuffle(row, row, range(num_cols))
+            first = vectors.load_start(start, bias, place, width=num_cols)
+            vectors.store(vectors.relu(builder.fadd(row, first), relu), place)
+        return []
+
+    def write_cols(num_rows):
+        return vectors.choose(cols, range(1, TILE.dot_cols + 1), lambda num_cols: write(num_rows, num_cols))
+
+    vectors.choose(rows, range(1, TILE.dot_rows + 1), write_cols)
+
+
+def _transpose_block(vectors, source, source_stride, target, target_stride):
+    builder = vectors.builder
+    lines = [_INTP(i) for i in range(vectors.width)]
+    rows = [vectors.load(vectors.at(source, builder.mul(source_stride, i))) for i in lines]
+    for i, column in zip(lines, vectors.transpose(rows), strict=True):
+        vectors.store(column, vectors.at(target, builder.mul(target_stride, i)))
+
+
+def _copy_block(vectors, source, source_stride, gate, gated, target, target_stride, lines, count):
+    builder = vectors.builder
+    whole = builder.and_(count, _INTP(-vectors.width))
+    tail = vectors.first(builder.sub(count, whole))
+
+    def write(is_gated):
+        def line(_, state):
+            source, gate, target = state
+
+            def step(i, _, mask=None):
+                value = vectors.load(vectors.at(source, i), mask)
+                if is_gated:
+                    value = vectors.close(vectors.load(vectors.at(gate, i), mask), value)
+                vectors.store(value, vectors.at(target, i), mask)
+                return []
+
+            vectors.loop(whole, vectors.width, [], step)
+            step(whole, [], tail)
+            strides = (source_stride, source_stride, target_stride)
+            return [vectors.at(pointer, stride) for pointer, stride in zip(state, strides, strict=True)]
+
+        vectors.loop(lines, 1, [source, gate, target], line)
+        return []
+
+    vectors.choose(gated, [False, True], write)
+
+
+def _sum_open(vectors, source, gate, gated, stride, rows, cols, target):
+    builder = vectors.builder
+    columns = [v * vectors.width for v in range(SUM_VECTORS)]
+    masks = [vectors.first(builder.sub(cols, _INTP(column))) for column in columns]
+
+    def write(is_gated):
+        def step(i, sums):
+            row = builder.mul(i, stride)
+            added = []
+            for column, mask, total in zip(columns, masks, sums, strict=True):
+                place = builder.add(row, _INTP(column))
+                value = vectors.load(vectors.at(source, place), mask)
+                if is_gated:
+                    value = vectors.close(vectors.load(vectors.at(gate, place), mask), value)
+                added.append(builder.fadd(total, value))
+            return added
+
+        sums = vectors.loop(rows, 1, [vectors.zero] * SUM_VECTORS, step)
+        for column, mask, total in zip(columns, masks, sums, strict=True):
+            vectors.store(total, vectors.at(target, column), mask)
+        return []
+
+    vectors.choose(gated, [False, True], write)
+
+
+@intrinsic
+def multiply_tile(
+    typing_context,
+    output, output_at, output_stride,
+    a, a_at, a_row_stride, a_step,
+    b, b_at, b_step,
+    depth, rows, cols,
+    bias, bias_at, start, relu,
+):  # fmt: skip
+    """Write one tile of a product, held in registers from the first of its terms to the last.
+
+    ``output[i, j] = sum over p < depth of a[i, p] * b[p, j]`` for ``i < rows <= TILE.rows`` and ``j < cols``
+    of at most ``TILE.vectors`` vectors, plus what ``start`` says; then ReLU where relu is true. Elements of b
+    are next to each other in j. Each step loads ``TILE.vectors`` vectors and ``rows`` single elements for
+    ``rows * TILE.vectors`` multiply-adds.
+    """
+    return _call_of(
+        _multiply_tile, output, output_at, output_stride, a, a_at, a_row_stride, a_step, b, b_at, b_step,
+        depth, rows, cols, bias, bias_at, start, relu,
+    )  # fmt: skip
+
+
+@intrinsic
+def add_rows(
+    typing_context,
+    output, output_at,
+    a, a_at, gate, gate_at, gated, a_step,
+    b, b_at, b_step,
+    depth, cols,
+    bias, bias_at, start, relu,
+):  # fmt: skip
+    """Write one row of a product, adding up at most ``ROW_DEPTH`` rows of b.
+
+    ``output[j] = sum over p < depth of a[p] * b[p, j]`` for ``j < cols``, plus what ``start`` says; then ReLU
+    where relu is true. The elements of a are gated as in ``copy_block``.
+    """
+    return _call_of(
+        _add_rows, output, output_at, a, a_at, gate, gate_at, gated, a_step, b, b_at, b_step, depth, cols,
+        bias, bias_at, start, relu,
+    )  # fmt: skip
+
+
+@intrinsic
+def dot_tile(
+    typing_context,
+    output, output_at, output_stride,
+    a, a_at, a_stride,
+    b, b_at, b_stride,
+    depth, rows, cols,
+    bias, bias_at, start, relu,
+):  # fmt: skip
+    """Write one tile of dot products of the rows of a with the rows of b.
+
+    ``output[i, j] = sum over p < depth of a[i, p] * b[j, p]`` for ``i < rows <= TILE.dot_rows`` and
+    ``j < cols <= TILE.dot_cols``, plus what ``start`` says; then ReLU where relu is true. Elements of both
+    are next to each other in p, and so are the lanes of a sum.
+    """
+    return _call_of(
+        _dot_tile, output, output_at, output_stride, a, a_at, a_stride, b, b_at, b_stride,
+        depth, rows, cols, bias, bias_at, start, relu,
+    )  # fmt: skip
+
+
+@intrinsic
+def transpose_block(typing_context, source, source_at, source_stride, target, target_at, target_stride):
+    """Write the transpose of a square block, one vector wide."""
+    return _call_of(_transpose_block, source, source_at, source_stride, target, target_at, target_stride)
+
+
+@intrinsic
+def copy_block(
+    typing_context,
+    source, source_at, source_stride,
+    gate, gate_at, gated,
+    target, target_at, target_stride,
+    lines, count,
+):  # fmt: skip
+    """Copy lines of count elements; where gated is true, write 0 for each whose gate is 0 or less."""
+    return _call_of(
+        _copy_block, source, source_at, source_stride, gate, gate_at, gated, target, target_at, target_stride,
+        lines, count,
+    )  # fmt: skip
+
+
+@intrinsic
+def sum_open(typing_context, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at):
+    """Write the sum of the rows, cols of at most ``SUM_VECTORS`` vectors; gated as in ``copy_block``."""
+    return _call_of(_sum_open, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at)
+
+
+@intrinsic
+def aligned(typing_context, array):
+    """Return the first position of an array at which a cache line of 64 bytes starts."""
+
+    def generate(context, builder, signature, values):
+        data = context.make_array(array)(context, builder, values[0]).data
+        skipped = builder.and_(builder.neg(builder.ptrtoint(data, _INTP)), _INTP(63))
+        return builder.udiv(skipped, _INTP(array.dtype.bitwidth // 8))
+
+    return types.intp(array), generate

@@ -1,0 +1,77 @@
+"""Squared error: ``(input - target) ** 2``, its mean or sum, and its gradient.
+
+Floor: both arrays read once forward; both read and one written backward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import prange
+
+from fastdl.kernels.cpu.parallel import share, worthwhile_threads
+from fastdl.kernels.cpu.reduction import BLOCK, MEAN, NONE, ordered_sum
+from fastdl.kernels.jit import jit
+
+
+@jit
+def _elements(input, target, loss, start, stop):
+    for i in range(start, stop):
+        difference = input[i] - target[i]
+        loss[i] = difference * difference
+
+
+@jit
+def _block_sums(input, target, sums, start, stop):
+    for block in range(start, stop):
+        total = 0.0
+        for i in range(block * BLOCK, min((block + 1) * BLOCK, input.size)):
+            difference = input[i] - target[i]
+            total += difference * difference
+        sums[block] = total
+
+
+@jit(parallel=True)
+def mse_loss_forward(input, target, reduction, loss, num_threads):
+    """Write ``(input - target) ** 2`` of input (n,) and target (n,) to loss, (n,) or reduced (1,)."""
+    num_threads = worthwhile_threads(input.size, num_threads)
+    if reduction == NONE:
+        if num_threads == 1:
+            _elements(input, target, loss, 0, input.size)
+        else:
+            for thread in prange(num_threads):
+                start, stop = share(input.size, thread, num_threads)
+                _elements(input, target, loss, start, stop)
+        return
+    num_blocks = (input.size + BLOCK - 1) // BLOCK
+    sums = np.empty(num_blocks, np.float64)
+    if num_threads == 1:
+        _block_sums(input, target, sums, 0, num_blocks)
+    else:
+        for thread in prange(num_threads):
+            start, stop = share(num_blocks, thread, num_threads)
+            _block_sums(input, target, sums, start, stop)
+    total = ordered_sum(sums)
+    loss[0] = total / input.size if reduction == MEAN else total
+
+
+@jit
+def _backward(grad_loss, input, target, factor, grad_input, start, stop):
+    for i in range(start, stop):
+        upstream = grad_loss[i if grad_loss.size > 1 else 0]
+        grad_input[i] = factor * (input[i] - target[i]) * upstream
+
+
+@jit(parallel=True)
+def mse_loss_backward(grad_loss, input, target, reduction, grad_input, num_threads):
+    """Write ``2 (input - target) grad_loss``, over n for the mean, to grad_input (n,).
+
+    ``grad_loss`` is (n,) without reduction, else (1,). The gradient of the target is the negative.
+    """
+    factor = input.dtype.type(2.0 / max(input.size, 1) if reduction == MEAN else 2.0)
+    num_threads = worthwhile_threads(input.size, num_threads)
+    if num_threads == 1:
+        _backward(grad_loss, input, target, factor, grad_input, 0, input.size)
+    else:
+        for thread in prange(num_threads):
+            start, stop = share(input.size, thread, num_threads)
+            _backward(grad_loss, input, target, factor, grad_input, start, stop)

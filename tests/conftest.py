@@ -1,0 +1,66 @@
+"""What every test shares: fresh seeds, NaN in uninitialised memory, and a summary of what did not run."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+_SEED_VARIABLE = "FASTDL_TEST_SEED"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real_data: needs Fashion-MNIST under FASTDL_DATA")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    reasons = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
+    terminalreporter.section("what did not run")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count} tests: {reason}")
+    if not reasons:
+        terminalreporter.write_line("nothing: every collected test ran")
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("no CUDA device: nothing was checked on a GPU")
+
+
+@pytest.fixture
+def seed():
+    """Return a fresh seed, printed where a test fails; FASTDL_TEST_SEED repeats one."""
+    seed = int(os.environ.get(_SEED_VARIABLE, random.SystemRandom().randrange(2**31)))
+    print(f"{_SEED_VARIABLE}={seed}")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return seed
+
+
+@pytest.fixture
+def uninitialised_is_nan():
+    """Fill memory from torch.empty with NaN, so that an element that no kernel wrote is found."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist_data():
+    """Return the real Fashion-MNIST."""
+    if not os.environ.get("FASTDL_DATA"):
+        pytest.skip("FASTDL_DATA does not name a folder with Fashion-MNIST")
+    from fastdl import data
+
+    return data.fashion_mnist(download=False)

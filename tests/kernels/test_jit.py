@@ -1,0 +1,110 @@
+"""The machine code on disk: never stale, never in the way, wherever the package is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fastdl
+
+_PROGRAM = """
+import numpy as np, numba
+from fastdl.kernels.cpu.relu import relu_forward
+compiled = []
+from numba.core import event
+class Listener(event.Listener):
+    def on_start(self, e): compiled.append(e.data["dispatcher"].py_func.__name__)
+    def on_end(self, e): pass
+with event.install_listener("numba:compile", Listener()):
+    x = np.array([-1.0, 2.0], np.float32); out = np.empty_like(x)
+    relu_forward(x, out, 1)
+from fastdl.kernels.jit import cache_folder
+print(out.tolist(), "compiled" if compiled else "loaded", cache_folder())
+"""
+
+
+def _install(folder: Path) -> Path:
+    """Copy the package to a folder of its own, so that a test may edit it."""
+    source = Path(fastdl.__file__).parent
+    shutil.copytree(source, folder / "fastdl", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def _environment(install: Path, **variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "FASTDL_CACHE_DIR"}
+    return kept | {"PYTHONPATH": str(install), "PYTHONDONTWRITEBYTECODE": "1"} | variables
+
+
+def _run(install: Path, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        env=_environment(install, **variables),
+        cwd=install,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_second_process_compiles_nothing_and_an_edited_helper_is_never_stale(tmp_path):
+    install = _install(tmp_path)
+    assert _run(install).startswith("[0.0, 2.0] compiled")
+    assert _run(install).startswith("[0.0, 2.0] loaded")
+    parallel = install / "fastdl" / "kernels" / "cpu" / "relu.py"
+    # the edit is in a helper that the cached entry kernel calls
+    text = parallel.read_text()
+    assert text.count("else input[i]") == 1
+    parallel.write_text(text.replace("else input[i]", "else input[i] + 40"))
+    assert _run(install).startswith("[0.0, 42.0] compiled")
+    (install / "fastdl" / "kernels" / "cpu" / "parallel.py").open("a").write("\nADDED = 1\n")
+    assert _run(install).startswith("[0.0, 42.0] compiled"), "an edit of any file must count"
+
+
+def test_an_install_that_cannot_be_written_uses_the_users_cache(tmp_path):
+    install = _install(tmp_path / "install")
+    # a file in the folder's place refuses the superuser too
+    (install / "fastdl" / "kernels" / "__pycache__").write_text("")
+    cache = tmp_path / "cache"
+    assert str(cache) in _run(install, XDG_CACHE_HOME=str(cache))
+    assert "loaded" in _run(install, XDG_CACHE_HOME=str(cache))
+
+
+def test_without_any_folder_to_write_to_kernels_still_run(tmp_path):
+    install = _install(tmp_path / "install")
+    (install / "fastdl" / "kernels" / "__pycache__").write_text("")
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    assert _run(install, XDG_CACHE_HOME=str(blocked / "cache")) == "[0.0, 2.0] compiled None"
+
+
+def test_two_processes_that_start_at_once_with_an_empty_cache_both_work(tmp_path):
+    install = _install(tmp_path)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM],
+            env=_environment(install),
+            cwd=install,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0
+        assert output.startswith("[0.0, 2.0]")
+    assert "loaded" in _run(install)
+
+
+def test_a_damaged_file_is_compiled_anew(tmp_path):
+    install = _install(tmp_path)
+    folder = Path(_run(install).split()[-1])
+    for file in folder.glob("*relu_forward*.nbc"):
+        file.write_bytes(b"damaged")
+    assert _run(install).startswith("[0.0, 2.0] compiled")
+    assert _run(install).startswith("[0.0, 2.0] loaded")

@@ -1,0 +1,259 @@
+"""The command line as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fastdl import data, models, programs
+from fastdl.cli import app
+from fastdl.training import evaluate
+
+ROOT = Path(__file__).parent.parent
+FILES = {"history.json", "curves.png", "predictions.png", "weights.safetensors"}
+COMMAND = [sys.executable, "-m", "fastdl"]
+# wide enough that no line of rich's is broken
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def garments():
+    return data.garments()
+
+
+@pytest.fixture
+def images(garments, monkeypatch):
+    """Save each command the two seconds that garments take to draw."""
+    monkeypatch.setattr(data, "load", lambda name, root, notify: garments)
+
+
+def invoke(*arguments):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def pictures_are_drawn(folder):
+    return all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("impl", ["scratch", "concise", "fused"])
+def test_train_linear_finds_the_plane_and_fills_the_folder(impl, tmp_path):
+    result = invoke("train", "linear", "--impl", impl, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert pictures_are_drawn(tmp_path)
+    saved = json.loads((tmp_path / "history.json").read_text())
+    assert saved["settings"]["impl"] == impl
+    assert saved["settings"] | {"epochs": 3, "lr": 0.03, "batch_size": 10} == saved["settings"]
+    assert len(saved["test_loss"]) == 3
+    weights = load_file(tmp_path / "weights.safetensors")
+    assert "true_w - w: [" in result.stdout
+    # the noise of 0.01 over 1,000 points, and three epochs of noisy steps
+    torch.testing.assert_close(weights["0.weight"], torch.tensor([[2.0, -3.4]]), rtol=0, atol=0.01)
+    torch.testing.assert_close(weights["0.bias"], torch.tensor([4.2]), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("model", ["softmax", "mlp"])
+def test_train_images_alike_in_every_implementation(model, images, garments, tmp_path):
+    saved = {}
+    for impl in ("scratch", "concise", "fused"):
+        folder = tmp_path / impl
+        options = ["--examples", 600, "--epochs", 2, "--batch-size", 64, "--seed", 3, "--out", folder]
+        result = invoke("train", model, "--impl", impl, *options)
+        assert result.exit_code == 0, result.output
+        assert "test accuracy" in result.stdout
+        assert {path.name for path in folder.iterdir()} == FILES
+        saved[impl] = json.loads((folder / "history.json").read_text())
+        net = {"softmax": models.SoftmaxRegression, "mlp": models.MLP}[model]()
+        net.load_state_dict(load_file(folder / "weights.safetensors"))
+        scores = evaluate(net, garments.X_test[:600], garments.y_test[:600])
+        assert scores.accuracy == pytest.approx(saved[impl]["test_accuracy"][-1], abs=0.005)
+    for impl in ("scratch", "fused"):
+        # twenty steps from the same start in the same order, in float32
+        assert saved[impl]["train_loss"] == pytest.approx(saved["concise"]["train_loss"], rel=1e-4)
+
+
+def test_every_option_reaches_the_run(images, tmp_path):
+    result = invoke(
+        *("train", "mlp", "--impl", "fused", "--epochs", 1, "--lr", 0.05, "--batch-size", 100),
+        *("--hidden-units", 12, "--momentum", 0.9, "--weight-decay", 0.001, "--seed", 5, "--threads", 1),
+        *("--data", "garments", "--examples", 300, "--out", tmp_path),
+    )
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "history.json").read_text())["settings"]
+    machine = settings.pop("machine")
+    assert machine["threads"] == 1
+    assert settings == {
+        **{"model": "mlp", "impl": "fused", "data": "garments", "epochs": 1, "lr": 0.05, "batch_size": 100},
+        **{"num_hiddens": 12, "momentum": 0.9, "weight_decay": 0.001, "seed": 5, "examples": 300},
+    }
+    assert load_file(tmp_path / "weights.safetensors")["1.weight"].shape == (12, 784)
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("model", ["linear", "softmax"])
+@pytest.mark.parametrize("option", ["--momentum", "--weight-decay"])
+def test_scratch_says_that_it_has_only_the_plain_update(model, option, tmp_path):
+    result = invoke("train", model, "--impl", "scratch", option, 0.5, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "no momentum and no weight decay" in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train"],
+        ["train", "cnn"],
+        ["train", "linear", "--epochs", "0"],
+        ["train", "mlp", "--impl", "magic"],
+        ["train", "linear", "--hidden-units", "3"],
+        ["reproduce", "cnn"],
+    ],
+)
+def test_wrong_usage_exits_with_two(arguments):
+    assert invoke(*arguments).exit_code == 2
+
+
+def test_ctrl_c_leaves_the_epochs_done_so_far(tmp_path):
+    folder = tmp_path / "out"
+    command = [*COMMAND, "train", "linear", "--impl", "concise", "--epochs", "1000000", "--out", str(folder)]
+    with subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        # a line for each finished epoch
+        for _ in range(3):
+            assert process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted after" in stderr
+    assert "Traceback" not in stderr
+    assert {path.name for path in folder.iterdir()} == FILES
+    saved = json.loads((folder / "history.json").read_text())
+    assert len(saved["train_loss"]) == len(saved["test_loss"]) >= 3
+    assert f"Interrupted after {len(saved['train_loss'])} of 1000000 epochs" in stderr
+    assert "Saved to" in stdout
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_sentence_before_the_training(tmp_path):
+    (tmp_path / "file").touch()
+    command = [*COMMAND, "train", "linear", "--out", str(tmp_path / "file" / "out")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith("fastdl: ")
+    assert str(tmp_path / "file") in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_data_that_cannot_be_had_is_one_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    command = [*COMMAND, "train", "softmax", "--data", "fashion-mnist"]
+    command += ["--data-root", str(tmp_path / "file"), "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("fastdl: Fashion-MNIST")
+
+
+def test_env_names_what_a_bug_report_needs():
+    result = invoke("env")
+    assert result.exit_code == 0
+    for name in ("cpu", "cores", "threads", "vector bits", "gpu", "torch", "numba", "kernel cache"):
+        assert name in result.stdout
+    assert torch.__version__.partition("+")[0] in result.stdout
+
+
+def test_version_is_printed():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout.strip() == "0.1.0"
+
+
+@pytest.fixture
+def brief_timing(monkeypatch):
+    monkeypatch.setattr("fastdl.reproduce._TIMED_SECONDS", 0.0)
+
+
+def test_reproduce_linear_passes_and_saves_everything(brief_timing, tmp_path):
+    result = invoke("reproduce", "linear", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("results.json", "speedup.png", "linear-curves.png", "linear-predictions.png")
+    }
+    assert pictures_are_drawn(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["failures"] == []
+    linear = results["models"]["linear"]
+    assert linear["data_loader_seconds_per_epoch"] > 0
+    assert list(linear["programs"]) == ["scratch", "concise", "fused"]
+    losses = []
+    for impl, program in linear["programs"].items():
+        assert program["parity"] is True
+        # in float64 the concise program is the truth
+        dtypes = {"float32"} if impl == "concise" else {"float64", "float32"}
+        assert {check["name"].partition(",")[0] for check in program["checks"]} == dtypes
+        speedup = linear["data_loader_seconds_per_epoch"] / program["seconds_per_epoch"]
+        assert program["speedup_over_data_loader"] == pytest.approx(speedup)
+        losses.append(program["final_loss"])
+    # the halved loss of the scratch run is doubled
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-3)
+    assert linear["programs"]["concise"]["speedup_over_memory"] == 1
+    for name in ("cpu", "cores", "threads", "torch", "numba"):
+        assert str(results["machine"][name]) in result.stdout
+    assert "that run has twice the learning rate" in " ".join(result.stdout.split())
+
+
+def test_reproduce_fails_where_a_model_has_not_learnt_enough(brief_timing, images, tmp_path):
+    result = invoke("reproduce", "softmax", "mlp", "--examples", 512, "--epochs", 1, "--out", tmp_path)
+    assert result.exit_code == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    for model in ("softmax", "mlp"):
+        for program in results["models"][model]["programs"].values():
+            assert program["parity"] is True, program["checks"]
+            assert program["seconds_per_epoch"] > 0
+    assert any("is not below 0.5" in failure for failure in results["failures"])
+    assert "failed: softmax, fused: final train loss" in result.stderr
+    assert {"softmax-curves.png", "softmax-predictions.png", "mlp-curves.png", "mlp-predictions.png"} < {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_reproduce_fails_and_shows_no_speed_where_the_numbers_differ(brief_timing, monkeypatch, tmp_path):
+    def build(model, impl, *, lr, **options):
+        return programs.build(model, impl, lr=lr * (1.0001 if impl == "fused" else 1), **options)
+
+    monkeypatch.setattr("fastdl.reproduce.build", build)
+    result = invoke("reproduce", "linear", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "failed: linear, fused: float64" in result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["models"]["linear"]["programs"]["scratch"]["parity"] is True
+    assert results["models"]["linear"]["programs"]["fused"]["parity"] is False
+    assert "seconds_per_epoch" not in results["models"]["linear"]["programs"]["scratch"]
+    assert not (tmp_path / "speedup.png").exists()
+
+
+def test_reproduce_gives_the_same_numbers_twice(brief_timing, tmp_path):
+    histories = []
+    for index in range(2):
+        assert invoke("reproduce", "linear", "--seed", 7, "--out", tmp_path / str(index)).exit_code == 0
+        found = json.loads((tmp_path / str(index) / "results.json").read_text())["models"]["linear"][
+            "programs"
+        ]
+        histories.append([program["history"]["train_loss"] for program in found.values()])
+    assert histories[0] == histories[1]

@@ -1,0 +1,361 @@
+"""Each function against torch.nn.functional's: every form of input, and every error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fastdl import functional
+from tests.parity import assert_as_accurate_as_torch
+
+pytestmark = pytest.mark.usefixtures("seed")
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+SIZES = [0, 1, 2, 3, 13, 17, 67]
+
+
+def _grads(output, inputs, upstream):
+    return torch.autograd.grad(output, inputs, upstream.to(output.dtype), allow_unused=True)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@each_dtype
+def test_linear_over_odd_shapes(dtype, relu, uninitialised_is_nan):
+    ours = functional.linear_relu if relu else functional.linear
+
+    def theirs(*layer):
+        return F.relu(F.linear(*layer)) if relu else F.linear(*layer)
+
+    for num_rows, num_inputs, num_outputs in [
+        (n, k, m) for n in SIZES for k in SIZES for m in (1, 10, 33)
+    ] + [(256, 784, 10), (5, 300, 256)]:
+        layer = [
+            torch.randn(size, dtype=dtype, requires_grad=True)
+            for size in ((num_rows, num_inputs), (num_outputs, num_inputs), (num_outputs,))
+        ]
+        upstream = torch.randn(num_rows, num_outputs, dtype=dtype)
+        truths = [tensor.detach().double().requires_grad_() for tensor in layer]
+        output, expected, truth = ours(*layer), theirs(*layer), theirs(*truths)
+        # a sum of K products of size up to 4 x 4 has terms of that size
+        assert_as_accurate_as_torch(output, expected, truth, scale=4.0 * max(1, num_inputs) ** 0.5)
+        grads = zip(
+            _grads(output, layer, upstream),
+            _grads(expected, layer, upstream),
+            _grads(truth, truths, upstream),
+            (num_outputs, num_rows, num_rows),
+            strict=True,
+        )
+        for grad, torch_grad, true_grad, num_terms in grads:
+            assert_as_accurate_as_torch(grad, torch_grad, true_grad, scale=4.0 * max(1, num_terms) ** 0.5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6), (0, 6), (2, 0, 6), (1, 1, 1, 6)])
+def test_linear_takes_any_leading_dimensions(shape):
+    input = torch.randn(shape, requires_grad=True)
+    weight, bias = torch.randn(4, 6, requires_grad=True), torch.randn(4, requires_grad=True)
+    output, expected = functional.linear(input, weight, bias), F.linear(input, weight, bias)
+    assert output.shape == expected.shape
+    torch.testing.assert_close(output, expected)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(
+        _grads(output, (input, weight, bias), upstream), _grads(expected, (input, weight, bias), upstream)
+    )
+
+
+def test_linear_with_a_vector_of_weights_is_torchs():
+    input, weight = torch.randn(3, 6), torch.randn(6)
+    torch.testing.assert_close(functional.linear(input, weight), F.linear(input, weight))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 4), (5, 6), (5,)), ((3, 4), (5, 4), (6,)), ((), (5, 4), (5,)), ((3, 4), (2, 5, 4), None)]
+)
+def test_linear_refuses_the_shapes_that_torch_refuses(shapes):
+    layer = [None if shape is None else torch.randn(shape) for shape in shapes]
+    with pytest.raises(RuntimeError) as theirs:
+        F.linear(*layer)
+    with pytest.raises(type(theirs.value)):
+        functional.linear(*layer)
+
+
+def test_linear_names_the_shapes_at_fault():
+    with pytest.raises(RuntimeError, match=r"\(3, 4\).*\(5, 6\)"):
+        functional.linear(torch.randn(3, 4), torch.randn(5, 6))
+    with pytest.raises(RuntimeError, match=r"[Dd]ouble|dtype"):
+        functional.linear(torch.randn(3, 4), torch.randn(5, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_spread_as_in_torch(value):
+    input, weight, bias = torch.randn(5, 6), torch.randn(4, 6), torch.randn(4)
+    weight[1, 2] = value
+    input[0] = 0
+    input[3, 2] = value
+    layer = [tensor.requires_grad_() for tensor in (input, weight, bias)]
+    for ours, theirs in (
+        (functional.linear, F.linear),
+        (functional.linear_relu, lambda *layer: F.relu(F.linear(*layer))),
+    ):
+        output, expected = ours(*layer), theirs(*layer)
+        torch.testing.assert_close(output, expected, equal_nan=True)
+        upstream = torch.randn_like(expected)
+        torch.testing.assert_close(
+            _grads(output, layer, upstream), _grads(expected, layer, upstream), equal_nan=True
+        )
+    torch.testing.assert_close(functional.relu(input), F.relu(input), equal_nan=True)
+    torch.testing.assert_close(
+        functional.mse_loss(input, input * 0), F.mse_loss(input, input * 0), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 5), (100_003,)])
+@each_dtype
+def test_relu_of_any_shape(shape, dtype):
+    input = torch.randn(shape, dtype=dtype, requires_grad=True)
+    output = functional.relu(input)
+    assert torch.equal(output, F.relu(input))
+    upstream = torch.randn_like(output)
+    assert torch.equal(*(_grads(f(input), input, upstream)[0] for f in (functional.relu, F.relu)))
+
+
+def test_relu_in_place_writes_over_its_input():
+    input = torch.randn(5)
+    expected = F.relu(input)
+    assert functional.relu(input, inplace=True) is input
+    assert torch.equal(input, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (3, 5), (50_000,)])
+@each_dtype
+def test_mse_loss_of_any_shape(shape, reduction, dtype, uninitialised_is_nan):
+    pair = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2)]
+    truths = [tensor.detach().double().requires_grad_() for tensor in pair]
+    output, expected, truth = (
+        function(*tensors, reduction=reduction)
+        for function, tensors in ((functional.mse_loss, pair), (F.mse_loss, pair), (F.mse_loss, truths))
+    )
+    assert_as_accurate_as_torch(output, expected, truth)
+    upstream = torch.randn_like(expected)
+    for grad, torch_grad, true_grad in zip(
+        _grads(output, pair, upstream),
+        _grads(expected, pair, upstream),
+        _grads(truth, truths, upstream),
+        strict=True,
+    ):
+        assert_as_accurate_as_torch(grad, torch_grad, true_grad)
+
+
+def test_mse_loss_broadcasts_with_torchs_warning_and_takes_its_other_forms():
+    input, target = torch.randn(4, 1), torch.randn(4)
+    with pytest.warns(UserWarning, match="target size"):
+        output = functional.mse_loss(input, target)
+    with pytest.warns(UserWarning, match="target size"):
+        expected = F.mse_loss(input, target)
+    torch.testing.assert_close(output, expected)
+    weight = torch.rand(4, 1)
+    torch.testing.assert_close(
+        functional.mse_loss(input, input + 1, weight=weight), F.mse_loss(input, input + 1, weight=weight)
+    )
+    with pytest.raises(ValueError, match="average"):
+        functional.mse_loss(input, input, reduction="average")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+@each_dtype
+def test_cross_entropy_over_shapes(dtype, weighted, label_smoothing, reduction, uninitialised_is_nan):
+    for shape in [(5,), (1, 1), (7, 3), (0, 4), (257, 10), (2, 3, 4), (2, 3, 0), (2, 5, 2, 3)]:
+        class_dimension = 0 if len(shape) == 1 else 1
+        num_classes = shape[class_dimension]
+        target = torch.randint(num_classes, shape[:class_dimension] + shape[class_dimension + 1 :])
+        if target.dim() and target.numel() > 2:
+            target.view(-1)[1] = -100
+        logits = (3 * torch.randn(shape, dtype=dtype)).requires_grad_()
+        weight = torch.rand(num_classes, dtype=dtype) + 0.1 if weighted else None
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        double_logits = logits.detach().double().requires_grad_()
+        double_weight = None if weight is None else weight.double()
+        output = functional.cross_entropy(logits, target, weight, **options)
+        expected = F.cross_entropy(logits, target, weight, **options)
+        truth = F.cross_entropy(double_logits, target, double_weight, **options)
+        assert_as_accurate_as_torch(output, expected, truth, name=f"loss of {shape}")
+        upstream = torch.randn_like(expected)
+        grads = [
+            _grads(loss, tensor, upstream)[0]
+            for loss, tensor in ((output, logits), (expected, logits), (truth, double_logits))
+        ]
+        assert_as_accurate_as_torch(
+            *grads, name=f"grad_logits of {shape}", scale=upstream.abs().amax() if upstream.numel() else 1.0
+        )
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 100.0])
+def test_cross_entropy_of_great_logits_is_finite_and_a_shift_changes_nothing(offset):
+    # a power of two apart, so that the shift itself rounds nothing away
+    logits = torch.randint(-8, 8, (20, 10)).float().requires_grad_()
+    target = torch.randint(10, (20,))
+    loss, shifted = (functional.cross_entropy(z, target) for z in (logits, logits + offset))
+    torch.testing.assert_close(loss, shifted)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, shifted)))
+    great = (logits.detach().sign() * 1e4).requires_grad_()
+    loss = functional.cross_entropy(great, target)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(torch.autograd.grad(loss, great)[0]).all()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    num_rows=st.integers(1, 12),
+    num_classes=st.integers(1, 12),
+    size=st.floats(0.01, 1e4),
+    seed=st.integers(0, 2**31),
+)
+def test_cross_entropy_has_the_properties_of_a_loss(num_rows, num_classes, size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (size * torch.randn(num_rows, num_classes, generator=generator)).requires_grad_()
+    target = torch.randint(num_classes, (num_rows,), generator=generator)
+    losses = functional.cross_entropy(logits, target, reduction="none")
+    (grad,) = torch.autograd.grad(losses.sum(), logits)
+    assert (losses >= 0).all()
+    # p - onehot: each row sums to 0, and only the label's entry is not positive; 2 C roundings of at most 1
+    assert grad.sum(dim=1).abs().max() <= 2 * num_classes * torch.finfo(grad.dtype).eps
+    assert (grad.gather(1, target.unsqueeze(1)) <= 0).all()
+    assert (grad.scatter(1, target.unsqueeze(1), 0.0) >= 0).all()
+
+
+def test_cross_entropy_of_nan_and_inf_logits_is_torchs():
+    logits = torch.randn(6, 4)
+    logits[0, 1], logits[1, 2], logits[2, 0] = float("nan"), float("inf"), -float("inf")
+    logits[3] = -float("inf")
+    logits.requires_grad_()
+    target = torch.tensor([1, 0, 1, 2, -100, 3])
+    for options in ({}, {"label_smoothing": 0.1}, {"reduction": "none"}):
+        output, expected = (f(logits, target, **options) for f in (functional.cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(output, expected, equal_nan=True)
+        grads = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (output, expected)]
+        torch.testing.assert_close(*grads, equal_nan=True)
+
+
+def test_rows_that_are_all_ignored_give_torchs_nan_and_zero():
+    logits = torch.randn(3, 4, requires_grad=True)
+    target = torch.full((3,), 7)
+    for reduction in ("mean", "sum", "none"):
+        options = {"ignore_index": 7, "reduction": reduction}
+        torch.testing.assert_close(
+            functional.cross_entropy(logits, target, **options),
+            F.cross_entropy(logits, target, **options),
+            equal_nan=True,
+        )
+
+
+@pytest.mark.parametrize("label", [-1, 4, 2**40, -(2**62)])
+@pytest.mark.parametrize("spatial", [False, True])
+def test_a_label_that_is_no_class_is_an_index_error_that_names_it(label, spatial):
+    logits = torch.randn((3, 4, 2) if spatial else (3, 4), requires_grad=True)
+    target = torch.zeros((3, 2) if spatial else (3,), dtype=torch.int64)
+    target.view(-1)[2] = label
+    with pytest.raises(IndexError):
+        F.cross_entropy(logits, target)
+    with pytest.raises(IndexError, match=str(label)):
+        functional.cross_entropy(logits, target)
+    if not spatial:
+        with pytest.raises(IndexError, match=str(label)):
+            functional.linear_cross_entropy(torch.randn(3, 5), torch.randn(4, 5), target)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "options"),
+    [
+        (torch.randn(3, 4), torch.zeros(2, dtype=torch.int64), {}),
+        (torch.randn(3, 4), torch.zeros(3), {}),
+        (torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), {"reduction": "average"}),
+        (torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), {"label_smoothing": 1.5}),
+        (torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), {"weight": torch.ones(5)}),
+        (torch.randn(3, 4), torch.zeros(3, dtype=torch.int64), {"weight": torch.ones(4).double()}),
+        (torch.randn(3, 4, 2), torch.zeros(3, 3, dtype=torch.int64), {}),
+        (torch.randn(()), torch.zeros((), dtype=torch.int64), {}),
+    ],
+)
+def test_cross_entropy_refuses_what_torch_refuses(logits, target, options):
+    with pytest.raises((ValueError, RuntimeError, IndexError)) as theirs:
+        F.cross_entropy(logits, target, **options)
+    with pytest.raises(type(theirs.value)):
+        functional.cross_entropy(logits, target, **options)
+
+
+def test_class_probabilities_and_class_weights_that_require_a_gradient_are_torchs():
+    logits = torch.randn(3, 4, requires_grad=True)
+    probabilities = torch.randn(3, 4).softmax(1).requires_grad_()
+    output, expected = (f(logits, probabilities) for f in (functional.cross_entropy, F.cross_entropy))
+    inputs = (logits, probabilities)
+    torch.testing.assert_close(torch.autograd.grad(output, inputs), torch.autograd.grad(expected, inputs))
+    weight = torch.rand(4, requires_grad=True)
+    for function in (functional.cross_entropy, F.cross_entropy):
+        with pytest.raises(RuntimeError, match="weight"):
+            function(logits, torch.tensor([0, 1, 2]), weight)
+
+
+@pytest.mark.parametrize(
+    ("input_shape", "weight_shape", "target_shape"),
+    [((6,), (4, 6), ()), ((3, 6), (4, 6), (3,)), ((3, 6), (4, 2, 6), (3, 2)), ((0, 6), (4, 6), (0,))],
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_cross_entropy_in_all_its_forms(input_shape, weight_shape, target_shape, with_bias):
+    input = torch.randn(input_shape, requires_grad=True)
+    weight = torch.randn(weight_shape, requires_grad=True)
+    bias = torch.randn(weight_shape[:-1], requires_grad=True) if with_bias else None
+    target = torch.randint(4, target_shape)
+    options = {"weight": torch.rand(4), "reduction": "sum", "label_smoothing": 0.1}
+    output = functional.linear_cross_entropy(input, weight, target, linear_bias=bias, **options)
+    flat_bias = None if bias is None else bias.reshape(-1)
+    logits = F.linear(input, weight.reshape(-1, 6), flat_bias).reshape(*input_shape[:-1], *weight_shape[:-1])
+    expected = F.cross_entropy(logits, target, **options)
+    torch.testing.assert_close(output, expected)
+    inputs = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    torch.testing.assert_close(torch.autograd.grad(output, inputs), torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.parametrize(
+    ("input", "weight", "target", "options"),
+    [
+        (torch.randn(2, 3, 6), torch.randn(4, 6), torch.zeros(2, dtype=torch.int64), {}),
+        (torch.randn(2, 6), torch.randn(6), torch.zeros(2, dtype=torch.int64), {}),
+        (torch.randn(2, 5), torch.randn(4, 6), torch.zeros(2, dtype=torch.int64), {}),
+        (
+            torch.randn(2, 6),
+            torch.randn(4, 6),
+            torch.zeros(2, dtype=torch.int64),
+            {"linear_bias": torch.ones(3)},
+        ),
+        (torch.randn(6), torch.randn(4, 2, 6), torch.zeros(2, dtype=torch.int64), {}),
+        (torch.randn(2, 6), torch.randn(4, 6), torch.rand(2, 4), {"ignore_index": 1}),
+    ],
+)
+def test_linear_cross_entropy_refuses_with_a_runtime_error(input, weight, target, options):
+    with pytest.raises(RuntimeError):
+        functional.linear_cross_entropy(input, weight, target, **options)
+
+
+def test_a_lazily_negated_input_is_not_read_as_its_memory():
+    negated = torch.randn(4, 3, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(functional.relu(negated), F.relu(negated))
+    torch.testing.assert_close(
+        functional.linear(negated, torch.ones(2, 3)), F.linear(negated, torch.ones(2, 3))
+    )
+
+
+def test_a_parameter_that_was_stepped_since_the_forward_is_an_error():
+    weight = torch.nn.Parameter(torch.randn(2, 3))
+    input = torch.randn(4, 3, requires_grad=True)
+    output = functional.linear(input, weight)
+    from fastdl.optim import SGD
+
+    weight.grad = torch.ones_like(weight)
+    SGD([weight], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
