@@ -63,11 +63,11 @@ ROW_DEPTH = 8
 FROM_ZERO, FROM_BIAS, FROM_OUTPUT = range(3)
 
 _INT32 = ir.IntType(32)
-_INTP = ir.IntType(types.intp.bitwidth)
+INTP = ir.IntType(types.intp.bitwidth)
 _BOOL = ir.IntType(1)
 
 
-class _Vectors:
+class Vectors:
     """Writes instructions on vectors of one element type."""
 
     def __init__(self, builder, element):
@@ -96,11 +96,11 @@ class _Vectors:
 
     def first(self, count):
         """Return the mask of the first count lanes."""
-        lanes = ir.Constant(ir.VectorType(_INTP, self.width), list(range(self.width)))
+        lanes = ir.Constant(ir.VectorType(INTP, self.width), list(range(self.width)))
         return self.builder.icmp_signed("<", lanes, self.splat(count))
 
     def at(self, pointer, position):
-        position = position if isinstance(position, ir.Value) else _INTP(position)
+        position = position if isinstance(position, ir.Value) else INTP(position)
         return self.builder.gep(pointer, [position])
 
     def load(self, pointer, mask=None, width=None):
@@ -121,9 +121,9 @@ class _Vectors:
     def load_start(self, start, bias, output, mask=None, width=None):
         """Return what a sum starts from; where that is 0 the output is read in vain, without a branch."""
         builder = self.builder
-        from_bias = builder.icmp_signed("==", start, _INTP(FROM_BIAS))
+        from_bias = builder.icmp_signed("==", start, INTP(FROM_BIAS))
         value = self.load(builder.select(from_bias, bias, output), mask, width)
-        from_zero = builder.icmp_signed("==", start, _INTP(FROM_ZERO))
+        from_zero = builder.icmp_signed("==", start, INTP(FROM_ZERO))
         return builder.select(from_zero, ir.Constant(value.type, [0.0] * value.type.count), value)
 
     def multiply_add(self, a, b, c):
@@ -147,14 +147,14 @@ class _Vectors:
         head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
         builder.branch(head)
         builder.position_at_end(head)
-        index = builder.phi(_INTP)
+        index = builder.phi(INTP)
         phis = [builder.phi(value.type) for value in values]
-        for phi, value in zip([index, *phis], [_INTP(0), *values], strict=True):
+        for phi, value in zip([index, *phis], [INTP(0), *values], strict=True):
             phi.add_incoming(value, before)
         builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
         builder.position_at_end(inside)
         values = body(index, phis)
-        for phi, value in zip([index, *phis], [builder.add(index, _INTP(step)), *values], strict=True):
+        for phi, value in zip([index, *phis], [builder.add(index, INTP(step)), *values], strict=True):
             phi.add_incoming(value, builder.block)
         builder.branch(head)
         builder.position_at_end(after)
@@ -168,10 +168,10 @@ class _Vectors:
         builder = self.builder
         after = builder.append_basic_block("chosen")
         blocks = [builder.append_basic_block(f"case_{case}") for case in cases]
-        switch = builder.switch(builder.zext(value, _INTP) if value.type == _BOOL else value, blocks[0])
+        switch = builder.switch(builder.zext(value, INTP) if value.type == _BOOL else value, blocks[0])
         ends = []
         for case, block in zip(cases, blocks, strict=True):
-            switch.add_case(_INTP(int(case)), block)
+            switch.add_case(INTP(int(case)), block)
             builder.position_at_end(block)
             results = write(case)
             ends.append((builder.block, results))
@@ -226,7 +226,7 @@ class _Vectors:
         return rows
 
 
-def _call_of(write, *kinds):
+def call_of(write, *kinds):
     """Return the signature and the code generator of a call of the function that write writes."""
     integers = [
         types.boolean if isinstance(types.unliteral(kind), types.Boolean) else types.intp for kind in kinds
@@ -259,7 +259,7 @@ def _call_of(write, *kinds):
             # inlined into its caller, a tile of many cases takes LLVM several times as long
             function.attributes.add("noinline")
             inner = ir.IRBuilder(function.append_basic_block("entry"))
-            write(_Vectors(inner, element), *function.args)
+            write(Vectors(inner, element), *function.args)
             inner.ret_void()
         builder.call(function, arguments)
         return context.get_dummy_value()
@@ -275,12 +275,12 @@ def _multiply_tile(
 
     def write(num_vectors, num_rows):
         columns = [v * width for v in range(num_vectors)]
-        masks = [vectors.first(builder.sub(cols, _INTP(column))) for column in columns]
-        output_rows = [vectors.at(output, builder.mul(output_stride, _INTP(i))) for i in range(num_rows)]
+        masks = [vectors.first(builder.sub(cols, INTP(column))) for column in columns]
+        output_rows = [vectors.at(output, builder.mul(output_stride, INTP(i))) for i in range(num_rows)]
         places = [
             (vectors.at(row, c), mask) for row in output_rows for c, mask in zip(columns, masks, strict=True)
         ]
-        a_offsets = [builder.mul(a_row_stride, _INTP(i)) for i in range(num_rows)]
+        a_offsets = [builder.mul(a_row_stride, INTP(i)) for i in range(num_rows)]
 
         def initial(kind):
             if kind == FROM_ZERO:
@@ -307,19 +307,19 @@ def _multiply_tile(
     def write_rows(num_vectors):
         return vectors.choose(rows, range(1, TILE.rows + 1), lambda num_rows: write(num_vectors, num_rows))
 
-    used_vectors = builder.sdiv(builder.add(cols, _INTP(width - 1)), _INTP(width))
+    used_vectors = builder.sdiv(builder.add(cols, INTP(width - 1)), INTP(width))
     vectors.choose(used_vectors, range(1, TILE.vectors + 1), write_rows)
 
 
 def _add_rows(vectors, output, a, gate, gated, a_step, b, b_step, depth, cols, bias, start, relu):
     builder = vectors.builder
-    whole = builder.and_(cols, _INTP(-vectors.width))
+    whole = builder.and_(cols, INTP(-vectors.width))
     tail = vectors.first(builder.sub(cols, whole))
 
     def write(count):
         def factors(is_gated):
             found = []
-            for offset in [builder.mul(a_step, _INTP(p)) for p in range(count)]:
+            for offset in [builder.mul(a_step, INTP(p)) for p in range(count)]:
                 factor = builder.load(vectors.at(a, offset))
                 if is_gated:
                     zero = ir.Constant(vectors.element, 0.0)
@@ -329,7 +329,7 @@ def _add_rows(vectors, output, a, gate, gated, a_step, b, b_step, depth, cols, b
             return found
 
         left = vectors.choose(gated, [False, True], factors)
-        b_rows = [vectors.at(b, builder.mul(b_step, _INTP(p))) for p in range(count)]
+        b_rows = [vectors.at(b, builder.mul(b_step, INTP(p))) for p in range(count)]
 
         def step(j, _, mask=None):
             total = vectors.load_start(start, vectors.at(bias, j), vectors.at(output, j), mask)
@@ -346,12 +346,12 @@ def _add_rows(vectors, output, a, gate, gated, a_step, b, b_step, depth, cols, b
 
 def _dot_tile(vectors, output, output_stride, a, a_stride, b, b_stride, depth, rows, cols, bias, start, relu):
     builder = vectors.builder
-    whole = builder.and_(depth, _INTP(-vectors.width))
+    whole = builder.and_(depth, INTP(-vectors.width))
     tail = vectors.first(builder.sub(depth, whole))
 
     def write(num_rows, num_cols):
-        a_rows = [vectors.at(a, builder.mul(a_stride, _INTP(i))) for i in range(num_rows)]
-        b_rows = [vectors.at(b, builder.mul(b_stride, _INTP(j))) for j in range(num_cols)]
+        a_rows = [vectors.at(a, builder.mul(a_stride, INTP(i))) for i in range(num_rows)]
+        b_rows = [vectors.at(b, builder.mul(b_stride, INTP(j))) for j in range(num_cols)]
 
         def step(p, sums, mask=None):
             right = [vectors.load(vectors.at(row, p), mask) for row in b_rows]
@@ -362,7 +362,7 @@ def _dot_tile(vectors, output, output_stride, a, a_stride, b, b_stride, depth, r
         sums = vectors.loop(whole, vectors.width, [vectors.zero] * (num_rows * num_cols), step)
         sums = step(whole, sums, tail)
         for i in range(num_rows):
-            place = vectors.at(output, builder.mul(output_stride, _INTP(i)))
+            place = vectors.at(output, builder.mul(output_stride, INTP(i)))
             row = vectors.sum_lanes(sums[i * num_cols : (i + 1) * num_cols])
             row = vectors.shuffle(row, row, range(num_cols))
             first = vectors.load_start(start, bias, place, width=num_cols)
@@ -377,7 +377,7 @@ def _dot_tile(vectors, output, output_stride, a, a_stride, b, b_stride, depth, r
 
 def _transpose_block(vectors, source, source_stride, target, target_stride):
     builder = vectors.builder
-    lines = [_INTP(i) for i in range(vectors.width)]
+    lines = [INTP(i) for i in range(vectors.width)]
     rows = [vectors.load(vectors.at(source, builder.mul(source_stride, i))) for i in lines]
     for i, column in zip(lines, vectors.transpose(rows), strict=True):
         vectors.store(column, vectors.at(target, builder.mul(target_stride, i)))
@@ -385,7 +385,7 @@ def _transpose_block(vectors, source, source_stride, target, target_stride):
 
 def _copy_block(vectors, source, source_stride, gate, gated, target, target_stride, lines, count):
     builder = vectors.builder
-    whole = builder.and_(count, _INTP(-vectors.width))
+    whole = builder.and_(count, INTP(-vectors.width))
     tail = vectors.first(builder.sub(count, whole))
 
     def write(is_gated):
@@ -413,14 +413,14 @@ def _copy_block(vectors, source, source_stride, gate, gated, target, target_stri
 def _sum_open(vectors, source, gate, gated, stride, rows, cols, target):
     builder = vectors.builder
     columns = [v * vectors.width for v in range(SUM_VECTORS)]
-    masks = [vectors.first(builder.sub(cols, _INTP(column))) for column in columns]
+    masks = [vectors.first(builder.sub(cols, INTP(column))) for column in columns]
 
     def write(is_gated):
         def step(i, sums):
             row = builder.mul(i, stride)
             added = []
             for column, mask, total in zip(columns, masks, sums, strict=True):
-                place = builder.add(row, _INTP(column))
+                place = builder.add(row, INTP(column))
                 value = vectors.load(vectors.at(source, place), mask)
                 if is_gated:
                     value = vectors.close(vectors.load(vectors.at(gate, place), mask), value)
@@ -451,7 +451,7 @@ def multiply_tile(
     are next to each other in j. Each step loads ``TILE.vectors`` vectors and ``rows`` single elements for
     ``rows * TILE.vectors`` multiply-adds.
     """
-    return _call_of(
+    return call_of(
         _multiply_tile, output, output_at, output_stride, a, a_at, a_row_stride, a_step, b, b_at, b_step,
         depth, rows, cols, bias, bias_at, start, relu,
     )  # fmt: skip
@@ -471,7 +471,7 @@ def add_rows(
     ``output[j] = sum over p < depth of a[p] * b[p, j]`` for ``j < cols``, plus what ``start`` says; then ReLU
     where relu is true. The elements of a are gated as in ``copy_block``.
     """
-    return _call_of(
+    return call_of(
         _add_rows, output, output_at, a, a_at, gate, gate_at, gated, a_step, b, b_at, b_step, depth, cols,
         bias, bias_at, start, relu,
     )  # fmt: skip
@@ -492,7 +492,7 @@ def dot_tile(
     ``j < cols <= TILE.dot_cols``, plus what ``start`` says; then ReLU where relu is true. Elements of both
     are next to each other in p, and so are the lanes of a sum.
     """
-    return _call_of(
+    return call_of(
         _dot_tile, output, output_at, output_stride, a, a_at, a_stride, b, b_at, b_stride,
         depth, rows, cols, bias, bias_at, start, relu,
     )  # fmt: skip
@@ -501,7 +501,7 @@ def dot_tile(
 @intrinsic
 def transpose_block(typing_context, source, source_at, source_stride, target, target_at, target_stride):
     """Write the transpose of a square block, one vector wide."""
-    return _call_of(_transpose_block, source, source_at, source_stride, target, target_at, target_stride)
+    return call_of(_transpose_block, source, source_at, source_stride, target, target_at, target_stride)
 
 
 @intrinsic
@@ -513,7 +513,7 @@ def copy_block(
     lines, count,
 ):  # fmt: skip
     """Copy lines of count elements; where gated is true, write 0 for each whose gate is 0 or less."""
-    return _call_of(
+    return call_of(
         _copy_block, source, source_at, source_stride, gate, gate_at, gated, target, target_at, target_stride,
         lines, count,
     )  # fmt: skip
@@ -522,7 +522,7 @@ def copy_block(
 @intrinsic
 def sum_open(typing_context, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at):
     """Write the sum of the rows, cols of at most ``SUM_VECTORS`` vectors; gated as in ``copy_block``."""
-    return _call_of(_sum_open, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at)
+    return call_of(_sum_open, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at)
 
 
 @intrinsic
@@ -531,7 +531,7 @@ def aligned(typing_context, array):
 
     def generate(context, builder, signature, values):
         data = context.make_array(array)(context, builder, values[0]).data
-        skipped = builder.and_(builder.neg(builder.ptrtoint(data, _INTP)), _INTP(63))
-        return builder.udiv(skipped, _INTP(array.dtype.bitwidth // 8))
+        skipped = builder.and_(builder.neg(builder.ptrtoint(data, INTP)), INTP(63))
+        return builder.udiv(skipped, INTP(array.dtype.bitwidth // 8))
 
     return types.intp(array), generate

@@ -1,0 +1,316 @@
+"""The compiled engine: a net laid out in flat memory, and whole epochs of it in one call."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.training.loop import Scores
+from fastdl.training.lower import Lowered
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Below this many FLOPs a step takes less time than the threads need to meet twice.
+_MIN_FLOPS_PER_THREAD = 4e5
+# An epoch of fewer FLOPs takes about a millisecond: handing it to another thread isn't worth it.
+_MIN_FLOPS_TO_HAND_OVER = 5e7
+# Fewer rows than this many for each thread are split by columns.
+_FEW_ROWS = 16
+# Skipping zeros pays where at least this share of the examples' numbers is 0.
+_MIN_ZEROS = 0.3
+_SAMPLE = 1024
+# how often a waiting thread looks for Ctrl-C and reports progress, in seconds
+_PATIENCE = 0.05
+# bytes of a cache line: everything begins at the start of one
+_LINE = 64
+
+
+def _aligned(count: int, dtype: Any) -> NDArray[Any]:
+    """Return zeros that begin at the start of a cache line."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype)
+
+
+class _Layout:
+    """Hands out places in a flat array."""
+
+    def __init__(self, itemsize: int) -> None:
+        self.size = 0
+        self._line = _LINE // itemsize
+
+    def place(self, count: int) -> int:
+        start = self.size
+        self.size += -(-count // self._line) * self._line
+        return start
+
+
+class Program:
+    """A net that is trained by whole epochs.
+
+    Parameters
+    ----------
+    lowered : Lowered
+    X : Tensor
+        The examples, (N, K), contiguous: uint8, or the net's dtype.
+    y : Tensor
+        Labels (N,), int64, or targets (N, M) of the net's dtype.
+    batch_size : int
+    input_scale : float
+        What each number of `X` is multiplied by.
+    """
+
+    def __init__(self, lowered: Lowered, X: Tensor, y: Tensor, batch_size: int, input_scale: float) -> None:
+        self._kernels = cpu_kernels()
+        self._lowered = lowered
+        self._batch_size = batch_size
+        self._input_scale = input_scale
+        flops = 6 * batch_size * sum(layer.module.weight.numel() for layer in lowered.layers)
+        self._num_threads = int(max(1, min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)))
+        self._hands_over = (
+            self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
+        )
+        self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
+        dtype = torch.empty(0, dtype=lowered.dtype).numpy().dtype
+        self._dtype = dtype
+        self._nonzero = self._skips_zeros(X)
+        self._lay_out(X)
+        self._X, self._labels, self._targets = self._examples(X, y)
+        weight = lowered.class_weight
+        self._class_weight = np.empty(0, dtype) if weight is None else array(weight)
+
+    def _skips_zeros(self, X: Tensor) -> bool:
+        if self._lowered.layers[0].module.out_features <= self._panel():
+            return False
+        sample = X[:: max(1, len(X) // _SAMPLE)]
+        return float((sample == 0).float().mean()) >= _MIN_ZEROS
+
+    def _panel(self) -> int:
+        return int(self._kernels.panels.panel_of(np.empty(0, self._dtype)))
+
+    def _examples(self, X: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        no_targets = np.empty((0, 0), self._dtype)
+        if self._lowered.is_classifier:
+            return array(X), array(y), no_targets
+        return array(X), np.empty(0, np.int64), array(y)
+
+    def _lay_out(self, X: Tensor) -> None:
+        dense, epoch = self._kernels.dense, self._kernels.epoch
+        lowered, panel = self._lowered, self._panel()
+        itemsize = self._dtype.itemsize
+        stride = -(-self._batch_size // 16) * 16
+        state, scratch = _Layout(itemsize), _Layout(itemsize)
+        layers = np.zeros((len(lowered.layers), dense.NUM_COLUMNS), np.int64)
+        widest = 0
+        for row, layer in zip(layers, lowered.layers, strict=True):
+            depth, width = layer.module.in_features, layer.module.out_features
+            padded_depth, padded_width = (-(-size // panel) * panel for size in (depth, width))
+            row[dense.NUM_INPUTS], row[dense.NUM_OUTPUTS] = depth, width
+            row[dense.IS_THIN] = 4 * width <= 3 * panel
+            row[dense.HAS_RELU] = layer.has_relu
+            size = padded_depth * width if row[dense.IS_THIN] else padded_width * depth
+            row[dense.WEIGHT], row[dense.WEIGHT_BUFFER] = state.place(size), state.place(size)
+            row[dense.BIAS], row[dense.BIAS_BUFFER] = state.place(padded_width), state.place(padded_width)
+            row[dense.OUTPUT] = scratch.place(padded_width * stride)
+            row[dense.GRAD] = scratch.place(padded_width * stride)
+            for column, group in (
+                (dense.WEIGHT_GROUP, layer.weight_group),
+                (dense.BIAS_GROUP, layer.bias_group),
+            ):
+                row[column] = dense.NO_GROUP if group is None else group
+            widest = max(widest, padded_depth, padded_width)
+        num_inputs = int(X.shape[1])
+        input_at = 0
+        if not self._nonzero:
+            input_at = scratch.place(-(-num_inputs // panel) * panel * stride)
+        own = self._own_memory(layers, stride, panel)
+        work = scratch.place(0)
+        for _ in range(self._num_threads):
+            scratch.place(own)
+        # a tile may read, and throw away, some rows behind the last
+        scratch.place(16 * panel)
+        self._layers = layers
+        self._state = _aligned(state.size, self._dtype)
+        self._scratch = _aligned(scratch.size, self._dtype)
+        words, batch_words = (-(-size // self._kernels.panels.WORD) for size in (num_inputs, stride))
+        self._places = (stride, input_at, work, -(-own // 16) * 16, batch_words)
+        kind = np.uint8 if X.dtype == torch.uint8 else self._dtype
+        word, examples = self._kernels.panels.WORD, stride if self._nonzero else 0
+        own_inputs = -(-num_inputs // (panel * self._num_threads)) * panel + 16 if self._nonzero else 0
+        self._values = _aligned((examples + 1) * words * word, kind)
+        self._masks = _aligned(examples * words, np.int64)
+        self._transposed = _aligned(self._num_threads * own_inputs * batch_words * word, kind).reshape(
+            self._num_threads, -1
+        )
+        self._transposed_masks = _aligned(self._num_threads * own_inputs * batch_words, np.int64).reshape(
+            self._num_threads, -1
+        )
+        self._counters = _aligned(epoch.NUM_COUNTERS, np.int64)
+        self._sums = _aligned(self._num_threads * epoch.NUM_SUMS, np.float64).reshape(self._num_threads, -1)
+
+    def _own_memory(self, layers: NDArray[Any], stride: int, panel: int) -> int:
+        """Return how much memory of its own a thread needs, in elements."""
+        dense = self._kernels.dense
+        rows = -(-stride // panel) * panel + panel
+        most = 0
+        for index, row in enumerate(layers):
+            depth, width = (
+                int(-(-row[column] // panel) * panel) for column in (dense.NUM_INPUTS, dense.NUM_OUTPUTS)
+            )
+            most = max(most, 2 * width)
+            if index > 0 and not row[dense.IS_THIN]:
+                most = max(most, rows * (depth + width))
+            if index == 0 and self._nonzero:
+                most = max(most, max(self._kernels.panels.LONG_ROWS) * panel * (depth // self._num_threads + panel))
+            block = max(dense.BLOCK_INPUTS, panel) * max(dense.BLOCK_COLUMNS, panel)
+            most = max(most, width * panel if row[dense.IS_THIN] else block)
+        return -(-most // 16) * 16
+
+    def _parameters(self) -> list[tuple[Tensor, NDArray[Any], int, int, int, int | None]]:
+        dense = self._kernels.dense
+        columns = (
+            ("weight", dense.WEIGHT, dense.WEIGHT_BUFFER, dense.WEIGHT_IS_FRESH),
+            ("bias", dense.BIAS, dense.BIAS_BUFFER, dense.BIAS_IS_FRESH),
+        )
+        found = []
+        for row, layer in zip(self._layers, self._lowered.layers, strict=True):
+            for name, place, buffer, fresh in columns:
+                parameter = getattr(layer.module, name)
+                if parameter is not None:
+                    found.append(
+                        (parameter, row, int(row[place]), int(row[buffer]), fresh, getattr(layer, f"{name}_group"))
+                    )
+        return found
+
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor | None:
+        buffer: Tensor | None = self._lowered.optimizer.state.get(parameter, {}).get("momentum_buffer")
+        return buffer
+
+    def read(self) -> None:
+        """Copy the parameters, momentum buffers and options from the net and the optimizer."""
+        groups = self._lowered.optimizer.param_groups
+        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        self._groups = np.array([[float(group[name]) for name in names] for group in groups])
+        for parameter, row, place, buffer_place, fresh, group in self._parameters():
+            self._read(parameter, row, place)
+            if group is not None and groups[group]["momentum"] != 0:
+                buffer = self._momentum_buffer(parameter)
+                row[fresh] = buffer is None
+                if buffer is not None:
+                    self._read(buffer, row, buffer_place)
+
+    def write(self) -> None:
+        """Copy the parameters and momentum buffers to the net and the optimizer."""
+        optimizer = self._lowered.optimizer
+        for parameter, row, place, buffer_place, _, group in self._parameters():
+            if group is None:
+                continue
+            self._write(parameter, row, place)
+            if optimizer.param_groups[group]["momentum"] != 0:
+                buffer = self._momentum_buffer(parameter)
+                if buffer is None:
+                    buffer = torch.empty_like(parameter, requires_grad=False)
+                    optimizer.state[parameter]["momentum_buffer"] = buffer
+                self._write(buffer, row, buffer_place)
+
+    def _read(self, tensor: Tensor, row: NDArray[Any], place: int) -> None:
+        if tensor.dim() == 2:
+            is_thin = bool(row[self._kernels.dense.IS_THIN])
+            self._kernels.epoch.read_weight(array(tensor), self._state, place, is_thin)
+        else:
+            self._state[place : place + tensor.numel()] = array(tensor)
+
+    def _write(self, tensor: Tensor, row: NDArray[Any], place: int) -> None:
+        target = tensor.detach().numpy() if tensor.is_contiguous() else np.empty(tensor.shape, self._dtype)
+        if tensor.dim() == 2:
+            is_thin = bool(row[self._kernels.dense.IS_THIN])
+            self._kernels.epoch.write_weight(self._state, place, is_thin, target)
+        else:
+            target[:] = self._state[place : place + tensor.numel()]
+        if tensor.is_contiguous():
+            # a graph that saved the tensor must notice
+            increment_version([tensor])
+        else:
+            tensor.detach().copy_(torch.from_numpy(target))
+
+    def epoch(self, order: Tensor, tick: Callable[[int], None] | None = None) -> Scores:
+        """Train on the examples in this order.
+
+        Parameters
+        ----------
+        order : Tensor
+            Which examples, int64.
+        tick : callable, optional
+            Called now and then, in this thread, with how many steps are done.
+
+        Returns
+        -------
+        Scores
+            Met on the way.
+        """
+        return self._run(self._X, self._labels, self._targets, order, True, tick)
+
+    def evaluate(self, X: Tensor, y: Tensor) -> Scores:
+        """Return loss and accuracy on other examples, of the kind of the constructor's."""
+        examples = self._examples(X, y)
+        return self._run(*examples, torch.arange(len(X)), False, None)
+
+    def _run(
+        self,
+        X: NDArray[Any],
+        labels: NDArray[Any],
+        targets: NDArray[Any],
+        order: Tensor,
+        trains: bool,
+        tick: Callable[[int], None] | None,
+    ) -> Scores:
+        kernels, lowered = self._kernels.epoch, self._lowered
+        self._counters[:] = 0
+        self._sums[:] = 0
+
+        def run(thread: int) -> None:
+            kernels.run_epoch(
+                thread, self._num_threads, self._counters, self._layers, self._groups, self._state, self._scratch,
+                self._places, X, kernels.NONZERO if self._nonzero else kernels.DENSE, self._input_scale,
+                self._values, self._masks, self._transposed, self._transposed_masks, array(order),
+                self._batch_size, self._by_columns,
+                kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,
+                labels, targets, self._class_weight, lowered.ignore_index, lowered.label_smoothing, trains,
+                self._sums,
+            )  # fmt: skip
+
+        if self._hands_over:
+            self._in_threads(run, tick)
+        else:
+            run(0)
+        loss, correct = self._sums[:, [kernels.LOSS, kernels.CORRECT]].sum(axis=0) / len(order)
+        return Scores(float(loss), float(correct) if lowered.is_classifier else None)
+
+    def _in_threads(self, run: Callable[[int], None], tick: Callable[[int], None] | None) -> None:
+        """Run in threads of their own, so that this one sees Ctrl-C."""
+        threads = [
+            threading.Thread(target=run, args=(thread,), name=f"fastdl-{thread}", daemon=True)
+            for thread in range(self._num_threads)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(_PATIENCE)
+                    if tick is not None:
+                        tick(int(self._counters[self._kernels.epoch.STEPS]))
+        except BaseException:
+            self._counters[self._kernels.epoch.STOP] = 1
+            for thread in threads:
+                thread.join()
+            raise

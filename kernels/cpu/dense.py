@@ -1,0 +1,492 @@
+"""The phases of a training step of a dense network, on panels; a thread does a part of each.
+
+``layers`` has one row for each layer. Parameters and momentum buffers are in ``state``, what a step computes is
+in ``scratch``; both are flat, and the rows of ``layers`` say where each matrix begins. Layers with few outputs
+("thin") keep their weight as (ceil(K / panel), M, panel), the others as (ceil(M / panel), K, panel).
+
+With h the input of a layer, z its product, a = relu(z) and g the gradient of z:
+
+    z = h @ weight.T + bias       grad_weight = g.T @ h       grad_bias = g.sum(0)
+    g of the layer before = (g @ weight) * (a of the layer before > 0)
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from fastdl.kernels.cpu.intrinsics import TILE, transpose_block
+from fastdl.kernels.cpu.panels import (
+    LONG_ROWS,
+    ROW_COUNTS,
+    WORD,
+    dot_panels,
+    mask_of_nonzero,
+    multiply_nonzero,
+    multiply_panels,
+    panel_of,
+    transpose_bytes,
+)
+from fastdl.kernels.jit import jit
+
+# the columns of the table of layers
+(
+    NUM_INPUTS, NUM_OUTPUTS, IS_THIN, HAS_RELU, WEIGHT, BIAS, WEIGHT_BUFFER, BIAS_BUFFER,
+    WEIGHT_GROUP, BIAS_GROUP, WEIGHT_IS_FRESH, BIAS_IS_FRESH, OUTPUT, GRAD,
+) = range(14)  # fmt: skip
+NUM_COLUMNS = 14
+# the columns of the table of parameter groups
+LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE = range(6)
+NUM_OPTIONS = 6
+# in place of a group: a parameter that isn't there
+NO_GROUP = -1
+
+# The parts that a product is done in, so that what is read again is in L1 or L2 still.
+BLOCK_ROWS = 128
+BLOCK_DEPTH = 512
+BLOCK_COLUMNS = 256
+BLOCK_BATCH = 256
+BLOCK_INPUTS = 64
+
+_TILE_ROWS = TILE.rows
+_DOT_ROWS = TILE.dot_rows
+_DOT_COLS = TILE.dot_cols
+_ROW_COUNTS = tuple(ROW_COUNTS)
+_LONG_ROWS = tuple(LONG_ROWS)
+_VECTORS = TILE.vectors
+
+
+@jit
+def panels_of(columns, panel):
+    """Return how many panels so many columns take."""
+    return (columns + panel - 1) // panel
+
+
+@jit
+def _tile_height(rows):
+    """Return the most rows, of those left, that one tile takes."""
+    for count in _ROW_COUNTS:
+        if count <= rows:
+            return count
+    return 1
+
+
+@jit
+def _used_vectors(columns, panel):
+    """Return how many vectors of a panel are used, where columns are left."""
+    lanes = panel // _VECTORS
+    return min(_VECTORS, (columns + lanes - 1) // lanes)
+
+
+@jit
+def _add_bias(scratch, at, count, panel, state, bias_at, scale, relu):
+    """Turn sums into outputs: ``scale * sum + bias``, then ReLU; NaN stays NaN."""
+    outputs = scratch[at : at + count * panel]
+    bias = state[bias_at : bias_at + panel]
+    zero = scratch.dtype.type(0)
+    low = zero if relu else scratch.dtype.type(-np.inf)
+    for n in range(count):
+        row = outputs[n * panel : (n + 1) * panel]
+        for i in range(panel):
+            value = row[i] * scale + bias[i]
+            row[i] = low if value <= low else value
+
+
+@jit
+def forward(layers, layer, source, source_at, stride, state, scratch, rows, panels, scale):
+    """Write some rows, and panels of columns, of a layer's output.
+
+    The layer's input has its panels ``stride`` rows apart in source, from source_at, as the output has.
+    """
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    relu = layers[layer, HAS_RELU] == 1
+    output, weight, bias = layers[layer, OUTPUT], layers[layer, WEIGHT], layers[layer, BIAS]
+    panel = panel_of(scratch)
+    if layers[layer, IS_THIN]:
+        row = rows[0]
+        while row < rows[1]:
+            height = _DOT_ROWS if row + _DOT_ROWS <= rows[1] else 1
+            for col in range(0, width, _DOT_COLS):
+                dot_panels(
+                    scratch, output + row * panel + col, source, source_at + row * panel, stride * panel,
+                    state, weight + col * panel, width * panel,
+                    panels_of(depth, panel), height, min(_DOT_COLS, width - col),
+                )  # fmt: skip
+            row += height
+        _add_bias(scratch, output + rows[0] * panel, rows[1] - rows[0], panel, state, bias, scale, relu)
+        return
+    for block in range(rows[0], rows[1], BLOCK_ROWS):
+        block_stop = min(block + BLOCK_ROWS, rows[1])
+        for first in range(0, depth, BLOCK_DEPTH):
+            steps = min(BLOCK_DEPTH, depth - first)
+            for j in range(panels[0], panels[1]):
+                row = block
+                while row < block_stop:
+                    height = _tile_height(block_stop - row)
+                    multiply_panels(
+                        scratch, output + (j * stride + row) * panel,
+                        source, source_at + first * stride + row * panel, stride * panel, False,
+                        state, weight + (j * depth + first) * panel,
+                        steps, height, _used_vectors(width - j * panel, panel), first > 0,
+                    )  # fmt: skip
+                    row += height
+        for j in range(panels[0], panels[1]):
+            at = output + (j * stride + block) * panel
+            _add_bias(scratch, at, block_stop - block, panel, state, bias + j * panel, scale, relu)
+
+
+@jit
+def forward_nonzero(layers, values, masks, words, stride, state, scratch, rows, panels, scale):
+    """Write some rows, and panels, of the first layer's output, skipping what is 0 in its input.
+
+    ``values`` has a row of ``words * WORD`` numbers for each example, and masks a word for each WORD of them.
+    """
+    depth = layers[0, NUM_INPUTS]
+    relu = layers[0, HAS_RELU] == 1
+    output, weight, bias = layers[0, OUTPUT], layers[0, WEIGHT], layers[0, BIAS]
+    panel = panel_of(scratch)
+    for j in range(panels[0], panels[1]):
+        at = output + (j * stride + rows[0]) * panel
+        scratch[at : at + (rows[1] - rows[0]) * panel] = 0
+    j = panels[0]
+    while j < panels[1]:
+        used = _long_row(panels[1] - j)
+        for word in range(words):
+            b_at = weight + (j * depth + word * WORD) * panel
+            for n in range(rows[0], rows[1]):
+                bits = masks[n * words + word]
+                if bits != 0:
+                    multiply_nonzero(
+                        scratch, output + (j * stride + n) * panel, stride * panel,
+                        values, (n * words + word) * WORD, bits, state, b_at, depth * panel, used * _VECTORS,
+                    )  # fmt: skip
+        j += used
+    for j in range(panels[0], panels[1]):
+        at = output + (j * stride + rows[0]) * panel
+        _add_bias(scratch, at, rows[1] - rows[0], panel, state, bias + j * panel, scale, relu)
+
+
+@jit
+def _long_row(panels):
+    """Return the most panels, of those left, that one row of multiply_nonzero takes."""
+    for count in _LONG_ROWS:
+        if count // _VECTORS <= panels:
+            return count // _VECTORS
+    return 1
+
+
+@jit
+def _close(scratch, grad_at, output_at, count):
+    """Set a gradient to 0 where the output of its ReLU is 0 or less; a NaN output lets it pass."""
+    grad = scratch[grad_at : grad_at + count]
+    output = scratch[output_at : output_at + count]
+    zero = scratch.dtype.type(0)
+    for i in range(count):
+        grad[i] = zero if output[i] <= zero else grad[i]
+
+
+@jit
+def _transpose_panels(source, source_at, source_panel, target, target_at, target_panel, rows, columns, lanes, panel):
+    """Write panels over the columns of a matrix as panels over its rows, whole blocks at a time."""
+    for row in range(0, rows, lanes):
+        for col in range(0, columns, lanes):
+            transpose_block(
+                source, source_at + col // panel * source_panel + row * panel + col % panel, panel,
+                target, target_at + row // panel * target_panel + col * panel + row % panel, panel,
+            )  # fmt: skip
+
+
+@jit
+def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
+    """Write some rows, and panels, of the gradient of the layer before.
+
+    ``work`` is where the thread's own memory begins in scratch: for the gradients of as many rows as these,
+    transposed, of this layer and of the one before.
+    """
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    weight, grad = layers[layer, WEIGHT], layers[layer, GRAD]
+    before, output = layers[layer - 1, GRAD], layers[layer - 1, OUTPUT]
+    closes = layers[layer - 1, HAS_RELU] == 1
+    panel = panel_of(scratch)
+    lanes = panel // _VECTORS
+    if layers[layer, IS_THIN]:
+        for j in range(panels[0], panels[1]):
+            row = rows[0]
+            while row < rows[1]:
+                height = _tile_height(rows[1] - row)
+                multiply_panels(
+                    scratch, before + (j * stride + row) * panel,
+                    scratch, grad + row * panel, 0, False,
+                    state, weight + j * width * panel,
+                    width, height, _used_vectors(depth - j * panel, panel), False,
+                )  # fmt: skip
+                row += height
+    else:
+        count = rows[1] - rows[0]
+        row_panels = panels_of(count, panel)
+        whole_width = panels_of(width, panel) * panel
+        whole_depth = panels_of(depth, panel) * panel
+        transposed = work + row_panels * whole_width * panel
+        # 1: this layer's gradient, with lanes along the rows
+        _transpose_panels(
+            scratch, grad + rows[0] * panel, stride * panel, scratch, work, whole_width * panel,
+            count, whole_width, lanes, panel,
+        )  # fmt: skip
+        # 2: the product, with lanes along the rows too
+        start, stop = panels[0] * panel, min(panels[1] * panel, depth)
+        for block in range(start, stop, BLOCK_INPUTS):
+            block_stop = min(block + BLOCK_INPUTS, stop)
+            for first in range(0, width, BLOCK_DEPTH):
+                steps = min(BLOCK_DEPTH, width - first)
+                for i in range(row_panels):
+                    k = block
+                    while k < block_stop:
+                        height = _tile_height(block_stop - k)
+                        multiply_panels(
+                            scratch, transposed + (i * whole_depth + k) * panel,
+                            state, weight + first * depth + k * panel, depth * panel, False,
+                            scratch, work + (i * whole_width + first) * panel,
+                            steps, height, _used_vectors(count - i * panel, panel), first > 0,
+                        )  # fmt: skip
+                        k += height
+        # 3: back to lanes along the columns
+        for j in range(panels[0], panels[1]):
+            for i in range(0, count, lanes):
+                for col in range(0, panel, lanes):
+                    transpose_block(
+                        scratch,
+                        transposed + (i // panel * whole_depth + j * panel + col) * panel + i % panel, panel,
+                        scratch, before + (j * stride + rows[0] + i) * panel + col, panel,
+                    )  # fmt: skip
+    if closes:
+        for j in range(panels[0], panels[1]):
+            at = (j * stride + rows[0]) * panel
+            _close(scratch, before + at, output + at, (rows[1] - rows[0]) * panel)
+
+
+@jit
+def update(state, at, buffer_at, is_fresh, options, scratch, grad_at, count, scale):
+    """Do the SGD update of some parameters that lie side by side; their gradient is scale times scratch."""
+    param = state[at : at + count]
+    grad = scratch[grad_at : grad_at + count]
+    lr, weight_decay = state.dtype.type(options[LR]), state.dtype.type(options[WEIGHT_DECAY])
+    momentum, keep = state.dtype.type(options[MOMENTUM]), state.dtype.type(1 - options[DAMPENING])
+    if options[MAXIMIZE] != 0:
+        scale = -scale
+    if momentum == 0:
+        if weight_decay == 0:
+            for i in range(count):
+                param[i] -= lr * (scale * grad[i])
+        else:
+            for i in range(count):
+                param[i] -= lr * (scale * grad[i] + weight_decay * param[i])
+        return
+    buffer = state[buffer_at : buffer_at + count]
+    if is_fresh:
+        buffer[:] = 0
+        keep = state.dtype.type(1)
+    nesterov = options[NESTEROV] != 0
+    for i in range(count):
+        step = scale * grad[i] + weight_decay * param[i]
+        velocity = momentum * buffer[i] + keep * step
+        buffer[i] = velocity
+        param[i] -= lr * (step + momentum * velocity if nesterov else velocity)
+
+
+@jit
+def backward_weight(
+    layers, layer, source, source_at, stride, state, scratch, work, count, panels, groups, is_first, scale
+):
+    """Update the weight of a layer for some panels of its inputs, from all count rows of the batch."""
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    weight, buffer, grad = layers[layer, WEIGHT], layers[layer, WEIGHT_BUFFER], layers[layer, GRAD]
+    is_fresh = is_first and layers[layer, WEIGHT_IS_FRESH] == 1
+    options = groups[layers[layer, WEIGHT_GROUP]]
+    panel = panel_of(scratch)
+    if layers[layer, IS_THIN]:
+        for p in range(panels[0], panels[1]):
+            for first in range(0, count, BLOCK_DEPTH):
+                row = 0
+                while row < width:
+                    height = _tile_height(width - row)
+                    multiply_panels(
+                        scratch, work + row * panel,
+                        scratch, grad + first * panel + row, 0, True,
+                        source, source_at + (p * stride + first) * panel,
+                        min(BLOCK_DEPTH, count - first), height, _used_vectors(depth - p * panel, panel), first > 0,
+                    )  # fmt: skip
+                    row += height
+            at = p * width * panel
+            update(state, weight + at, buffer + at, is_fresh, options, scratch, work, width * panel, scale)
+        return
+    group = max(1, BLOCK_INPUTS // panel)
+    columns = max(1, BLOCK_COLUMNS // panel)
+    num_panels = panels_of(width, panel)
+    for j_first in range(0, num_panels, columns):
+        j_stop = min(j_first + columns, num_panels)
+        for p_first in range(panels[0], panels[1], group):
+            p_stop = min(p_first + group, panels[1])
+            for first in range(0, count, BLOCK_BATCH):
+                steps = min(BLOCK_BATCH, count - first)
+                for p in range(p_first, p_stop):
+                    inputs = min(panel, depth - p * panel)
+                    for j in range(j_first, j_stop):
+                        used = _used_vectors(width - j * panel, panel)
+                        at = work + ((p - p_first) * columns + j - j_first) * panel * panel
+                        row = 0
+                        while row < inputs:
+                            height = _tile_height(inputs - row)
+                            multiply_panels(
+                                scratch, at + row * panel,
+                                source, source_at + (p * stride + first) * panel + row, 0, True,
+                                scratch, grad + (j * stride + first) * panel,
+                                steps, height, used, first > 0,
+                            )  # fmt: skip
+                            row += height
+            for p in range(p_first, p_stop):
+                inputs = min(panel, depth - p * panel)
+                for j in range(j_first, j_stop):
+                    at = (j * depth + p * panel) * panel
+                    update(
+                        state, weight + at, buffer + at, is_fresh, options,
+                        scratch, work + ((p - p_first) * columns + j - j_first) * panel * panel,
+                        inputs * panel, scale,
+                    )  # fmt: skip
+
+
+@jit
+def backward_weight_nonzero(
+    layers, values, masks, words, stride, state, scratch, work, count, inputs, groups, is_first, scale
+):
+    """Update the first layer's weight for some of its inputs, skipping what is 0 in them.
+
+    ``values`` has a row of ``words * WORD`` numbers for each of these inputs, one number for each example, and
+    masks a word for each WORD of them.
+    """
+    depth, width = layers[0, NUM_INPUTS], layers[0, NUM_OUTPUTS]
+    weight, buffer, grad = layers[0, WEIGHT], layers[0, WEIGHT_BUFFER], layers[0, GRAD]
+    is_fresh = is_first and layers[0, WEIGHT_IS_FRESH] == 1
+    options = groups[layers[0, WEIGHT_GROUP]]
+    panel = panel_of(scratch)
+    num_inputs = inputs[1] - inputs[0]
+    num_panels = panels_of(width, panel)
+    j = 0
+    while j < num_panels:
+        used = _long_row(num_panels - j)
+        scratch[work : work + used * num_inputs * panel] = 0
+        for word in range((count + WORD - 1) // WORD):
+            b_at = grad + (j * stride + word * WORD) * panel
+            for k in range(num_inputs):
+                bits = masks[k * words + word]
+                if bits != 0:
+                    multiply_nonzero(
+                        scratch, work + k * panel, num_inputs * panel,
+                        values, (k * words + word) * WORD, bits, scratch, b_at, stride * panel, used * _VECTORS,
+                    )  # fmt: skip
+        for p in range(used):
+            at = ((j + p) * depth + inputs[0]) * panel
+            update(
+                state, weight + at, buffer + at, is_fresh, options,
+                scratch, work + p * num_inputs * panel, num_inputs * panel, scale,
+            )  # fmt: skip
+        j += used
+
+
+@jit
+def backward_bias(layers, layer, stride, state, scratch, work, count, panels, groups, is_first):
+    """Update some panels of a layer's bias."""
+    if layers[layer, BIAS_GROUP] == NO_GROUP:
+        return
+    is_fresh = is_first and layers[layer, BIAS_IS_FRESH] == 1
+    options = groups[layers[layer, BIAS_GROUP]]
+    panel = panel_of(scratch)
+    sums = scratch[work : work + panel]
+    for j in range(panels[0], panels[1]):
+        at = layers[layer, GRAD] + j * stride * panel
+        grad = scratch[at : at + count * panel]
+        sums[:] = 0
+        for n in range(count):
+            row = grad[n * panel : (n + 1) * panel]
+            for i in range(panel):
+                sums[i] += row[i]
+        update(
+            state, layers[layer, BIAS] + j * panel, layers[layer, BIAS_BUFFER] + j * panel, is_fresh, options,
+            scratch, work, min(panel, layers[layer, NUM_OUTPUTS] - j * panel), state.dtype.type(1),
+        )  # fmt: skip
+
+
+@jit
+def gather(X, order, first, rows, words, values, masks):
+    """Copy examples, each to a row of ``words * WORD`` numbers, and mark which aren't 0."""
+    num_inputs = X.shape[1]
+    for n in range(rows[0], rows[1]):
+        at = n * words * WORD
+        values[at : at + num_inputs] = X[order[first + n]]
+        for word in range(words):
+            masks[n * words + word] = mask_of_nonzero(values, at + word * WORD, WORD)
+
+
+@jit
+def gather_panels(X, order, first, rows, stride, scratch, at):
+    """Copy examples to panels in the dtype of scratch."""
+    num_inputs = X.shape[1]
+    panel = panel_of(scratch)
+    for n in range(rows[0], rows[1]):
+        example = X[order[first + n]]
+        for j in range(panels_of(num_inputs, panel)):
+            start = j * panel
+            length = min(panel, num_inputs - start)
+            source = example[start : start + length]
+            target = scratch[at + (j * stride + n) * panel : at + (j * stride + n) * panel + length]
+            for i in range(length):
+                target[i] = source[i]
+
+
+@jit
+def _transpose_bytes_of(values, row_words, inputs, count, target, words):
+    for k in range(inputs[0], inputs[1], 16):
+        for n in range(0, count, 16):
+            transpose_bytes(
+                values, n * row_words * WORD + k, row_words * WORD,
+                target, (k - inputs[0]) * words * WORD + n, words * WORD,
+            )  # fmt: skip
+
+
+@jit
+def _transpose_floats_of(values, row_words, inputs, count, target, words):
+    lanes = panel_of(values) // _VECTORS
+    for k in range(inputs[0], inputs[1], lanes):
+        for n in range(0, count, lanes):
+            transpose_block(
+                values, n * row_words * WORD + k, row_words * WORD,
+                target, (k - inputs[0]) * words * WORD + n, words * WORD,
+            )  # fmt: skip
+
+
+def _transpose_of(values, row_words, inputs, count, target, words):
+    """Write, for some inputs, a row of all count examples' numbers."""
+
+
+@overload(_transpose_of, jit_options={"nogil": True})
+def _choose_transpose_of(values, row_words, inputs, count, target, words):
+    transpose = _transpose_bytes_of if values.dtype == types.uint8 else _transpose_floats_of
+
+    def call(values, row_words, inputs, count, target, words):
+        transpose(values, row_words, inputs, count, target, words)
+
+    return call
+
+
+@jit
+def transpose_examples(values, row_words, inputs, count, target, words, masks):
+    """Write, for some inputs, a row of all count examples' numbers, and mark which aren't 0.
+
+    ``values`` has rows of ``row_words * WORD`` numbers, as ``gather`` writes them; target gets rows of
+    ``words * WORD``.
+    """
+    _transpose_of(values, row_words, inputs, count, target, words)
+    for k in range(inputs[1] - inputs[0]):
+        for word in range((count + WORD - 1) // WORD):
+            bits = min(WORD, count - word * WORD)
+            masks[k * words + word] = mask_of_nonzero(target, (k * words + word) * WORD, bits)

@@ -1,0 +1,360 @@
+"""A whole epoch of training, or of evaluation, in one call: order, forward, loss, backward, update.
+
+Every thread of a run calls ``run_epoch`` with its number. A step has two phases with a barrier after each:
+
+1. by rows of the batch: gather the examples, forward, loss, and the gradients back to the first layer. A
+   thread needs no other's rows, so however deep the network is, nobody waits.
+2. by inputs of each layer: the gradients of weights and biases, over all rows, and at once the update. No
+   gradient of a weight is ever in memory.
+
+A batch of few rows is split by columns in phase 1 too, with a barrier after each layer. Sums are never split,
+so a result depends neither on the number of threads nor on their timing.
+
+Floor of a step, N rows, for each layer of K inputs and M outputs: 6 N K M FLOPs (4 for the first layer, less
+the share of its inputs that is 0), and the weights read twice and written once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastdl.kernels.cpu import barrier
+from fastdl.kernels.cpu.dense import (
+    GRAD,
+    IS_THIN,
+    NUM_INPUTS,
+    NUM_OUTPUTS,
+    OUTPUT,
+    NO_GROUP,
+    WEIGHT_GROUP,
+    backward_bias,
+    backward_data,
+    backward_weight,
+    backward_weight_nonzero,
+    forward,
+    forward_nonzero,
+    gather,
+    gather_panels,
+    panels_of,
+    transpose_examples,
+)
+from fastdl.kernels.cpu.exp import exp
+from fastdl.kernels.cpu.panels import WORD, panel_of
+from fastdl.kernels.cpu.parallel import share
+from fastdl.kernels.jit import jit
+
+CROSS_ENTROPY, SQUARED_ERROR = 0, 1
+# what counters says: arrivals at the barrier; whether to stop, asked from outside; whether all threads stop;
+# how many steps are done
+ARRIVALS, STOP, STOPPING, STEPS = (place * barrier.LINE for place in range(4))
+NUM_COUNTERS = 4 * barrier.LINE
+# what a thread sums up
+LOSS, CORRECT = 0, 1
+# a thread's sums are a cache line apart
+NUM_SUMS = 8
+# how the first layer reads its input
+DENSE, NONZERO = 0, 1
+
+
+@jit(fastmath={"contract", "nsz"})
+def _cross_entropy_row(logits, grad, label, class_weight, smoothing, scale, needs_grad):
+    """Write grad_logits of one row; return its loss, and which logit is the largest.
+
+    The same steps as kernels/cpu/cross_entropy.py; logits has been copied to lie in one row.
+    """
+    num_classes = logits.size
+    zero, one = logits.dtype.type(0), logits.dtype.type(1)
+    greatest, best = logits[0], 0
+    for c in range(1, num_classes):
+        # as torch's argmax: the first of the largest, and NaN is the largest
+        if logits[c] > greatest or (logits[c] != logits[c] and greatest == greatest):
+            greatest, best = logits[c], c
+    for c in range(num_classes):
+        grad[c] = exp(logits[c] - greatest)
+    total = zero
+    for c in range(num_classes):
+        total += grad[c]
+    log_total = np.log(total)
+    label_weight = class_weight[label] if class_weight.size > 0 else one
+    weight_sum = logits.dtype.type(num_classes)
+    share_of_all = logits.dtype.type(smoothing / num_classes)
+    share_of_label = logits.dtype.type(1 - smoothing)
+    loss = -share_of_label * label_weight * ((logits[label] - greatest) - log_total)
+    if smoothing > 0:
+        smooth = zero
+        for c in range(num_classes):
+            log_probability = (logits[c] - greatest) - log_total
+            smooth += log_probability * class_weight[c] if class_weight.size > 0 else log_probability
+        loss -= share_of_all * smooth
+        if class_weight.size > 0:
+            weight_sum = zero
+            for c in range(num_classes):
+                weight_sum += class_weight[c]
+    if needs_grad:
+        factor = share_of_label * label_weight
+        if smoothing > 0:
+            factor += share_of_all * weight_sum
+        factor *= scale / total
+        for c in range(num_classes):
+            grad[c] *= factor
+        if smoothing > 0:
+            for c in range(num_classes):
+                grad[c] -= scale * share_of_all * (class_weight[c] if class_weight.size > 0 else one)
+        grad[label] -= scale * share_of_label * label_weight
+    return loss, best
+
+
+@jit
+def _read_row(scratch, at, stride, panel, row):
+    for j in range(0, row.size, panel):
+        length = min(panel, row.size - j)
+        start = at + j * stride
+        source, part = scratch[start : start + length], row[j : j + length]
+        for i in range(length):
+            part[i] = source[i]
+
+
+@jit
+def _write_row(row, scratch, at, stride, panel):
+    for j in range(0, row.size, panel):
+        length = min(panel, row.size - j)
+        start = at + j * stride
+        target, part = scratch[start : start + length], row[j : j + length]
+        for i in range(length):
+            target[i] = part[i]
+
+
+@jit
+def _total_weight(labels, order, first, count, class_weight, ignore_index):
+    """Return what the mean over a batch divides by: the sum of its rows' class weights."""
+    total = 0.0
+    for n in range(first, first + count):
+        label = labels[order[n]]
+        if label != ignore_index:
+            total += class_weight[label] if class_weight.size > 0 else 1.0
+    return total
+
+
+@jit
+def _loss_rows(
+    layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index, smoothing,
+    order, first, count, rows, needs_grad, sums,
+):  # fmt: skip
+    """Write the gradient of the last layer's output for some rows; add their loss and right answers."""
+    last = layers.shape[0] - 1
+    width, output, grad = layers[last, NUM_OUTPUTS], layers[last, OUTPUT], layers[last, GRAD]
+    panel = panel_of(scratch)
+    zero = scratch.dtype.type(0)
+    logits, grad_row = scratch[work : work + width], scratch[work + width : work + 2 * width]
+    loss, correct = 0.0, 0
+    if kind == CROSS_ENTROPY:
+        divisor = 1.0
+        if is_mean:
+            divisor = _total_weight(labels, order, first, count, class_weight, ignore_index)
+        scale = scratch.dtype.type(1.0 / divisor)
+        for n in range(rows[0], rows[1]):
+            label = labels[order[first + n]]
+            _read_row(scratch, output + n * panel, stride, panel, logits)
+            # an ignored label may be no class; what is computed with the first class is dropped
+            row_loss, best = _cross_entropy_row(
+                logits, grad_row, 0 if label == ignore_index else label, class_weight, smoothing, scale, needs_grad
+            )
+            correct += best == label
+            if label == ignore_index:
+                grad_row[:] = zero
+            else:
+                loss += row_loss
+            if needs_grad:
+                _write_row(grad_row, scratch, grad + n * panel, stride, panel)
+        # a mean counts for as many rows as the batch has
+        sums[LOSS] += loss / divisor * count if is_mean else loss
+    else:
+        scale = scratch.dtype.type(2.0 / (count * width) if is_mean else 2.0)
+        for n in range(rows[0], rows[1]):
+            target = targets[order[first + n]]
+            _read_row(scratch, output + n * panel, stride, panel, logits)
+            for c in range(width):
+                difference = logits[c] - target[c]
+                loss += difference * difference
+                grad_row[c] = scale * difference
+            if needs_grad:
+                _write_row(grad_row, scratch, grad + n * panel, stride, panel)
+        sums[LOSS] += loss / width if is_mean else loss
+    sums[CORRECT] += correct
+
+
+@jit
+def run_epoch(
+    thread, num_threads, counters, layers, groups, state, scratch, places,
+    X, input_mode, input_scale, values, masks, transposed, transposed_masks,
+    order, batch_size, by_columns,
+    kind, is_mean, labels, targets, class_weight, ignore_index, smoothing, trains, sums,
+):  # fmt: skip
+    """Run one thread's part of an epoch; the threads of a run call this at the same time.
+
+    Parameters
+    ----------
+    thread, num_threads : int
+    counters : (NUM_COUNTERS,), int64
+        0 at first. A thread outside may set STOP: the run ends after the step it is in.
+    layers : (L, dense.NUM_COLUMNS), int64
+    groups : (G, dense.NUM_OPTIONS), float64
+    state, scratch : float32 or float64
+    places : (5,), int64
+        Rows between panels of scratch; where the input's panels begin in it; where the threads' own memory
+        begins, and how much of it each has; words of 64 examples in a row of transposed.
+    X : (examples, K), uint8 or the dtype of state
+    input_mode : int
+        DENSE or NONZERO.
+    input_scale : float
+        What a number of X is multiplied by.
+    values, masks, transposed, transposed_masks
+        Room for a batch of X, as ``dense.gather`` and ``dense.transpose_examples`` write it, where zeros are
+        skipped; transposed is (num_threads, numbers) and its masks are (num_threads, words).
+    order : (examples of the epoch,), int64
+    batch_size : int
+    by_columns : bool
+        Whether phase 1 is split by columns.
+    kind : int
+        CROSS_ENTROPY or SQUARED_ERROR.
+    is_mean : bool
+        Whether a batch's loss is the mean, or the sum.
+    labels : (examples,), int64, or (0,)
+    targets : (examples, M), or (0, 0)
+    class_weight : (M,) or (0,)
+    ignore_index : int
+    smoothing : float
+    trains : bool
+        False computes the losses alone.
+    sums : (num_threads, NUM_SUMS), float64
+        The losses and right answers of the thread's rows are added.
+
+    Returns
+    -------
+    bool
+        Whether the epoch was run to its end.
+    """
+    num_layers = layers.shape[0]
+    stride, input_at, work, work_size, words_of_batch = places
+    work += thread * work_size
+    num_inputs = X.shape[1]
+    panel = panel_of(scratch)
+    words = (num_inputs + WORD - 1) // WORD
+    one, scale = state.dtype.type(1), state.dtype.type(input_scale)
+    passed = 0
+    num_steps = (order.size + batch_size - 1) // batch_size
+    for step in range(num_steps):
+        first = step * batch_size
+        count = min(batch_size, order.size - first)
+        own_rows = share(count, thread, num_threads)
+        rows = (0, count) if by_columns else own_rows
+        # 1: the batch
+        if input_mode == NONZERO:
+            gather(X, order, first, own_rows, words, values, masks)
+        else:
+            gather_panels(X, order, first, own_rows, stride, scratch, input_at)
+        if by_columns:
+            passed = barrier.wait(counters, num_threads, passed)
+        # 2: forward
+        for layer in range(num_layers):
+            num_panels = panels_of(layers[layer, NUM_OUTPUTS], panel)
+            panels = (0, num_panels)
+            part = rows
+            if by_columns:
+                if layers[layer, IS_THIN]:
+                    part = own_rows
+                else:
+                    panels = share(num_panels, thread, num_threads)
+            if layer == 0 and input_mode == NONZERO:
+                forward_nonzero(layers, values, masks, words, stride, state, scratch, part, panels, scale)
+            elif layer == 0:
+                forward(layers, 0, scratch, input_at, stride, state, scratch, part, panels, scale)
+            else:
+                source_at = layers[layer - 1, OUTPUT]
+                forward(layers, layer, scratch, source_at, stride, state, scratch, part, panels, one)
+            if by_columns:
+                passed = barrier.wait(counters, num_threads, passed)
+        # 3: loss
+        _loss_rows(
+            layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index, smoothing,
+            order, first, count, own_rows, trains, sums[thread],
+        )  # fmt: skip
+        if trains:
+            if by_columns:
+                passed = barrier.wait(counters, num_threads, passed)
+            # 4: gradients back to the first layer
+            for layer in range(num_layers - 1, 0, -1):
+                panels = (0, panels_of(layers[layer, NUM_INPUTS], panel))
+                if by_columns:
+                    panels = share(panels[1], thread, num_threads)
+                backward_data(layers, layer, stride, state, scratch, work, rows, panels)
+                if by_columns:
+                    passed = barrier.wait(counters, num_threads, passed)
+            if not by_columns:
+                passed = barrier.wait(counters, num_threads, passed)
+            # 5: weights and biases
+            is_first = step == 0
+            for layer in range(num_layers):
+                bias_panels = share(panels_of(layers[layer, NUM_OUTPUTS], panel), thread, num_threads)
+                backward_bias(layers, layer, stride, state, scratch, work, count, bias_panels, groups, is_first)
+                panels = share(panels_of(layers[layer, NUM_INPUTS], panel), thread, num_threads)
+                if layers[layer, WEIGHT_GROUP] == NO_GROUP:
+                    continue
+                if layer == 0 and input_mode == NONZERO:
+                    inputs = (panels[0] * panel, min(panels[1] * panel, num_inputs))
+                    target, target_masks = transposed[thread], transposed_masks[thread]
+                    transpose_examples(values, words, inputs, count, target, words_of_batch, target_masks)
+                    backward_weight_nonzero(
+                        layers, target, target_masks, words_of_batch, stride, state, scratch, work, count,
+                        inputs, groups, is_first, scale,
+                    )  # fmt: skip
+                elif layer == 0:
+                    backward_weight(
+                        layers, 0, scratch, input_at, stride, state, scratch, work, count, panels, groups,
+                        is_first, scale,
+                    )  # fmt: skip
+                else:
+                    backward_weight(
+                        layers, layer, scratch, layers[layer - 1, OUTPUT], stride, state, scratch, work, count,
+                        panels, groups, is_first, one,
+                    )  # fmt: skip
+        if thread == 0:
+            counters[STEPS] = step + 1
+            counters[STOPPING] = barrier.load(counters, STOP)
+        passed = barrier.wait(counters, num_threads, passed)
+        if barrier.load(counters, STOPPING) != 0:
+            return False
+    return True
+
+
+@jit
+def _read_panels(matrix, state, at, is_thin, panel):
+    """Lay a weight, (M, K), out in panels."""
+    width, depth = matrix.shape
+    for m in range(width):
+        row = matrix[m]
+        for k in range(depth):
+            if is_thin:
+                state[at + (k // panel * width + m) * panel + k % panel] = row[k]
+            else:
+                state[at + (m // panel * depth + k) * panel + m % panel] = row[k]
+
+
+@jit
+def read_weight(matrix, state, at, is_thin):
+    """Copy a weight, (M, K), to its panels in state."""
+    _read_panels(matrix, state, at, is_thin, panel_of(state))
+
+
+@jit
+def write_weight(state, at, is_thin, matrix):
+    """Copy a weight from its panels in state to a matrix (M, K)."""
+    width, depth = matrix.shape
+    panel = panel_of(state)
+    for m in range(width):
+        row = matrix[m]
+        for k in range(depth):
+            if is_thin:
+                row[k] = state[at + (k // panel * width + m) * panel + k % panel]
+            else:
+                row[k] = state[at + (m // panel * depth + k) * panel + m % panel]

@@ -1,0 +1,293 @@
+"""Register tiles over panels, the layout in which a training run keeps everything that it multiplies.
+
+A panel holds as many columns of a matrix as a register tile is wide, one row after the other. A matrix of R
+rows and C columns is an array ``(ceil(C / panel), R, panel)``, 0 in the columns that it doesn't have. So laid
+out, every product of a dense layer reads its operands in the order in which they lie, and nothing is
+transposed or packed between the products of a training step:
+
+    forward      output[n, m]      += input[n, k] weight[k, m]          rows n, steps k along the rows of a
+    grad_input   grad_input[k, n]  += weight[k, m] grad_output[m, n]    rows k, steps m along the rows of a
+    grad_weight  grad_weight[k, m] += input[n, k] grad_output[n, m]     rows k, steps n down the columns of a
+
+Three kernels multiply. ``multiply_panels`` holds a tile of sums in registers; a step loads one panel row of b
+and one number for each row of the tile. ``multiply_nonzero`` holds one long row of sums, and steps only over
+the numbers of a that aren't 0, by the set bits of a mask. ``dot_panels`` sums along the panels, for products
+that have few columns.
+
+Positions and strides are in elements. Nothing here checks a bound.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from fastdl.kernels.cpu.intrinsics import INTP, TILE, call_of
+from fastdl.kernels.jit import jit
+
+# how many rows a tile may have besides TILE.rows; a remainder is made of these
+ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
+# how many vectors multiply_nonzero may hold; 8 of them hide the latency of a multiply-add
+LONG_ROWS = (8, 4, 2)
+WORD = 64
+
+_INT32 = ir.IntType(32)
+_INT64 = ir.IntType(64)
+_BIT = ir.IntType(1)
+
+
+@jit
+def panel_of(array):
+    """Return how many elements of an array's dtype a row of a panel has."""
+    return TILE.vectors * (TILE.vector_bytes // array.itemsize)
+
+
+def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate):
+    builder = vectors.builder
+    panel = TILE.vectors * vectors.width
+
+    def write(num_vectors, num_rows, is_down):
+        columns = [v * vectors.width for v in range(num_vectors)]
+        places = [vectors.at(output, i * panel + c) for i in range(num_rows) for c in columns]
+
+        def step(a, b, sums):
+            right = [vectors.load(vectors.at(b, c)) for c in columns]
+            left = [
+                vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel))) for i in range(num_rows)
+            ]
+            factors = [(x, y) for x in left for y in right]
+            return [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
+
+        def steps(count, a, b, sums):
+            a_step = panel if is_down else 1
+
+            def one(_, state):
+                a, b, *sums = state
+                return [vectors.at(a, a_step), vectors.at(b, panel), *step(a, b, sums)]
+
+            def four(_, state):
+                a, b, *sums = state
+                for p in range(4):
+                    sums = step(vectors.at(a, p * a_step), vectors.at(b, p * panel), sums)
+                return [vectors.at(a, 4 * a_step), vectors.at(b, 4 * panel), *sums]
+
+            fours = builder.and_(count, INTP(-4))
+            a, b, *sums = vectors.loop(fours, 4, [a, b, *sums], four)
+            a, b, *sums = vectors.loop(builder.sub(count, fours), 1, [a, b, *sums], one)
+            return b, sums
+
+        def run(first, state):
+            a, b, *sums = state
+            left = builder.sub(depth, first)
+            count = builder.select(builder.icmp_signed("<", left, INTP(panel)), left, INTP(panel))
+            b, sums = steps(count, a, b, sums)
+            return [vectors.at(a, a_run), b, *sums]
+
+        sums = vectors.choose(
+            accumulate,
+            [False, True],
+            lambda added: [vectors.load(place) if added else vectors.zero for place in places],
+        )
+        if is_down:
+            _, sums = steps(depth, a, b, sums)
+        else:
+            _, _, *sums = vectors.loop(depth, panel, [a, b, *sums], run)
+        for place, total in zip(places, sums, strict=True):
+            vectors.store(total, place)
+        return []
+
+    def write_rows(num_vectors):
+        return vectors.choose(
+            rows,
+            ROW_COUNTS,
+            lambda num_rows: vectors.choose(
+                down, [False, True], lambda is_down: write(num_vectors, num_rows, is_down)
+            ),
+        )
+
+    vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
+
+
+def _multiply_nonzero(vectors, output, output_panel, values, bits, b, b_panel, used):
+    builder = vectors.builder
+    panel = TILE.vectors * vectors.width
+
+    def write(num_vectors):
+        def long_row(start, stride):
+            starts = [
+                vectors.at(start, builder.mul(stride, INTP(p))) for p in range(-(-num_vectors // TILE.vectors))
+            ]
+            return [(starts[v // TILE.vectors], v % TILE.vectors * vectors.width) for v in range(num_vectors)]
+
+        places = [vectors.at(*place) for place in long_row(output, output_panel)]
+        b_row = long_row(b, b_panel)
+        first = [vectors.load(place) for place in places]
+        before = builder.block
+        head, inside, after = (builder.append_basic_block(name) for name in ("bits", "bit", "done"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        left = builder.phi(bits.type)
+        sums = [builder.phi(vectors.type) for _ in places]
+        for phi, value in zip([left, *sums], [bits, *first], strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("!=", left, bits.type(0)), inside, after)
+        builder.position_at_end(inside)
+        position = vectors.call("cttz.i64", bits.type, left, _BIT(1))
+        rest = builder.and_(left, builder.sub(left, bits.type(1)))
+        value = builder.load(builder.gep(values, [position]))
+        if isinstance(value.type, ir.IntType):
+            value = builder.sitofp(builder.zext(value, _INT32), vectors.element)
+        factor = vectors.splat(value)
+        at = builder.mul(position, INTP(panel))
+        added = [
+            vectors.multiply_add(factor, vectors.load(vectors.at(vectors.at(start, at), v)), total)
+            for (start, v), total in zip(b_row, sums, strict=True)
+        ]
+        for phi, value in zip([left, *sums], [rest, *added], strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        for place, total in zip(places, sums, strict=True):
+            vectors.store(total, place)
+        return []
+
+    vectors.choose(used, LONG_ROWS, write)
+
+
+def _dot_panels(vectors, output, a, a_panel, b, b_panel, panels, rows, cols):
+    builder = vectors.builder
+    panel = TILE.vectors * vectors.width
+
+    def write(num_rows, num_cols):
+        def step(_, state):
+            a, b, *sums = state
+            for v in range(TILE.vectors):
+                right = [vectors.load(vectors.at(b, j * panel + v * vectors.width)) for j in range(num_cols)]
+                left = [vectors.load(vectors.at(a, i * panel + v * vectors.width)) for i in range(num_rows)]
+                factors = [(x, y) for x in left for y in right]
+                sums = [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
+            return [vectors.at(a, a_panel), vectors.at(b, b_panel), *sums]
+
+        _, _, *sums = vectors.loop(panels, 1, [a, b, *[vectors.zero] * (num_rows * num_cols)], step)
+        for i in range(num_rows):
+            row = vectors.sum_lanes(sums[i * num_cols : (i + 1) * num_cols])
+            vectors.store(vectors.shuffle(row, row, range(num_cols)), vectors.at(output, i * panel))
+        return []
+
+    def write_cols(num_rows):
+        return vectors.choose(cols, range(1, TILE.dot_cols + 1), lambda num_cols: write(num_rows, num_cols))
+
+    vectors.choose(rows, sorted({1, TILE.dot_rows}), write_cols)
+
+
+@intrinsic
+def multiply_panels(
+    typing_context, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
+):
+    """Write, or add, one tile of a product: ``output[i, j] += sum over p < depth of a[i, p] b[p, j]``.
+
+    Rows of the output and of b are rows of a panel, one after the other. Where down is false the rows of a
+    are too, and a's next panel is a_run further; where it is true a's rows are the columns of one panel.
+    ``rows`` is one of ``ROW_COUNTS``; of the columns, as many vectors are computed.
+    """
+    return call_of(
+        _multiply_panels, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
+    )
+
+
+@intrinsic
+def multiply_nonzero(
+    typing_context, output, output_at, output_panel, values, values_at, bits, b, b_at, b_panel, vectors
+):
+    """Add to one row of a product: ``output[j] += sum over the set bits p of values[p] b[p, j]``.
+
+    ``bits`` is an int64; the values may be uint8. The row is as many vectors long, one of ``LONG_ROWS``, which
+    lie in successive panels of the output and of b.
+    """
+    return call_of(
+        _multiply_nonzero, output, output_at, output_panel, values, values_at, bits, b, b_at, b_panel, vectors
+    )
+
+
+@intrinsic
+def dot_panels(typing_context, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols):
+    """Write ``output[i, j] = sum over p of a[i, p] b[j, p]`` for 1 or TILE.dot_rows rows, up to TILE.dot_cols.
+
+    Rows are rows of a panel in all three; p runs along the rows of so many panels.
+    """
+    return call_of(_dot_panels, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols)
+
+
+@intrinsic
+def mask_of_nonzero(typing_context, values, at, count):
+    """Return 64 bits, of which bit i says that ``values[at + i]`` isn't 0, for ``i < count <= 64``.
+
+    NaN isn't 0. All 64 values are read.
+    """
+    element = values.dtype
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(values)(context, builder, arguments[0]).data
+        kind = context.get_value_type(element)
+        pointer = builder.gep(data, [arguments[1]])
+        is_integer = isinstance(kind, ir.IntType)
+        lanes = WORD if is_integer else 8
+        parts = []
+        for first in range(0, WORD, lanes):
+            vector = ir.VectorType(kind, lanes)
+            place = builder.bitcast(builder.gep(pointer, [INTP(first)]), vector.as_pointer())
+            loaded = builder.load(place, align=1)
+            zero = ir.Constant(vector, [0 if is_integer else 0.0] * lanes)
+            compare = builder.icmp_unsigned if is_integer else builder.fcmp_unordered
+            bits = builder.bitcast(compare("!=", loaded, zero), ir.IntType(lanes))
+            parts.append(builder.shl(builder.zext(bits, _INT64), _INT64(first)) if lanes < WORD else bits)
+        word = parts[0]
+        for part in parts[1:]:
+            word = builder.or_(word, part)
+        missing = builder.sub(_INT64(WORD), arguments[2])
+        return builder.lshr(builder.shl(word, missing), missing)
+
+    return types.int64(values, types.intp, types.intp), generate
+
+
+@intrinsic
+def transpose_bytes(typing_context, source, source_at, source_stride, target, target_at, target_stride):
+    """Write the transpose of a block of 16 x 16 bytes: four rounds that interleave its rows."""
+
+    def generate(context, builder, signature, arguments):
+        source_data = context.make_array(source)(context, builder, arguments[0]).data
+        target_data = context.make_array(target)(context, builder, arguments[3]).data
+        vector = ir.VectorType(ir.IntType(8), 16)
+
+        def place(data, at, stride, line):
+            position = builder.add(at, builder.mul(stride, INTP(line)))
+            return builder.bitcast(builder.gep(data, [position]), vector.as_pointer())
+
+        rows = [builder.load(place(source_data, *arguments[1:3], i), align=1) for i in range(16)]
+        lanes = [lane for i in range(16) for lane in (i, 16 + i)]
+        halves = [ir.Constant(ir.VectorType(_INT32, 16), part) for part in (lanes[:16], lanes[16:])]
+        for _ in range(4):
+            rows = [builder.shuffle_vector(rows[i], rows[i + 8], half) for i in range(8) for half in halves]
+        for i, row in enumerate(rows):
+            builder.store(row, place(target_data, *arguments[4:6], i), align=1)
+        return context.get_dummy_value()
+
+    integers = types.intp, types.intp
+    return types.void(source, *integers, target, *integers), generate
+
+
+@intrinsic
+def prefetch(typing_context, array, at):
+    """Ask for the cache line of one element, which is soon to be read."""
+
+    def generate(context, builder, signature, arguments):
+        data = context.make_array(array)(context, builder, arguments[0]).data
+        pointer = builder.gep(data, [arguments[1]])
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, _INT32(0), _INT32(2), _INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
