@@ -8,16 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastdl import arrays
+from benchmarks.measuring import pin_threads
 
 
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> int:
     """Start Numba's threads before anything is timed, then pin torch's count."""
     num_threads = torch.get_num_threads()
-    arrays.cpu_kernels()
-    torch.set_num_threads(num_threads)
-    torch.set_float32_matmul_precision("highest")
+    pin_threads(num_threads)
     return num_threads
 
 

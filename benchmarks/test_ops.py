@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.peers import Op, ops
+from benchmarks.peers.ops import Op, ops
 
 OPS = ops()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.peers import Model, all_models, steps
+from benchmarks.peers.steps import Model, all_models, steps
 
 MODELS = all_models()
 

@@ -1,0 +1,162 @@
+"""The most multiply-adds that a core does: a loop of nothing else, on numbers in registers.
+
+How near such a loop comes to the core's limit depends on how its instructions happen to fall on the two units
+that execute them: on a Zen 3 loops that differ in nothing but the number of sums reach 75 to 99 % of it. So
+several are tried, and the fastest is the peak.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from fastdl import machine
+
+# An addition to a sum waits 4 or 5 cycles for the last one, and a core begins one or two in a cycle: it takes
+# 8 to 10 sums to keep it busy, and those and the two factors must fit in 16 registers.
+_SUMS = (8, 10, 12)
+_UNROLLED = 8
+_FLOPS_PER_MULTIPLY_ADD = 2
+_TRIAL_SECONDS, _TRIALS = 0.01, 3
+# Factors at which the sums stay away from infinity and from the subnormal numbers, which take longer.
+_FACTOR, _SMALL_FACTOR = 0.5, 1e-4
+
+
+def _lanes() -> int:
+    return machine.vector_bits() // 32
+
+
+def _intrinsic(num_sums: int, scales_the_sum: bool) -> Any:
+    """Return a function of Numba's that does ``count * _UNROLLED`` multiply-adds on each of the sums.
+
+    They are ``sum * factor + factor`` where it scales the sum, else ``factor * small + sum``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        count, *scalars = arguments
+        lanes = _lanes()
+        kind = ir.VectorType(ir.FloatType(), lanes)
+        function = ir.FunctionType(kind, [kind] * 3)
+        name = f"llvm.fmuladd.v{lanes}f32"
+        multiply_add = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
+        factors = []
+        for scalar in scalars:
+            vector = ir.Constant(kind, ir.Undefined)
+            for lane in range(lanes):
+                vector = builder.insert_element(vector, scalar, ir.IntType(32)(lane))
+            factors.append(vector)
+        before = builder.block
+        inside, after = (builder.append_basic_block(name) for name in ("inside", "after"))
+        builder.branch(inside)
+        builder.position_at_end(inside)
+        index = builder.phi(count.type)
+        sums = [builder.phi(kind) for _ in range(num_sums)]
+        following = builder.add(index, count.type(1))
+        index.add_incoming(count.type(0), before)
+        index.add_incoming(following, inside)
+        totals: list[Any] = list(sums)
+        for _ in range(_UNROLLED):
+            for number, total in enumerate(totals):
+                operands = [total, factors[0], factors[0]] if scales_the_sum else [*factors, total]
+                totals[number] = builder.call(multiply_add, operands)
+        for number, (total, last) in enumerate(zip(sums, totals, strict=True)):
+            total.add_incoming(ir.Constant(kind, [float(number)] * lanes), before)
+            total.add_incoming(last, inside)
+        builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+        builder.position_at_end(after)
+        result = totals[0]
+        for other in totals[1:]:
+            result = builder.fadd(result, other)
+        return builder.extract_element(result, ir.IntType(32)(0))
+
+    def multiply_adds(typing_context: Any, count: Any, factor: Any, small: Any) -> Any:
+        return types.float32(types.intp, types.float32, types.float32), generate
+
+    return intrinsic(multiply_adds)
+
+
+def _loop(num_sums: int, scales_the_sum: bool) -> Callable[[int, float, float], float]:
+    multiply_adds = _intrinsic(num_sums, scales_the_sum)
+
+    @numba.njit(nogil=True)
+    def loop(count: int, factor: float, small: float) -> float:
+        total: float = multiply_adds(count, numba.float32(factor), numba.float32(small))
+        return total
+
+    compiled: Callable[[int, float, float], float] = loop
+    return compiled
+
+
+def _seconds(loop: Callable[[int, float, float], float], count: int) -> float:
+    started = time.perf_counter()
+    loop(count, _FACTOR, _SMALL_FACTOR)
+    return time.perf_counter() - started
+
+
+@cache
+def _fastest_loop() -> tuple[Callable[[int, float, float], float], int, float]:
+    """Return the fastest loop, the multiply-adds of vectors in a round of it, and the rounds in a second."""
+    found = []
+    for num_sums in _SUMS:
+        for scales_the_sum in (True, False):
+            loop = _loop(num_sums, scales_the_sum)
+            _seconds(loop, 1)
+            count = round(1000 * _TRIAL_SECONDS / _seconds(loop, 1000))
+            rounds = count / min(_seconds(loop, count) for _ in range(_TRIALS))
+            found.append((rounds * num_sums, loop, num_sums * _UNROLLED, rounds))
+    return max(found, key=lambda entry: entry[0])[1:]
+
+
+@cache
+def _in_parallel() -> Callable[[int, int, float, float], float]:
+    loop = _fastest_loop()[0]
+
+    @numba.njit(parallel=True, nogil=True)
+    def loops(num_threads: int, count: int, factor: float, small: float) -> float:
+        total = 0.0
+        for _ in numba.prange(num_threads):
+            total += loop(count, factor, small)
+        return total
+
+    compiled: Callable[[int, int, float, float], float] = loops
+    return compiled
+
+
+def peak_program(num_threads: int, seconds: float = 0.005) -> tuple[Callable[[], object], float]:
+    """Return a program of pure multiply-adds on so many cores, and how many FLOPs it does.
+
+    Parameters
+    ----------
+    num_threads : int
+    seconds : float
+        About how long it takes.
+
+    Returns
+    -------
+    program : callable
+    num_flops : float
+        Of all threads together; a multiply-add is two.
+    """
+    loop, vectors, rounds_per_second = _fastest_loop()
+    count = max(1, round(rounds_per_second * seconds))
+    num_flops = float(num_threads * count * vectors * _lanes() * _FLOPS_PER_MULTIPLY_ADD)
+    if num_threads == 1:
+        return lambda: loop(count, _FACTOR, _SMALL_FACTOR), num_flops
+    loops = _in_parallel()
+
+    def program() -> None:
+        # a prange has as many threads as this says, and the kernels need it back
+        threads_before = numba.get_num_threads()
+        numba.set_num_threads(num_threads)
+        loops(num_threads, count, _FACTOR, _SMALL_FACTOR)
+        numba.set_num_threads(threads_before)
+
+    program()
+    return program, num_flops

@@ -1,0 +1,121 @@
+"""JAX: one compiled program for an epoch, a ``lax.scan`` over its batches. Needs jax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from torch import Tensor
+
+from benchmarks.peers.problem import Problem
+from fastdl import data
+
+
+class JaxTrainer:
+    """``jit`` of a ``scan`` over the epoch, the parameters donated, products in full precision.
+
+    The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s,
+    drawn by torch: JAX's own permutation sorts, which takes longer.
+
+    Parameters
+    ----------
+    problem : Problem
+    dtype : torch.dtype
+    gather_first : bool
+        Gather the whole epoch before the scan, else each batch within it.
+    pixels : bool
+        Hold images as uint8 and convert each batch, else as floating point.
+    unroll : int
+        Steps in the body of the scan's loop.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        dtype: torch.dtype,
+        *,
+        gather_first: bool = False,
+        pixels: bool = False,
+        unroll: int = 1,
+    ) -> None:
+        self.x64 = dtype == torch.float64
+        self.order = problem.order()
+        self.num_examples = len(problem.X)
+        with jax.enable_x64(self.x64):
+            X = problem.X.flatten(1) if pixels else problem.rows(dtype)
+            labels = problem.labels(dtype)
+            self.X = jnp.asarray(X.numpy())
+            self.y = jnp.asarray((labels.to(torch.int32) if problem.classifies else labels).numpy())
+            start = [jnp.asarray(tensor.to(dtype).numpy()) for tensor in problem.start.values()]
+            # a copy, as donated memory must not be torch's
+            self.params = [(jnp.array(w), jnp.array(b)) for w, b in zip(start[::2], start[1::2], strict=True)]
+            self.epoch = jax.jit(_epoch(problem, gather_first, unroll), donate_argnums=0)
+            self.one_order = jnp.asarray(data.order(self.num_examples, problem.order()).int().numpy())
+
+    def train(self, num_epochs: int) -> list[float]:
+        """Train on; return each epoch's mean loss."""
+        with jax.enable_x64(self.x64):
+            means = []
+            for _ in range(num_epochs):
+                order = data.order(self.num_examples, self.order).int().numpy()
+                self.params, mean = self.epoch(self.params, self.X, self.y, order)
+                means.append(mean)
+            # nothing is read before the last epoch is on its way
+            return [float(mean) for mean in means]
+
+    def train_in_one_order(self, num_epochs: int) -> None:
+        """Train on in an order that lies in memory already: the scan alone."""
+        mean: Any = None
+        for _ in range(num_epochs):
+            self.params, mean = self.epoch(self.params, self.X, self.y, self.one_order)
+        mean.block_until_ready()
+
+    def parameters(self) -> Tensor:
+        """Return all parameters in one float64 vector."""
+        arrays = [torch.from_numpy(jax.device_get(array).copy()) for pair in self.params for array in pair]
+        return torch.cat([array.reshape(-1).double() for array in arrays])
+
+
+def _epoch(problem: Problem, gather_first: bool, unroll: int) -> Callable[..., Any]:
+    num_examples, batch_size, lr = len(problem.X), problem.batch_size, problem.lr
+    num_layers = len(list(pairwise(problem.widths)))
+    num_outputs = problem.widths[-1]
+    whole = num_examples // batch_size * batch_size
+
+    def loss(params: Any, X: Any, y: Any) -> Any:
+        for layer, (weight, bias) in enumerate(params):
+            X = jnp.dot(X, weight.T, precision="highest") + bias
+            if layer < num_layers - 1:
+                X = jax.nn.relu(X)
+        if not problem.classifies:
+            return jnp.mean((X - y) ** 2)
+        log_probabilities = jax.nn.log_softmax(X) * jax.nn.one_hot(y, num_outputs, dtype=X.dtype)
+        return -jnp.mean(jnp.sum(log_probabilities, axis=1))
+
+    def step(params: Any, batch: Any) -> Any:
+        X, y = batch
+        if X.dtype == jnp.uint8:
+            X = X.astype(params[0][0].dtype) / 255
+        value, grads = jax.value_and_grad(loss)(params, X, y)
+        return jax.tree.map(lambda param, grad: param - lr * grad, params, grads), value
+
+    def epoch(params: Any, X: Any, y: Any, order: Any) -> Any:
+        index = order[:whole].reshape(-1, batch_size)
+        if gather_first:
+            params, losses = jax.lax.scan(step, params, (X[index], y[index]), unroll=unroll)
+        else:
+            params, losses = jax.lax.scan(
+                lambda params, rows: step(params, (X[rows], y[rows])), params, index, unroll=unroll
+            )
+        total = jnp.sum(losses) * batch_size
+        if whole < num_examples:
+            rows = order[whole:]
+            params, last = step(params, (X[rows], y[rows]))
+            total += last * (num_examples - whole)
+        return params, total / num_examples
+
+    return epoch

@@ -1,0 +1,174 @@
+"""What is trained: a net of dense layers, its data in memory, its hyperparameters and its start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fastdl import data
+from fastdl.programs import RECIPES, Model
+from fastdl.reproduce import Examples
+
+Loader = Callable[[int, torch.Generator], DataLoader[object]]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Something to train.
+
+    Attributes
+    ----------
+    name, title : str
+    widths : tuple of int
+        Inputs, the units of each hidden layer, outputs. A ReLU stands between two layers.
+    X, y : Tensor
+        Examples, (N, ...) uint8 pixels or float32, and labels: classes (N,) or values (N, outputs).
+    batch_size, num_epochs : int
+    lr : float
+    seed : int
+        Of the order.
+    start : mapping of str to Tensor
+        The parameters to start from, in the names of `net`'s state_dict.
+    loader : callable, optional
+        Makes the textbook's DataLoader of the same data.
+    """
+
+    name: str
+    title: str
+    widths: tuple[int, ...]
+    X: Tensor
+    y: Tensor
+    batch_size: int
+    num_epochs: int
+    lr: float
+    seed: int
+    start: Mapping[str, Tensor]
+    loader: Loader | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the labels are classes."""
+        return not self.y.is_floating_point()
+
+    @property
+    def multiply_adds(self) -> int:
+        """How many an epoch's dense products are made of: no gradient is needed of the examples."""
+        forward = sum(a * b for a, b in pairwise(self.widths))
+        return len(self.X) * (3 * forward - self.widths[0] * self.widths[1])
+
+    @cached_property
+    def _floats(self) -> Tensor:
+        return data.to_float(self.X.flatten(1), torch.float32)
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """Return the examples as floating point, (N, inputs), what the peers hold in memory."""
+        if dtype == torch.float32:
+            return self._floats
+        return data.to_float(self.X.flatten(1), dtype)
+
+    def labels(self, dtype: torch.dtype) -> Tensor:
+        """Return the labels, values in the dtype."""
+        return self.y if self.classifies else self.y.to(dtype)
+
+    def net(self, dtype: torch.dtype) -> nn.Sequential:
+        """Return the net of plain torch modules, at its start."""
+        net = plain_net(self.widths).to(dtype)
+        net.load_state_dict({name: tensor.to(dtype) for name, tensor in self.start.items()})
+        return net
+
+    def loss(self) -> nn.CrossEntropyLoss | nn.MSELoss:
+        """Return the loss, a mean over the batch."""
+        return nn.CrossEntropyLoss() if self.classifies else nn.MSELoss()
+
+    def order(self) -> torch.Generator:
+        """Return where the order of each epoch comes from, the same for every program."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Trainer(Protocol):
+    """One program that trains one problem, from its start on."""
+
+    def train(self, num_epochs: int) -> list[float]:
+        """Train on, each epoch in the order that ``data.order`` draws next; return each epoch's mean loss."""
+        ...
+
+    def parameters(self) -> Tensor:
+        """Return all parameters in one float64 vector, in the order of the net's state_dict."""
+        ...
+
+
+def plain_net(widths: Sequence[int]) -> nn.Sequential:
+    """Return a Flatten, and linear layers with a ReLU between two."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for num_in, num_out in pairwise(widths):
+        layers += [nn.Linear(num_in, num_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def vector(state: Mapping[str, Tensor]) -> Tensor:
+    """Return parameters as one float64 vector."""
+    return torch.cat([tensor.detach().reshape(-1).double() for tensor in state.values()])
+
+
+def textbook_problem(
+    model: Model, examples: Examples, *, num_epochs: int | None = None, seed: int = 0
+) -> Problem:
+    """Return one of the three models with the textbook's hyperparameters, on the given data."""
+    recipe = RECIPES[model]
+    widths = {"linear": (2, 1), "softmax": (784, 10), "mlp": (784, 256, 10)}[model]
+    generator = torch.Generator().manual_seed(seed)
+    net = plain_net(widths)
+    for name, parameter in net.named_parameters():
+        if name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.01, generator=generator)
+        else:
+            nn.init.zeros_(parameter)
+    return Problem(
+        name=model,
+        title=recipe.title,
+        widths=widths,
+        X=examples.X,
+        y=examples.y,
+        batch_size=recipe.batch_size,
+        num_epochs=num_epochs or recipe.num_epochs,
+        lr=recipe.lr,
+        seed=seed,
+        start={name: tensor.clone() for name, tensor in net.state_dict().items()},
+        loader=examples.loader,
+    )
+
+
+def dense_problem(width: int, batch_size: int, num_hiddens: int, X: Tensor, y: Tensor) -> Problem:
+    """Return a net with so many hidden layers of one width, at torch's own start.
+
+    Parameters
+    ----------
+    width, batch_size, num_hiddens : int
+    X : Tensor
+        (N, inputs) float32.
+    y : Tensor
+        (N,) classes, 0 to 9.
+    """
+    widths = (X.shape[1], *[width] * num_hiddens, 10)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        start = plain_net(widths).state_dict()
+    return Problem(
+        name=f"{num_hiddens} x {width}, batch {batch_size}",
+        title=f"{num_hiddens} hidden layers of {width}, batch {batch_size}",
+        widths=widths,
+        X=X,
+        y=y,
+        batch_size=batch_size,
+        num_epochs=1,
+        lr=0.01,
+        seed=0,
+        start=start,
+    )
