@@ -26,7 +26,9 @@ from fastdl.kernels.cpu.panels import (
     multiply_nonzero,
     multiply_panels,
     panel_of,
+    prefetch,
     transpose_bytes,
+    widen_panel,
 )
 from fastdl.kernels.jit import jit
 
@@ -55,6 +57,7 @@ _DOT_COLS = TILE.dot_cols
 _ROW_COUNTS = tuple(ROW_COUNTS)
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
+_CACHE_LINE = 64
 
 
 @jit
@@ -183,7 +186,9 @@ def _close(scratch, grad_at, output_at, count):
     output = scratch[output_at : output_at + count]
     zero = scratch.dtype.type(0)
     for i in range(count):
-        grad[i] = zero if output[i] <= zero else grad[i]
+        # read first: a load under a condition would stay a branch, which no predictor guesses
+        value = grad[i]
+        grad[i] = zero if output[i] <= zero else value
 
 
 @jit
@@ -222,6 +227,9 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
                     width, height, _used_vectors(depth - j * panel, panel), False,
                 )  # fmt: skip
                 row += height
+            if closes:
+                at = (j * stride + rows[0]) * panel
+                _close(scratch, before + at, output + at, (rows[1] - rows[0]) * panel)
     else:
         count = rows[1] - rows[0]
         row_panels = panels_of(count, panel)
@@ -259,10 +267,9 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
                         transposed + (i // panel * whole_depth + j * panel + col) * panel + i % panel, panel,
                         scratch, before + (j * stride + rows[0] + i) * panel + col, panel,
                     )  # fmt: skip
-    if closes:
-        for j in range(panels[0], panels[1]):
-            at = (j * stride + rows[0]) * panel
-            _close(scratch, before + at, output + at, (rows[1] - rows[0]) * panel)
+            if closes:
+                at = (j * stride + rows[0]) * panel
+                _close(scratch, before + at, output + at, count * panel)
 
 
 @jit
@@ -357,13 +364,14 @@ def backward_weight(
 
 @jit
 def backward_weight_nonzero(
-    layers, values, masks, words, stride, state, scratch, work, count, inputs, groups, is_first, scale
+    layers, values, masks, words, stride, state, scratch, work, count, inputs, groups, is_first, scale, upcoming
 ):
     """Update the first layer's weight for some of its inputs, skipping what is 0 in them.
 
     ``values`` has a row of ``words * WORD`` numbers for each of these inputs, one number for each example, and
-    masks a word for each WORD of them.
+    masks a word for each WORD of them. The examples of the next batch are asked for on the way.
     """
+    X, order, upcoming_first, upcoming_stop = upcoming
     depth, width = layers[0, NUM_INPUTS], layers[0, NUM_OUTPUTS]
     weight, buffer, grad = layers[0, WEIGHT], layers[0, WEIGHT_BUFFER], layers[0, GRAD]
     is_fresh = is_first and layers[0, WEIGHT_IS_FRESH] == 1
@@ -371,13 +379,22 @@ def backward_weight_nonzero(
     panel = panel_of(scratch)
     num_inputs = inputs[1] - inputs[0]
     num_panels = panels_of(width, panel)
+    num_words = (count + WORD - 1) // WORD
+    num_rows = num_words * num_inputs * ((num_panels + _long_row(num_panels) - 1) // _long_row(num_panels))
+    interval = max(1, num_rows // max(1, upcoming_stop - upcoming_first))
+    left = interval
     j = 0
     while j < num_panels:
         used = _long_row(num_panels - j)
         scratch[work : work + used * num_inputs * panel] = 0
-        for word in range((count + WORD - 1) // WORD):
+        for word in range(num_words):
             b_at = grad + (j * stride + word * WORD) * panel
             for k in range(num_inputs):
+                left -= 1
+                if left == 0:
+                    left = interval
+                    prefetch_examples(X, order, upcoming_first, min(upcoming_first + 1, upcoming_stop))
+                    upcoming_first += 1
                 bits = masks[k * words + word]
                 if bits != 0:
                     multiply_nonzero(
@@ -432,15 +449,25 @@ def gather_panels(X, order, first, rows, stride, scratch, at):
     """Copy examples to panels in the dtype of scratch."""
     num_inputs = X.shape[1]
     panel = panel_of(scratch)
+    examples = X.reshape(-1)
+    whole = num_inputs // panel
     for n in range(rows[0], rows[1]):
-        example = X[order[first + n]]
-        for j in range(panels_of(num_inputs, panel)):
-            start = j * panel
-            length = min(panel, num_inputs - start)
-            source = example[start : start + length]
-            target = scratch[at + (j * stride + n) * panel : at + (j * stride + n) * panel + length]
-            for i in range(length):
-                target[i] = source[i]
+        example = order[first + n] * num_inputs
+        for j in range(whole):
+            widen_panel(examples, example + j * panel, scratch, at + (j * stride + n) * panel)
+        for i in range(whole * panel, num_inputs):
+            scratch[at + (whole * stride + n) * panel + i - whole * panel] = examples[example + i]
+
+
+@jit
+def prefetch_examples(X, order, start, stop):
+    """Ask for examples that are soon to be gathered: they lie anywhere in memory."""
+    bytes_of_one = X.shape[1] * X.itemsize
+    examples = X.reshape(-1)
+    for n in range(start, min(stop, order.size)):
+        example = order[n] * X.shape[1]
+        for at in range(0, bytes_of_one, _CACHE_LINE):
+            prefetch(examples, example + at // X.itemsize)
 
 
 @jit

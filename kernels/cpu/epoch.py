@@ -36,9 +36,11 @@ from fastdl.kernels.cpu.dense import (
     gather,
     gather_panels,
     panels_of,
+    prefetch_examples,
     transpose_examples,
 )
 from fastdl.kernels.cpu.exp import exp
+from fastdl.kernels.cpu.intrinsics import TILE
 from fastdl.kernels.cpu.panels import WORD, panel_of
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.jit import jit
@@ -54,6 +56,10 @@ LOSS, CORRECT = 0, 1
 NUM_SUMS = 8
 # how the first layer reads its input
 DENSE, NONZERO = 0, 1
+# the first layer's weight is done so many panels of inputs at a time
+_ASKING_PANELS = 2
+
+_VECTORS = TILE.vectors
 
 
 @jit(fastmath={"contract", "nsz"})
@@ -122,6 +128,13 @@ def _write_row(row, scratch, at, stride, panel):
         target, part = scratch[start : start + length], row[j : j + length]
         for i in range(length):
             target[i] = part[i]
+
+
+@jit
+def _share_of_rows(count, thread, num_threads, lanes):
+    """Return a thread's rows: whole blocks of lanes, as blocks are transposed whole."""
+    start, stop = share((count + lanes - 1) // lanes, thread, num_threads)
+    return start * lanes, min(stop * lanes, count)
 
 
 @jit
@@ -246,7 +259,7 @@ def run_epoch(
     for step in range(num_steps):
         first = step * batch_size
         count = min(batch_size, order.size - first)
-        own_rows = share(count, thread, num_threads)
+        own_rows = _share_of_rows(count, thread, num_threads, panel // _VECTORS)
         rows = (0, count) if by_columns else own_rows
         # 1: the batch
         if input_mode == NONZERO:
@@ -294,6 +307,9 @@ def run_epoch(
                 passed = barrier.wait(counters, num_threads, passed)
             # 5: weights and biases
             is_first = step == 0
+            next_count = max(0, min(batch_size, order.size - first - count))
+            next_rows = _share_of_rows(next_count, thread, num_threads, panel // _VECTORS)
+            upcoming = (X, order, first + count + next_rows[0], first + count + next_rows[1])
             for layer in range(num_layers):
                 bias_panels = share(panels_of(layers[layer, NUM_OUTPUTS], panel), thread, num_threads)
                 backward_bias(layers, layer, stride, state, scratch, work, count, bias_panels, groups, is_first)
@@ -306,13 +322,19 @@ def run_epoch(
                     transpose_examples(values, words, inputs, count, target, words_of_batch, target_masks)
                     backward_weight_nonzero(
                         layers, target, target_masks, words_of_batch, stride, state, scratch, work, count,
-                        inputs, groups, is_first, scale,
+                        inputs, groups, is_first, scale, upcoming,
                     )  # fmt: skip
                 elif layer == 0:
-                    backward_weight(
-                        layers, 0, scratch, input_at, stride, state, scratch, work, count, panels, groups,
-                        is_first, scale,
-                    )  # fmt: skip
+                    # a few panels at a time, with some of the next batch's examples asked for in between
+                    shares = max(1, (panels[1] - panels[0]) // _ASKING_PANELS)
+                    for index in range(shares):
+                        start, stop = share(panels[1] - panels[0], index, shares)
+                        backward_weight(
+                            layers, 0, scratch, input_at, stride, state, scratch, work, count,
+                            (panels[0] + start, panels[0] + stop), groups, is_first, scale,
+                        )  # fmt: skip
+                        start, stop = share(upcoming[3] - upcoming[2], index, shares)
+                        prefetch_examples(X, order, upcoming[2] + start, upcoming[2] + stop)
                 else:
                     backward_weight(
                         layers, layer, scratch, layers[layer - 1, OUTPUT], stride, state, scratch, work, count,

@@ -31,7 +31,7 @@ class Tile(NamedTuple):
 
 # A tile's sums, the vectors that multiply them and one spare must fit in the registers: AVX-512 has 32,
 # AVX2 and plain x86-64 have 16.
-_TILES = {512: Tile(64, 14, 2, 4, 4), 256: Tile(32, 6, 2, 2, 4), 128: Tile(16, 4, 2, 2, 4)}
+_TILES = {512: Tile(64, 14, 2, 4, 5), 256: Tile(32, 6, 2, 2, 5), 128: Tile(16, 4, 2, 2, 4)}
 
 
 def _vector_bits():

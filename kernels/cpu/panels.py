@@ -24,13 +24,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import INTP, TILE, call_of
+from fastdl.kernels.cpu.intrinsics import INTP, TILE, Vectors, call_of
 from fastdl.kernels.jit import jit
 
 # how many rows a tile may have besides TILE.rows; a remainder is made of these
 ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
-# how many vectors multiply_nonzero may hold; 8 of them hide the latency of a multiply-add
-LONG_ROWS = (8, 4, 2)
+# How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b that are
+# as long must fit L1.
+LONG_ROWS = (12, 8, 4, 2)
 WORD = 64
 
 _INT32 = ir.IntType(32)
@@ -276,6 +277,28 @@ def transpose_bytes(typing_context, source, source_at, source_stride, target, ta
 
     integers = types.intp, types.intp
     return types.void(source, *integers, target, *integers), generate
+
+
+@intrinsic
+def widen_panel(typing_context, source, source_at, target, target_at):
+    """Copy one row of a panel, as wide as the target's dtype makes it, from numbers of another type."""
+    element = source.dtype
+
+    def generate(context, builder, signature, arguments):
+        vectors = Vectors(builder, context.get_value_type(target.dtype))
+        source_data = context.make_array(source)(context, builder, arguments[0]).data
+        target_data = context.make_array(target)(context, builder, arguments[2]).data
+        kind = ir.VectorType(context.get_value_type(element), vectors.width)
+        for v in range(TILE.vectors):
+            place = builder.gep(source_data, [builder.add(arguments[1], INTP(v * vectors.width))])
+            value = builder.load(builder.bitcast(place, kind.as_pointer()), align=1)
+            if isinstance(kind.element, ir.IntType):
+                value = builder.uitofp(value, vectors.type)
+            place = builder.gep(target_data, [builder.add(arguments[3], INTP(v * vectors.width))])
+            vectors.store(value, place)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp), generate
 
 
 @intrinsic
