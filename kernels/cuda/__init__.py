@@ -1,0 +1,26 @@
+"""Kernels for NVIDIA GPUs: one file per op, the same names and argument order as in ``kernels/cpu``.
+
+Importing this imports numba-cuda, but neither compiles anything nor touches a GPU.
+"""
+
+from fastdl.kernels.cuda import launch, reduction
+from fastdl.kernels.cuda.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from fastdl.kernels.cuda.linear import linear_forward, linear_grad_input, linear_grad_weight
+from fastdl.kernels.cuda.mse_loss import mse_loss_backward, mse_loss_forward
+from fastdl.kernels.cuda.relu import relu_backward, relu_forward
+from fastdl.kernels.cuda.sgd import sgd
+
+__all__ = [
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "launch",
+    "linear_forward",
+    "linear_grad_input",
+    "linear_grad_weight",
+    "mse_loss_backward",
+    "mse_loss_forward",
+    "reduction",
+    "relu_backward",
+    "relu_forward",
+    "sgd",
+]

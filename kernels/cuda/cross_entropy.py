@@ -1,0 +1,455 @@
+"""Numerically stable softmax-cross-entropy: the loss and grad_logits in one pass over the logits.
+
+With p = softmax(logits), a row's label y and class weights w, and smoothing s over C classes,
+
+    loss        = -(1 - s) w[y] log p[y] - s / C sum_c w[c] log p[c]
+    grad_logits =  (1 - s) w[y] (p - onehot(y)) + s / C (p sum_c w[c] - w)
+
+A row belongs to as many lanes of a warp as its length pays for, a long one to a whole block. So the second
+and third look at a row find it in the multiprocessor's cache.
+
+Floor: N x C logits read once and written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import exp, log
+from typing import Any
+
+from fastdl.kernels.cuda.intrinsics import (
+    computed_in,
+    is_null,
+    load,
+    load_tuple,
+    pointer_to,
+    store,
+    store_tuple,
+)
+from fastdl.kernels.cuda.launch import (
+    CHUNK,
+    ELEMENTS,
+    SCALARS,
+    Array,
+    Kernel,
+    Stream,
+    address,
+    element_of,
+    is_wide,
+    pointer,
+    size_of,
+)
+from fastdl.kernels.cuda.numba_cuda import cuda, types
+from fastdl.kernels.cuda.reduction import (
+    ADD_PARTIAL_SUMS,
+    MAX_BLOCKS,
+    MEAN,
+    NONE,
+    THREADS,
+    WARP,
+    WARPS,
+    block_max,
+    block_sum,
+    lanes_max,
+    lanes_sum,
+)
+
+# Rows of more classes get a block each: the rows that a multiprocessor works on must fit its cache.
+LONG_ROW = 1024
+# Up to so many rows for each lane that a block has for them, one block does all, and the loss's sum with it.
+_ROWS_OF_ONE_BLOCK = 4
+
+
+def _build_total_weight(real: Any) -> Callable[..., None]:
+    def total_weight(target, weight, total, num_rows, num_classes, ignore_index):
+        """Write the sum of the rows' weights to total (1,); one block."""
+        shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
+        own = real(0)
+        for n in range(types.int64(cuda.threadIdx.x), num_rows, THREADS):
+            label = target[n]
+            if label != ignore_index and label >= 0 and label < num_classes:
+                own += real(1) if is_null(weight) else load(weight, label)
+        own = block_sum(own, shared)
+        if cuda.threadIdx.x == 0:
+            store(total, 0, own)
+
+    return total_weight
+
+
+def _build_rows(real: Any) -> Callable[..., None]:
+    @cuda.jit(device=True, inline="always")
+    def row_max(value, lanes, shared):
+        return block_max(value, shared) if lanes > WARP else lanes_max(value, lanes)
+
+    @cuda.jit(device=True, inline="always")
+    def row_sum(value, lanes, shared):
+        return block_sum(value, shared) if lanes > WARP else lanes_sum(value, lanes)
+
+    @cuda.jit(device=True, inline="always")
+    def load_logits(logits, at, c, num_classes, wide):
+        """Return a chunk of a row; what lies behind its end is the least number and has no exponential."""
+        if wide:
+            return load_tuple(logits, at + c, CHUNK)
+        least = -real(float("inf"))
+        return (
+            load(logits, at + c),
+            load(logits, at + c + 1) if c + 1 < num_classes else least,
+            load(logits, at + c + 2) if c + 2 < num_classes else least,
+            load(logits, at + c + 3) if c + 3 < num_classes else least,
+        )
+
+    def rows(
+        logits,
+        target,
+        weight,
+        total,
+        loss,
+        partial,
+        grad_logits,
+        num_rows,
+        num_classes,
+        ignore_index,
+        share_of_label,
+        share_of_all,
+        reduction,
+        lanes,
+        num_blocks,
+        wide,
+    ):
+        shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
+        thread = types.int64(cuda.threadIdx.x)
+        block = types.int64(cuda.blockIdx.x)
+        zero, one = real(0), real(1)
+
+        # 1: the sums of the rows' weights, for the mean, and of the classes' weights
+        total_weight = one
+        if reduction == MEAN:
+            if is_null(total):
+                own = zero
+                for n in range(thread, num_rows, THREADS):
+                    label = target[n]
+                    if label != ignore_index and label >= 0 and label < num_classes:
+                        own += one if is_null(weight) else load(weight, label)
+                total_weight = block_sum(own, shared)
+            else:
+                total_weight = load(total, 0)
+        scale = one / total_weight
+        weight_sum = real(num_classes)
+        if share_of_all > zero and not is_null(weight):
+            own = zero
+            for c in range(thread, num_classes, THREADS):
+                own += load(weight, c)
+            weight_sum = block_sum(own, shared)
+
+        group, lane = thread // lanes, thread % lanes
+        groups = THREADS // lanes
+        own_losses = zero
+        # every thread takes part in every sum over lanes, so all go round equally often
+        for first in range(block * groups, num_rows, num_blocks * groups):
+            n = first + group
+            is_row = n < num_rows
+            at = n * num_classes
+            stop = num_classes if is_row else 0
+
+            # 2: the greatest logit, so that no exponential overflows; NaN goes on into the sum below
+            greatest = -real(float("inf"))
+            for c in range(lane * CHUNK, stop, lanes * CHUNK):
+                x = load_logits(logits, at, c, num_classes, wide)
+                greatest = max(greatest, max(max(x[0], x[1]), max(x[2], x[3])))
+            greatest = row_max(greatest, lanes, shared)
+
+            # 3: the sum of exponentials; of the log-probabilities, where labels are smoothed
+            exponentials, weighted_logits = zero, zero
+            for c in range(lane * CHUNK, stop, lanes * CHUNK):
+                x = load_logits(logits, at, c, num_classes, wide)
+                exponentials += exp(x[0] - greatest)
+                exponentials += exp(x[1] - greatest)
+                exponentials += exp(x[2] - greatest)
+                exponentials += exp(x[3] - greatest)
+                if share_of_all > zero:
+                    for i in range(c, min(c + CHUNK, num_classes)):
+                        class_weight = one if is_null(weight) else load(weight, i)
+                        weighted_logits += class_weight * (load(logits, at + i) - greatest)
+            exponentials = row_sum(exponentials, lanes, shared)
+            if share_of_all > zero:
+                weighted_logits = row_sum(weighted_logits, lanes, shared)
+            log_total = log(exponentials)
+
+            # 4: the row's loss. A label that is no class reads nothing, and leaves NaN
+            label = ignore_index
+            if is_row:
+                label = target[n]
+            is_ignored = label == ignore_index
+            is_class = not is_ignored and label >= 0 and label < num_classes
+            row_loss, label_weight = zero, zero
+            if is_class:
+                label_weight = one if is_null(weight) else load(weight, label)
+                log_probability = (load(logits, at + label) - greatest) - log_total
+                row_loss = -share_of_label * label_weight * log_probability
+                if share_of_all > zero:
+                    row_loss -= share_of_all * (weighted_logits - weight_sum * log_total)
+            elif not is_ignored:
+                row_loss = real(float("nan"))
+            if is_row and lane == 0:
+                if reduction == NONE:
+                    store(loss, n, row_loss)
+                else:
+                    own_losses += row_loss
+
+            # 5: the row's gradient
+            if not is_null(grad_logits):
+                factor = (share_of_label * label_weight + share_of_all * weight_sum) * (scale / exponentials)
+                for c in range(lane * CHUNK, stop, lanes * CHUNK):
+                    x = load_logits(logits, at, c, num_classes, wide)
+                    g0, g1, g2, g3 = zero, zero, zero, zero
+                    if is_class:
+                        g0 = exp(x[0] - greatest) * factor
+                        g1 = exp(x[1] - greatest) * factor
+                        g2 = exp(x[2] - greatest) * factor
+                        g3 = exp(x[3] - greatest) * factor
+                        if share_of_all > zero:
+                            part = scale * share_of_all
+                            g0 -= part if is_null(weight) else part * load(weight, c)
+                            if c + 1 < num_classes:
+                                g1 -= part if is_null(weight) else part * load(weight, c + 1)
+                            if c + 2 < num_classes:
+                                g2 -= part if is_null(weight) else part * load(weight, c + 2)
+                            if c + 3 < num_classes:
+                                g3 -= part if is_null(weight) else part * load(weight, c + 3)
+                        of_label = scale * share_of_label * label_weight
+                        g0 -= of_label if label == c else zero
+                        g1 -= of_label if label == c + 1 else zero
+                        g2 -= of_label if label == c + 2 else zero
+                        g3 -= of_label if label == c + 3 else zero
+                    if wide:
+                        store_tuple(grad_logits, at + c, (g0, g1, g2, g3))
+                    else:
+                        store(grad_logits, at + c, g0)
+                        if c + 1 < num_classes:
+                            store(grad_logits, at + c + 1, g1)
+                        if c + 2 < num_classes:
+                            store(grad_logits, at + c + 2, g2)
+                        if c + 3 < num_classes:
+                            store(grad_logits, at + c + 3, g3)
+
+        # 6: the sum of this block's losses
+        if reduction != NONE:
+            own_losses = block_sum(own_losses, shared)
+            if thread == 0:
+                if is_null(partial):
+                    store(loss, 0, own_losses / total_weight)
+                else:
+                    store(partial, block, own_losses)
+
+    return rows
+
+
+def _scale_rows(
+    grad_loss,
+    grad_logits,
+    target,
+    ignore_index,
+    scaled,
+    num_rows,
+    num_classes,
+    num_upstream,
+    lanes,
+    num_blocks,
+    wide,
+):
+    thread = types.int64(cuda.threadIdx.x)
+    groups = THREADS // lanes
+    first = types.int64(cuda.blockIdx.x) * groups + thread // lanes
+    for n in range(first, num_rows, num_blocks * groups):
+        label = target[n]
+        # torch gives a row without a class no part in an infinite or NaN upstream gradient
+        is_class = label != ignore_index and label >= 0 and label < num_classes
+        factor = load(grad_loss, n if num_upstream > 1 else 0)
+        at = n * num_classes
+        for c in range(thread % lanes * CHUNK, num_classes, lanes * CHUNK):
+            if wide:
+                g = load_tuple(grad_logits, at + c, CHUNK)
+                if is_class:
+                    g = (g[0] * factor, g[1] * factor, g[2] * factor, g[3] * factor)
+                store_tuple(scaled, at + c, g)
+            else:
+                for i in range(at + c, at + min(c + CHUNK, num_classes)):
+                    value = load(grad_logits, i)
+                    store(scaled, i, value * factor if is_class else value)
+
+
+def _kernels(element: str) -> tuple[Kernel, Kernel, Kernel]:
+    real = computed_in(ELEMENTS[element])
+    elements, reals, labels = pointer(element), types.CPointer(real), types.CPointer(types.int64)
+    return (
+        Kernel(
+            f"cross_entropy_total_weight_{element}",
+            _build_total_weight(real),
+            (labels, elements, reals, *(types.int64,) * 3),
+            THREADS,
+        ),
+        Kernel(
+            f"cross_entropy_rows_{element}",
+            _build_rows(real),
+            (
+                elements,
+                labels,
+                elements,
+                reals,
+                elements,
+                reals,
+                elements,
+                *(types.int64,) * 3,
+                real,
+                real,
+                *(types.int64,) * 4,
+            ),
+            THREADS,
+        ),
+        Kernel(
+            f"cross_entropy_scale_rows_{element}",
+            _scale_rows,
+            (elements, elements, labels, types.int64, elements, *(types.int64,) * 6),
+            THREADS,
+        ),
+    )
+
+
+_KERNELS = {element: _kernels(element) for element in ELEMENTS}
+
+
+def _lanes(num_classes: int) -> int:
+    """Return how many threads share a row."""
+    if num_classes > LONG_ROW:
+        return THREADS
+    lanes = 1
+    while lanes < WARP and lanes * CHUNK < num_classes:
+        lanes *= 2
+    return lanes
+
+
+def _num_blocks(num_rows: int, num_classes: int) -> int:
+    groups = THREADS // _lanes(num_classes)
+    if num_rows <= _ROWS_OF_ONE_BLOCK * groups:
+        return 1
+    return min(-(-num_rows // groups), MAX_BLOCKS)
+
+
+def num_partial_sums(num_rows: int, num_classes: int) -> int:
+    """Return how many numbers of scratch ``cross_entropy_forward`` needs for a mean or sum."""
+    blocks = _num_blocks(num_rows, num_classes)
+    return 0 if blocks == 1 else blocks + 1
+
+
+def cross_entropy_forward(
+    logits: Array,
+    target: Array,
+    weight: Array | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    loss: Array,
+    grad_logits: Array | None,
+    partial: Array | None,
+    stream: Stream,
+) -> None:
+    """Write the loss and its gradient with respect to the logits.
+
+    Parameters
+    ----------
+    logits : (N, C)
+    target : (N,), int64
+        Class indices. One that is neither a class nor ignore_index is never used to read: its row's loss is
+        NaN, and its gradient is 0.
+    weight : (C,) or None
+        A weight for each class, or none.
+    ignore_index : int
+        Rows with this label have no loss and no gradient.
+    label_smoothing : float
+        The part of a row's probability that is spread over all classes.
+    reduction : int
+        One of ``reduction.CODES``.
+    loss : (N,) without reduction, else (1,)
+    grad_logits : (N, C) or None
+        Of the reduced loss, or row by row of each loss; None where it isn't wanted.
+    partial : (num_partial_sums(N, C),) or None
+        Scratch for a reduced loss, float64 or float32 as the logits are computed in.
+    stream : Stream
+    """
+    element = element_of(logits)
+    num_rows, num_classes = logits.shape
+    if num_rows == 0 and reduction == NONE:
+        return
+    scalar = SCALARS[element]
+    total_weight, rows, _ = _KERNELS[element]
+    blocks = _num_blocks(num_rows, num_classes)
+    sums_at = total_at = 0
+    if blocks > 1 and reduction != NONE:
+        sums_at = address(partial)
+        total_at = sums_at + blocks * scalar().itemsize if reduction == MEAN else 0
+    elif reduction == NONE:
+        blocks = -(-num_rows // (THREADS // _lanes(num_classes)))
+    if total_at:
+        total_weight.launch(
+            stream, 1, address(target), address(weight), total_at, num_rows, num_classes, ignore_index
+        )
+    rows.launch(
+        stream,
+        blocks,
+        address(logits),
+        address(target),
+        address(weight),
+        total_at,
+        address(loss),
+        sums_at,
+        address(grad_logits),
+        num_rows,
+        num_classes,
+        ignore_index,
+        scalar(1.0 - label_smoothing),
+        scalar(label_smoothing / max(num_classes, 1)),
+        reduction,
+        _lanes(num_classes),
+        blocks,
+        is_wide(num_classes, logits, grad_logits),
+    )
+    if sums_at:
+        ADD_PARTIAL_SUMS[element].launch(stream, 1, sums_at, blocks, scalar(1.0), total_at, address(loss))
+
+
+def cross_entropy_backward(
+    grad_loss: Array, grad_logits: Array, target: Array, ignore_index: int, scaled: Array, stream: Stream
+) -> None:
+    """Write ``grad_loss * grad_logits``, row by row, to scaled.
+
+    Parameters
+    ----------
+    grad_loss : (N,) or (1,)
+        The upstream gradient of each row's loss, or of the one reduced loss.
+    grad_logits : (N, C)
+        What the forward wrote.
+    target : (N,), int64
+    ignore_index : int
+    scaled : (N, C)
+    stream : Stream
+    """
+    num_rows, num_classes = grad_logits.shape
+    if num_rows == 0 or num_classes == 0:
+        return
+    lanes = _lanes(num_classes)
+    blocks = -(-num_rows // (THREADS // lanes))
+    _KERNELS[element_of(grad_logits)][2].launch(
+        stream,
+        blocks,
+        address(grad_loss),
+        address(grad_logits),
+        address(target),
+        ignore_index,
+        address(scaled),
+        num_rows,
+        num_classes,
+        size_of(grad_loss),
+        lanes,
+        blocks,
+        is_wide(num_classes, grad_logits, scaled),
+    )

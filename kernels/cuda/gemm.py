@@ -1,0 +1,294 @@
+"""The matrix product that all dense layers are made of.
+
+How a fast product comes about on a GPU, in four versions of one sum:
+
+1. A thread for each number of the product. A multiply-add loads two numbers from memory.
+2. A block of threads computes a tile. What the tile reads is first copied to shared memory, so that each
+   number comes from memory once for a whole row or column of the tile.
+3. A thread computes a small square of the tile in registers: a step of the depth loads 4 + 4 numbers from
+   shared memory for 16 multiply-adds. The next tile's part of memory is on its way meanwhile.
+4. A small product has fewer tiles than the GPU has multiprocessors, and few steps hide no latency. So the
+   depth is cut into slices: each slice of a block's threads sums its own part, and the parts are added in
+   the order of the slices.
+
+Floor for (I, P) by (P, J): I P J multiply-adds, and I P + P J + I J numbers through memory.
+
+The order in which a number of the product is summed depends on the sizes of the product and on nothing else.
+An exact 0 is multiplied like any other number: 0 times infinity is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastdl.kernels.cuda.intrinsics import (
+    add_outer_product,
+    add_tuples,
+    computed_in,
+    fill,
+    is_null,
+    load,
+    load_tuple,
+    pointer_to,
+    store,
+    store_rows,
+    store_tuple,
+    zero_where_closed,
+)
+from fastdl.kernels.cuda.launch import (
+    CHUNK,
+    ELEMENTS,
+    Array,
+    Kernel,
+    Stream,
+    address,
+    element_of,
+    is_wide,
+    pointer,
+)
+from fastdl.kernels.cuda.numba_cuda import cuda, types
+
+# The three products of a linear layer: which operand is transposed, and what happens to a sum at its end.
+FORWARD, GRAD_INPUT, GRAD_WEIGHT = "forward", "grad_input", "grad_weight"
+# A row of a tile in shared memory is this much longer, so that a column's numbers lie in other banks.
+PADDING = 4
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a block computes its part of the product.
+
+    Parameters
+    ----------
+    size : int
+        Rows and columns of the product that a block computes.
+    square : int
+        Rows and columns of them that a thread computes.
+    slices : int
+        Parts into which the depth is cut.
+    """
+
+    size: int
+    square: int
+    slices: int
+
+    @property
+    def slice_threads(self) -> int:
+        """The threads that compute a tile's sums over one slice."""
+        return (self.size // self.square) ** 2
+
+    @property
+    def threads(self) -> int:
+        """The threads of a block."""
+        return self.slice_threads * self.slices
+
+    @property
+    def depth(self) -> int:
+        """The steps that a slice has in shared memory at a time: one chunk a thread, of a and of b."""
+        return CHUNK * self.slice_threads // self.size
+
+
+# Below this many rows or columns of a product most of a larger tile would lie outside of it.
+THIN = 16
+# The H200 has 132 multiprocessors and the A100 108: with fewer large tiles some have nothing to do.
+FEW_TILES = 264
+
+# float64 is there for checks, and its buffers take twice the shared memory; a large product of float16 or
+# bfloat16 belongs on tensor cores, which torch's own product uses.
+_SMALL, _THIN = Tile(32, 4, 4), Tile(16, 2, 8)
+TILES = {
+    "float32": {"thin": _THIN, "small": _SMALL, "large": Tile(64, 4, 1)},
+    "float64": {"thin": Tile(16, 2, 4), "small": Tile(32, 4, 2)},
+    "float16": {"thin": _THIN, "small": _SMALL},
+    "bfloat16": {"thin": _THIN, "small": _SMALL},
+}
+
+
+def tile_for(element: str, num_rows: int, num_cols: int) -> str:
+    """Return the name of the tile for a product of these sizes."""
+    if min(num_rows, num_cols) <= THIN:
+        return "thin"
+    large = TILES[element].get("large")
+    if large and -(-num_rows // large.size) * -(-num_cols // large.size) >= FEW_TILES:
+        return "large"
+    return "small"
+
+
+def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
+    size, square, slices, depth = tile.size, tile.square, tile.slices, tile.depth
+    slice_threads, threads = tile.slice_threads, tile.threads
+    stride = size + PADDING
+    square_size, tile_size, buffer = square * square, size * size, depth * stride
+    shared_size = max(slices * 4 * buffer, slices * (size + 1) * size)
+    a_runs_along_depth, b_runs_along_depth = kind != GRAD_WEIGHT, kind == FORWARD
+    is_forward, is_grad_weight = kind == FORWARD, kind == GRAD_WEIGHT
+    depth_chunks, size_chunks = depth // CHUNK, size // CHUNK
+
+    @cuda.jit(device=True, inline="always")
+    def load_chunk(array, runs_along_depth, lane, first, step, count, steps, wide):
+        """Return a thread's chunk of a tile; numbers outside of the array are 0."""
+        if runs_along_depth:
+            line, offset = first + lane // depth_chunks, step + lane % depth_chunks * CHUNK
+            lines, length = count, steps
+        else:
+            line, offset = step + lane // size_chunks, first + lane % size_chunks * CHUNK
+            lines, length = steps, count
+        if line >= lines or offset >= length:
+            return fill(array, 0, CHUNK)
+        at = line * length + offset
+        if wide:
+            return load_tuple(array, at, CHUNK)
+        zero = real(0)
+        return (
+            load(array, at),
+            load(array, at + 1) if offset + 1 < length else zero,
+            load(array, at + 2) if offset + 2 < length else zero,
+            load(array, at + 3) if offset + 3 < length else zero,
+        )
+
+    @cuda.jit(device=True, inline="always")
+    def keep_chunk(chunk, runs_along_depth, lane, shared, at):
+        """Copy a thread's chunk to shared memory, where a step's numbers lie side by side."""
+        if runs_along_depth:
+            at += lane % depth_chunks * CHUNK * stride + lane // depth_chunks
+            store(shared, at, chunk[0])
+            store(shared, at + stride, chunk[1])
+            store(shared, at + 2 * stride, chunk[2])
+            store(shared, at + 3 * stride, chunk[3])
+        else:
+            store_tuple(shared, at + lane // size_chunks * stride + lane % size_chunks * CHUNK, chunk)
+
+    def product_of_tiles(
+        a, gate, b, bias, product, row_sums, num_rows, num_steps, num_cols, a_wide, b_wide, relu
+    ):
+        shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
+        thread = types.int64(cuda.threadIdx.x)
+        block = types.int64(cuda.blockIdx.x)
+        part, lane = thread // slice_threads, thread % slice_threads
+        col_tiles = max(1, (num_cols + size - 1) // size)
+        row, col = block // col_tiles * size, block % col_tiles * size
+        i, j = lane // (size // square) * square, lane % (size // square) * square
+        has_gate = not is_forward and not is_null(gate)
+        wants_sums = is_grad_weight and col == 0 and not is_null(row_sums)
+
+        # 1: the sums over this thread's slice of the depth. While it computes with one buffer in shared
+        # memory, the chunk for the other is on its way.
+        products = fill(shared, 0, square_size)
+        sums = fill(shared, 0, square)
+        full, empty = part * 4 * buffer + 2 * buffer, part * 4 * buffer
+        for done in range(-depth * slices, num_steps, depth * slices):
+            step = done + (part + slices) * depth
+            a_chunk = load_chunk(a, a_runs_along_depth, lane, row, step, num_rows, num_steps, a_wide)
+            if has_gate:
+                gates = load_chunk(gate, a_runs_along_depth, lane, row, step, num_rows, num_steps, a_wide)
+                a_chunk = zero_where_closed(a_chunk, gates)
+            b_chunk = load_chunk(b, b_runs_along_depth, lane, col, step, num_cols, num_steps, b_wide)
+            if done >= 0:
+                for p in range(depth):
+                    a_square = load_tuple(shared, full + p * stride + i, square)
+                    b_square = load_tuple(shared, full + buffer + p * stride + j, square)
+                    products = add_outer_product(products, a_square, b_square)
+                    if wants_sums:
+                        sums = add_tuples(sums, a_square)
+            keep_chunk(a_chunk, a_runs_along_depth, lane, shared, empty)
+            keep_chunk(b_chunk, b_runs_along_depth, lane, shared, empty + buffer)
+            cuda.syncthreads()
+            full, empty = empty, full
+
+        # 2: the slices' sums, one after the other, in shared memory
+        store_rows(shared, part * tile_size + i * size + j, size, products, square)
+        sums_at = slices * tile_size
+        if j == 0:
+            store_tuple(shared, sums_at + part * size + i, sums)
+        cuda.syncthreads()
+        for at in range(thread, tile_size, threads):
+            n, m = row + at // size, col + at % size
+            if n < num_rows and m < num_cols:
+                total = load(shared, at)
+                for other in range(1, slices):
+                    total += load(shared, other * tile_size + at)
+                if is_forward:
+                    if not is_null(bias):
+                        total += load(bias, m)
+                    # NaN <= 0 is false, so NaN stays
+                    if relu and total <= real(0):
+                        total = real(0)
+                store(product, n * num_cols + m, total)
+        if wants_sums and thread < size and row + thread < num_rows:
+            total = load(shared, sums_at + thread)
+            for other in range(1, slices):
+                total += load(shared, sums_at + other * size + thread)
+            store(row_sums, row + thread, total)
+
+    return product_of_tiles
+
+
+def _kernel(element: str, name: str, kind: str) -> Kernel:
+    tile = TILES[element][name]
+    arguments = (pointer(element),) * 6 + (types.int64,) * 6
+    function = _build(tile, computed_in(ELEMENTS[element]), kind)
+    return Kernel(f"linear_{kind}_{name}_{element}", function, arguments, tile.threads)
+
+
+_KERNELS = {
+    (element, name, kind): _kernel(element, name, kind)
+    for element, tiles in TILES.items()
+    for name in tiles
+    for kind in (FORWARD, GRAD_INPUT, GRAD_WEIGHT)
+}
+
+
+def gemm(
+    kind: str,
+    a: Array,
+    gate: Array | None,
+    b: Array,
+    bias: Array | None,
+    relu: bool,
+    product: Array | None,
+    row_sums: Array | None,
+    stream: Stream,
+) -> None:
+    """Write one of the three products of a linear layer.
+
+    Parameters
+    ----------
+    kind : str
+        ``FORWARD``: ``a @ b.T``, ``GRAD_INPUT``: ``a @ b``, ``GRAD_WEIGHT``: ``a.T @ b``.
+    a, b : of those shapes
+    gate : of the shape of a, or None
+        A number of a counts as 0 where its gate is 0 or less. Not for ``FORWARD``.
+    bias : (columns of the product,) or None
+        Added to each row, for ``FORWARD``.
+    relu : bool
+        Write 0 for each number that is 0 or less, for ``FORWARD``.
+    product : Array, or None where it isn't wanted
+    row_sums : (rows of the product,) or None
+        Gets the sums of the gated ``a.T``, for ``GRAD_WEIGHT``.
+    stream : Stream
+    """
+    num_rows, num_steps = reversed(a.shape) if kind == GRAD_WEIGHT else a.shape
+    num_cols = 0 if product is None else b.shape[0 if kind == FORWARD else 1]
+    if num_rows == 0 or (num_cols == 0 and row_sums is None):
+        return
+    element = element_of(a)
+    name = tile_for(element, num_rows, num_cols)
+    size = TILES[element][name].size
+    _KERNELS[element, name, kind].launch(
+        stream,
+        -(-num_rows // size) * max(1, -(-num_cols // size)),
+        address(a),
+        address(gate),
+        address(b),
+        address(bias),
+        address(product),
+        address(row_sums),
+        num_rows,
+        num_steps,
+        num_cols,
+        is_wide(a.shape[1], a, gate),
+        is_wide(b.shape[1], b),
+        int(relu),
+    )

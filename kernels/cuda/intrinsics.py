@@ -1,0 +1,327 @@
+"""What Numba has no words for: typed access through raw pointers, wide loads, sums held in registers.
+
+A kernel gets its arrays as pointers to the element type. ``load`` widens float16 and bfloat16 to float32,
+``store`` rounds back, so a kernel that is written once computes in float32 or float64. Several numbers at a
+time are tuples: a tuple lives in registers, whatever the compiler makes of the loop around it.
+
+numba-cuda's own bfloat16 brings a library that each kernel would have to be linked with; here a bfloat16 is
+16 bits with the meaning of a float32's upper half.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from fastdl.kernels.cuda.numba_cuda import extending, types
+
+_FLOAT = ir.FloatType()
+_DOUBLE = ir.DoubleType()
+_HALF = ir.HalfType()
+_INT16 = ir.IntType(16)
+_INT32 = ir.IntType(32)
+
+# element type: what it is in memory, and what is computed in
+_MEMORY = {
+    types.float32: _FLOAT,
+    types.float64: _DOUBLE,
+    types.float16: _INT16,
+    types.bfloat16: _INT16,
+}
+_LLVM = {types.float32: _FLOAT, types.float64: _DOUBLE}
+_VECTOR_BYTES = 16
+# LLVM's number for the GPU's memory among the address spaces
+_GLOBAL = 1
+
+
+def computed_in(element: Any) -> Any:
+    """Return the type in which sums of an element type are kept: float64 for float64, else float32."""
+    return types.float64 if element == types.float64 else types.float32
+
+
+def _item_bytes(element: Any) -> int:
+    return int(element.bitwidth) // 8
+
+
+def _widen(builder: Any, value: Any, element: Any) -> Any:
+    if element == types.float16:
+        return builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
+    if element == types.bfloat16:
+        bits = builder.shl(builder.zext(value, _INT32), ir.Constant(_INT32, 16))
+        return builder.bitcast(bits, _FLOAT)
+    return value
+
+
+def _narrow(builder: Any, value: Any, element: Any) -> Any:
+    if element == types.float16:
+        return builder.bitcast(builder.fptrunc(value, _HALF), _INT16)
+    if element == types.bfloat16:
+        # to the nearest, ties to even, as torch rounds
+        assembly = ir.InlineAsm(ir.FunctionType(_INT16, [_FLOAT]), "cvt.rn.bf16.f32 $0, $1;", "=h,f")
+        return builder.call(assembly, [value])
+    return value
+
+
+def _address(builder: Any, pointer: Any, index: Any, as_type: Any, element: Any) -> Any:
+    typed = builder.bitcast(pointer, _MEMORY[element].as_pointer())
+    return builder.bitcast(builder.gep(typed, [index]), as_type.as_pointer())
+
+
+def _index(context: Any, builder: Any, value: Any, index_type: Any) -> Any:
+    return context.cast(builder, value, index_type, types.int64)
+
+
+@extending.intrinsic
+def load(typing_context, pointer, index):
+    """Return ``pointer[index]`` in the type that is computed in."""
+    element = pointer.dtype
+
+    def codegen(context, builder, signature, arguments):
+        at = _index(context, builder, arguments[1], signature.args[1])
+        value = builder.load(_address(builder, arguments[0], at, _MEMORY[element], element))
+        return _widen(builder, value, element)
+
+    return computed_in(element)(pointer, index), codegen
+
+
+@extending.intrinsic
+def store(typing_context, pointer, index, value):
+    """Write the value, rounded to the element type, to ``pointer[index]``."""
+    element = pointer.dtype
+
+    def codegen(context, builder, signature, arguments):
+        at = _index(context, builder, arguments[1], signature.args[1])
+        builder.store(
+            _narrow(builder, arguments[2], element),
+            _address(builder, arguments[0], at, _MEMORY[element], element),
+        )
+        return context.get_dummy_value()
+
+    return types.void(pointer, index, computed_in(element)), codegen
+
+
+@extending.intrinsic
+def load_tuple(typing_context, pointer, index, count):
+    """Return ``count`` elements from ``pointer[index]`` on, loaded 16 bytes at a time.
+
+    Their address must be a multiple of 16 bytes, or of all their bytes where those are fewer.
+    """
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    element = pointer.dtype
+    length = count.literal_value
+    wide = min(length, _VECTOR_BYTES // _item_bytes(element))
+    is_packed = _item_bytes(element) == 2
+    # two 16-bit numbers are loaded as one word: LLVM takes a vector of them apart
+    vector = ir.VectorType(_INT32, wide // 2) if is_packed else ir.VectorType(_MEMORY[element], wide)
+
+    def codegen(context, builder, signature, arguments):
+        at = _index(context, builder, arguments[1], signature.args[1])
+        values = []
+        for start in range(0, length, wide):
+            offset = builder.add(at, ir.Constant(at.type, start))
+            loaded = builder.load(
+                _address(builder, arguments[0], offset, vector, element), align=wide * _item_bytes(element)
+            )
+            for lane in range(wide):
+                if is_packed:
+                    word = builder.extract_element(loaded, ir.Constant(_INT32, lane // 2))
+                    half = builder.lshr(word, ir.Constant(_INT32, lane % 2 * 16))
+                    value = builder.trunc(half, _INT16)
+                else:
+                    value = builder.extract_element(loaded, ir.Constant(_INT32, lane))
+                values.append(_widen(builder, value, element))
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(computed_in(element), length)(pointer, index, count), codegen
+
+
+@extending.intrinsic
+def store_tuple(typing_context, pointer, index, values):
+    """Write the tuple to memory from ``pointer[index]`` on, aligned as for ``load_tuple``."""
+    element = pointer.dtype
+    length = values.count
+    wide = min(length, _VECTOR_BYTES // _item_bytes(element))
+    vector = ir.VectorType(_MEMORY[element], wide)
+
+    def codegen(context, builder, signature, arguments):
+        at = _index(context, builder, arguments[1], signature.args[1])
+        for start in range(0, length, wide):
+            packed = ir.Constant(vector, ir.Undefined)
+            for lane in range(wide):
+                value = _narrow(builder, builder.extract_value(arguments[2], start + lane), element)
+                packed = builder.insert_element(packed, value, ir.Constant(_INT32, lane))
+            offset = builder.add(at, ir.Constant(at.type, start))
+            builder.store(
+                packed,
+                _address(builder, arguments[0], offset, vector, element),
+                align=wide * _item_bytes(element),
+            )
+        return context.get_dummy_value()
+
+    return types.void(pointer, index, values), codegen
+
+
+@extending.intrinsic
+def is_null(typing_context, pointer):
+    """Return whether the pointer is 0, which stands for an array left out."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.icmp_unsigned("==", arguments[0], ir.Constant(arguments[0].type, None))
+
+    return types.boolean(pointer), codegen
+
+
+@extending.intrinsic
+def fill(typing_context, pointer, value, count):
+    """Return ``count`` times a number in the type that the pointer's elements are computed in."""
+    if not (isinstance(value, types.IntegerLiteral) and isinstance(count, types.IntegerLiteral)):
+        return None
+    number = float(value.literal_value)
+    computed = computed_in(pointer.dtype)
+    result = types.UniTuple(computed, count.literal_value)
+
+    def codegen(context, builder, signature, arguments):
+        values = [ir.Constant(_LLVM[computed], number)] * result.count
+        return context.make_tuple(builder, result, values)
+
+    return result(pointer, value, count), codegen
+
+
+@extending.intrinsic
+def pointer_to(typing_context, shared):
+    """Return the address of a shared array as a pointer: no strides, no negative indices."""
+    result = types.CPointer(shared.dtype)
+
+    def codegen(context, builder, signature, arguments):
+        return context.make_array(signature.args[0])(context, builder, arguments[0]).data
+
+    return result(shared), codegen
+
+
+@extending.intrinsic
+def store_rows(typing_context, pointer, index, stride, values, length):
+    """Write the tuple as rows of ``length`` numbers, ``stride`` apart, each aligned as for ``load_tuple``."""
+    if not isinstance(length, types.IntegerLiteral):
+        return None
+    element = pointer.dtype
+    wide = length.literal_value
+    vector = ir.VectorType(_MEMORY[element], wide)
+
+    def codegen(context, builder, signature, arguments):
+        at = _index(context, builder, arguments[1], signature.args[1])
+        step = _index(context, builder, arguments[2], signature.args[2])
+        for start in range(0, values.count, wide):
+            packed = ir.Constant(vector, ir.Undefined)
+            for lane in range(wide):
+                value = _narrow(builder, builder.extract_value(arguments[3], start + lane), element)
+                packed = builder.insert_element(packed, value, ir.Constant(_INT32, lane))
+            builder.store(
+                packed,
+                _address(builder, arguments[0], at, vector, element),
+                align=wide * _item_bytes(element),
+            )
+            at = builder.add(at, step)
+        return context.get_dummy_value()
+
+    return types.void(pointer, index, stride, values, length), codegen
+
+
+@extending.intrinsic
+def as_pointer(typing_context, address, like):
+    """Return the address as a pointer of a type."""
+    result = like.instance_type
+
+    def codegen(context, builder, signature, arguments):
+        generic = context.get_value_type(result)
+        # the detour tells the compiler that this is memory of the GPU, and no shared or local address
+        pointer = builder.inttoptr(arguments[0], ir.PointerType(generic.pointee, _GLOBAL))
+        return builder.addrspacecast(pointer, generic)
+
+    return result(types.int64, like), codegen
+
+
+@extending.intrinsic
+def row_of_block(typing_context, table, num_columns, size_column, block, block_size):
+    """Return the row of a table whose elements a block of the grid works on, and which of its blocks that is.
+
+    The table is laid out flat, with the number of a row's elements in one of its columns. A chain of selects
+    finds the row: a table that is indexed by a number known at run time would have to be copied to memory.
+    """
+    literals = (num_columns, size_column, block_size)
+    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
+        return None
+    columns, at_size, elements = (literal.literal_value for literal in literals)
+    row_type = types.UniTuple(types.int64, columns)
+
+    def codegen(context, builder, signature, arguments):
+        integer = ir.IntType(64)
+        own = context.cast(builder, arguments[3], signature.args[3], types.int64)
+        first = ir.Constant(integer, 0)
+        found, found_block = [first] * columns, first
+        for row in range(table.count // columns):
+            numbers = [
+                builder.extract_value(arguments[0], row * columns + column) for column in range(columns)
+            ]
+            padded = builder.add(numbers[at_size], ir.Constant(integer, elements - 1))
+            stop = builder.add(first, builder.udiv(padded, ir.Constant(integer, elements)))
+            is_here = builder.and_(builder.icmp_signed(">=", own, first), builder.icmp_signed("<", own, stop))
+            found = [builder.select(is_here, *pair) for pair in zip(numbers, found, strict=True)]
+            found_block = builder.select(is_here, builder.sub(own, first), found_block)
+            first = stop
+        row_value = context.make_tuple(builder, row_type, found)
+        return context.make_tuple(builder, signature.return_type, [row_value, found_block])
+
+    result = types.Tuple((row_type, types.int64))
+    return result(table, num_columns, size_column, block, block_size), codegen
+
+
+@extending.intrinsic
+def add_outer_product(typing_context, sums, a, b):
+    """Return the sums (len(a) * len(b),), row by row, plus each product of an element of a and one of b."""
+
+    def codegen(context, builder, signature, arguments):
+        values = [
+            builder.fma(
+                builder.extract_value(arguments[1], i),
+                builder.extract_value(arguments[2], j),
+                builder.extract_value(arguments[0], i * b.count + j),
+            )
+            for i in range(a.count)
+            for j in range(b.count)
+        ]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return sums(sums, a, b), codegen
+
+
+@extending.intrinsic
+def add_tuples(typing_context, a, b):
+    """Return the elementwise sum of two tuples."""
+
+    def codegen(context, builder, signature, arguments):
+        values = [
+            builder.fadd(builder.extract_value(arguments[0], i), builder.extract_value(arguments[1], i))
+            for i in range(a.count)
+        ]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return a(a, b), codegen
+
+
+@extending.intrinsic
+def zero_where_closed(typing_context, values, gate):
+    """Return each value, or 0 where its gate is 0 or less. A NaN gate is open, as ReLU lets NaN pass."""
+
+    def codegen(context, builder, signature, arguments):
+        chosen = []
+        for i in range(values.count):
+            value = builder.extract_value(arguments[0], i)
+            closed = builder.fcmp_ordered(
+                "<=", builder.extract_value(arguments[1], i), ir.Constant(value.type, 0.0)
+            )
+            chosen.append(builder.select(closed, ir.Constant(value.type, 0.0), value))
+        return context.make_tuple(builder, signature.return_type, chosen)
+
+    return values(values, gate), codegen

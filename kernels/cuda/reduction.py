@@ -1,0 +1,99 @@
+"""How a loss is reduced over its elements, and sums that don't depend on timing.
+
+A block adds its threads' sums in a fixed order, and one last block adds the blocks' sums. Atomic additions
+would save the last block, but the order of their additions changes from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
+from fastdl.kernels.cuda.launch import ELEMENTS, Kernel, pointer
+from fastdl.kernels.cuda.numba_cuda import cuda, types
+
+# the codes by which a kernel is told the reduction
+NONE, MEAN, SUM = 0, 1, 2
+CODES = {"none": NONE, "mean": MEAN, "sum": SUM}
+
+WARP = 32
+ALL_LANES = 0xFFFFFFFF
+THREADS = 512
+WARPS = THREADS // WARP
+# a sum is made of the sums of at most so many blocks
+MAX_BLOCKS = 1024
+
+
+@cuda.jit(device=True, inline="always")
+def lanes_sum(value, lanes):
+    """Return the sum over each group of so many lanes (a power of 2, at most a warp) to all of the group."""
+    offset = lanes // 2
+    while offset > 0:
+        value += cuda.shfl_xor_sync(ALL_LANES, value, offset)
+        offset //= 2
+    return value
+
+
+@cuda.jit(device=True, inline="always")
+def lanes_max(value, lanes):
+    """Return the greatest value of each group of lanes, NaN left out, to all of the group."""
+    offset = lanes // 2
+    while offset > 0:
+        value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, offset))
+        offset //= 2
+    return value
+
+
+@cuda.jit(device=True, inline="always")
+def block_sum(value, shared):
+    """Return the sum over the block's threads to all of them; shared is scratch for WARPS numbers."""
+    thread = cuda.threadIdx.x
+    value = lanes_sum(value, WARP)
+    if thread % WARP == 0:
+        store(shared, thread // WARP, value)
+    cuda.syncthreads()
+    total = load(shared, 0)
+    for warp in range(1, WARPS):
+        total += load(shared, warp)
+    # the scratch may be written anew
+    cuda.syncthreads()
+    return total
+
+
+@cuda.jit(device=True, inline="always")
+def block_max(value, shared):
+    """Return the greatest value of the block's threads to all of them, as ``block_sum`` does."""
+    thread = cuda.threadIdx.x
+    value = lanes_max(value, WARP)
+    if thread % WARP == 0:
+        store(shared, thread // WARP, value)
+    cuda.syncthreads()
+    greatest = load(shared, 0)
+    for warp in range(1, WARPS):
+        greatest = max(greatest, load(shared, warp))
+    cuda.syncthreads()
+    return greatest
+
+
+def _build(real: Any) -> Callable[..., None]:
+    def add_partial_sums(partial, count, factor, divisor, loss):
+        """Write the sum of partial (count,), times factor or over the divisor, to loss (1,)."""
+        shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
+        total = real(0)
+        for i in range(types.int64(cuda.threadIdx.x), count, THREADS):
+            total += load(partial, i)
+        total = block_sum(total, shared)
+        if cuda.threadIdx.x == 0:
+            store(loss, 0, total * factor if is_null(divisor) else total / load(divisor, 0))
+
+    return add_partial_sums
+
+
+def _kernel(element: str) -> Kernel:
+    real = computed_in(ELEMENTS[element])
+    arguments = (types.CPointer(real), types.int64, real, types.CPointer(real), pointer(element))
+    return Kernel(f"add_partial_sums_{element}", _build(real), arguments, THREADS)
+
+
+ADD_PARTIAL_SUMS = {element: _kernel(element) for element in ELEMENTS}
