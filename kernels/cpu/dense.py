@@ -157,13 +157,11 @@ def forward_nonzero(layers, values, masks, words, stride, state, scratch, rows, 
         used = _long_row(panels[1] - j)
         for word in range(words):
             b_at = weight + (j * depth + word * WORD) * panel
-            for n in range(rows[0], rows[1]):
-                bits = masks[n * words + word]
-                if bits != 0:
-                    multiply_nonzero(
-                        scratch, output + (j * stride + n) * panel, stride * panel,
-                        values, (n * words + word) * WORD, bits, state, b_at, depth * panel, used * _VECTORS,
-                    )  # fmt: skip
+            multiply_nonzero(
+                scratch, output + (j * stride + rows[0]) * panel, stride * panel,
+                values, (rows[0] * words + word) * WORD, words * WORD, masks, rows[0] * words + word, words,
+                rows[1] - rows[0], state, b_at, depth * panel, used * _VECTORS,
+            )  # fmt: skip
         j += used
     for j in range(panels[0], panels[1]):
         at = output + (j * stride + rows[0]) * panel
@@ -380,27 +378,23 @@ def backward_weight_nonzero(
     num_inputs = inputs[1] - inputs[0]
     num_panels = panels_of(width, panel)
     num_words = (count + WORD - 1) // WORD
-    num_rows = num_words * num_inputs * ((num_panels + _long_row(num_panels) - 1) // _long_row(num_panels))
-    interval = max(1, num_rows // max(1, upcoming_stop - upcoming_first))
-    left = interval
+    # how many inputs are done between one example that is asked for and the next
+    num_rows = num_words * num_inputs * panels_of(num_panels, _long_row(num_panels))
+    some = max(1, num_rows // max(1, upcoming_stop - upcoming_first))
     j = 0
     while j < num_panels:
         used = _long_row(num_panels - j)
         scratch[work : work + used * num_inputs * panel] = 0
         for word in range(num_words):
             b_at = grad + (j * stride + word * WORD) * panel
-            for k in range(num_inputs):
-                left -= 1
-                if left == 0:
-                    left = interval
-                    prefetch_examples(X, order, upcoming_first, min(upcoming_first + 1, upcoming_stop))
-                    upcoming_first += 1
-                bits = masks[k * words + word]
-                if bits != 0:
-                    multiply_nonzero(
-                        scratch, work + k * panel, num_inputs * panel,
-                        values, (k * words + word) * WORD, bits, scratch, b_at, stride * panel, used * _VECTORS,
-                    )  # fmt: skip
+            for k in range(0, num_inputs, some):
+                multiply_nonzero(
+                    scratch, work + k * panel, num_inputs * panel,
+                    values, (k * words + word) * WORD, words * WORD, masks, k * words + word, words,
+                    min(some, num_inputs - k), scratch, b_at, stride * panel, used * _VECTORS,
+                )  # fmt: skip
+                prefetch_examples(X, order, upcoming_first, min(upcoming_first + 1, upcoming_stop))
+                upcoming_first += 1
         for p in range(used):
             at = ((j + p) * depth + inputs[0]) * panel
             update(

@@ -111,7 +111,9 @@ def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accu
     vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
 
 
-def _multiply_nonzero(vectors, output, output_panel, values, bits, b, b_panel, used):
+def _multiply_nonzero(
+    vectors, output, output_panel, values, values_step, masks, masks_step, rows, b, b_panel, used
+):
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
 
@@ -122,36 +124,47 @@ def _multiply_nonzero(vectors, output, output_panel, values, bits, b, b_panel, u
             ]
             return [(starts[v // TILE.vectors], v % TILE.vectors * vectors.width) for v in range(num_vectors)]
 
-        places = [vectors.at(*place) for place in long_row(output, output_panel)]
-        b_row = long_row(b, b_panel)
-        first = [vectors.load(place) for place in places]
-        before = builder.block
-        head, inside, after = (builder.append_basic_block(name) for name in ("bits", "bit", "done"))
-        builder.branch(head)
-        builder.position_at_end(head)
-        left = builder.phi(bits.type)
-        sums = [builder.phi(vectors.type) for _ in places]
-        for phi, value in zip([left, *sums], [bits, *first], strict=True):
-            phi.add_incoming(value, before)
-        builder.cbranch(builder.icmp_signed("!=", left, bits.type(0)), inside, after)
-        builder.position_at_end(inside)
-        position = vectors.call("cttz.i64", bits.type, left, _BIT(1))
-        rest = builder.and_(left, builder.sub(left, bits.type(1)))
-        value = builder.load(builder.gep(values, [position]))
-        if isinstance(value.type, ir.IntType):
-            value = builder.sitofp(builder.zext(value, _INT32), vectors.element)
-        factor = vectors.splat(value)
-        at = builder.mul(position, INTP(panel))
-        added = [
-            vectors.multiply_add(factor, vectors.load(vectors.at(vectors.at(start, at), v)), total)
-            for (start, v), total in zip(b_row, sums, strict=True)
-        ]
-        for phi, value in zip([left, *sums], [rest, *added], strict=True):
-            phi.add_incoming(value, builder.block)
-        builder.branch(head)
-        builder.position_at_end(after)
-        for place, total in zip(places, sums, strict=True):
-            vectors.store(total, place)
+        output_row, b_row = long_row(output, output_panel), long_row(b, b_panel)
+
+        def row(n, _):
+            bits = builder.load(builder.gep(masks, [builder.mul(n, masks_step)]))
+            row_values = builder.gep(values, [builder.mul(n, values_step)])
+            at = builder.mul(n, INTP(panel))
+            places = [vectors.at(vectors.at(start, at), v) for start, v in output_row]
+            first, inside, last, after = (
+                builder.append_basic_block(name) for name in ("first", "bit", "last", "after")
+            )
+            builder.cbranch(builder.icmp_signed("!=", bits, bits.type(0)), first, after)
+            builder.position_at_end(first)
+            loaded = [vectors.load(place) for place in places]
+            builder.branch(inside)
+            builder.position_at_end(inside)
+            left = builder.phi(bits.type)
+            sums = [builder.phi(vectors.type) for _ in places]
+            for phi, value in zip([left, *sums], [bits, *loaded], strict=True):
+                phi.add_incoming(value, first)
+            position = vectors.call("cttz.i64", bits.type, left, _BIT(1))
+            rest = builder.and_(left, builder.sub(left, bits.type(1)))
+            value = builder.load(builder.gep(row_values, [position]))
+            if isinstance(value.type, ir.IntType):
+                value = builder.sitofp(builder.zext(value, _INT32), vectors.element)
+            factor = vectors.splat(value)
+            at = builder.mul(position, INTP(panel))
+            added = [
+                vectors.multiply_add(factor, vectors.load(vectors.at(vectors.at(start, at), v)), total)
+                for (start, v), total in zip(b_row, sums, strict=True)
+            ]
+            for phi, value in zip([left, *sums], [rest, *added], strict=True):
+                phi.add_incoming(value, builder.block)
+            builder.cbranch(builder.icmp_signed("!=", rest, bits.type(0)), inside, last)
+            builder.position_at_end(last)
+            for place, total in zip(places, added, strict=True):
+                vectors.store(total, place)
+            builder.branch(after)
+            builder.position_at_end(after)
+            return []
+
+        vectors.loop(rows, 1, [], row)
         return []
 
     vectors.choose(used, LONG_ROWS, write)
@@ -200,16 +213,19 @@ def multiply_panels(
 
 @intrinsic
 def multiply_nonzero(
-    typing_context, output, output_at, output_panel, values, values_at, bits, b, b_at, b_panel, vectors
-):
-    """Add to one row of a product: ``output[j] += sum over the set bits p of values[p] b[p, j]``.
+    typing_context, output, output_at, output_panel, values, values_at, values_step,
+    masks, masks_at, masks_step, rows, b, b_at, b_panel, vectors,
+):  # fmt: skip
+    """Add to rows of a product: ``output[i, j] += sum over the bits p of masks[i] of values[i, p] b[p, j]``.
 
-    ``bits`` is an int64; the values may be uint8. The row is as many vectors long, one of ``LONG_ROWS``, which
-    lie in successive panels of the output and of b.
+    ``masks`` has a word of 64 bits for each row, masks_step further in each; values, which may be uint8, are
+    values_step further. Rows of the output and of b are rows of a panel; they are as many vectors long, one of
+    ``LONG_ROWS``, which lie in successive panels.
     """
     return call_of(
-        _multiply_nonzero, output, output_at, output_panel, values, values_at, bits, b, b_at, b_panel, vectors
-    )
+        _multiply_nonzero, output, output_at, output_panel, values, values_at, values_step,
+        masks, masks_at, masks_step, rows, b, b_at, b_panel, vectors,
+    )  # fmt: skip
 
 
 @intrinsic
