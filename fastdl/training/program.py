@@ -80,6 +80,14 @@ class Program:
             self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
+        first = lowered.layers[0].module
+        self._is_small = (
+            len(lowered.layers) == 1
+            and not lowered.is_classifier
+            and not lowered.layers[0].has_relu
+            and first.in_features <= self._kernels.small.MAX_INPUTS
+            and first.out_features == 1
+        )
         dtype = torch.empty(0, dtype=lowered.dtype).numpy().dtype
         self._dtype = dtype
         self._nonzero = self._skips_zeros(X)
@@ -274,8 +282,14 @@ class Program:
         tick: Callable[[int], None] | None,
     ) -> Scores:
         kernels, lowered = self._kernels.epoch, self._lowered
-        self._counters[:] = 0
         self._sums[:] = 0
+        if self._is_small:
+            self._kernels.small.run_small_epoch(
+                self._layers, self._groups, self._state, X, self._input_scale, array(order), self._batch_size,
+                lowered.is_mean, targets, trains, self._sums[0],
+            )  # fmt: skip
+            return Scores(float(self._sums[0, kernels.LOSS]) / len(order))
+        self._counters[:] = 0
 
         def run(thread: int) -> None:
             kernels.run_epoch(

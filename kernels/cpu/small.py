@@ -15,10 +15,14 @@ from fastdl.kernels.cpu.dense import (
     BIAS_BUFFER,
     BIAS_GROUP,
     BIAS_IS_FRESH,
+    LR,
+    MAXIMIZE,
+    MOMENTUM,
     NO_GROUP,
     NUM_INPUTS,
     WEIGHT,
     WEIGHT_BUFFER,
+    WEIGHT_DECAY,
     WEIGHT_GROUP,
     WEIGHT_IS_FRESH,
     update,
@@ -27,6 +31,12 @@ from fastdl.kernels.jit import jit
 
 # so many inputs at most; the first ones are held in registers
 MAX_INPUTS = 4
+
+
+@jit
+def _is_plain(options):
+    """Return whether the update is ``param -= lr * grad``."""
+    return options[MOMENTUM] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
 
 
 @jit
@@ -39,28 +49,32 @@ def run_small_epoch(
     """
     depth = layers[0, NUM_INPUTS]
     weight_at, bias_at = layers[0, WEIGHT], layers[0, BIAS]
-    one = state.dtype.type(1)
     scale = state.dtype.type(input_scale)
-    grads = np.zeros(MAX_INPUTS + 1, state.dtype)
-    weights = np.zeros(MAX_INPUTS, state.dtype)
-    weights[:depth] = state[weight_at : weight_at + depth]
-    bias = state[bias_at]
-    second, third, fourth = min(1, depth - 1), min(2, depth - 1), min(3, depth - 1)
-    trains_weight = trains and layers[0, WEIGHT_GROUP] != NO_GROUP
-    trains_bias = trains and layers[0, BIAS_GROUP] != NO_GROUP
+    zero = state.dtype.type(0)
     weight_options = groups[max(0, layers[0, WEIGHT_GROUP])]
     bias_options = groups[max(0, layers[0, BIAS_GROUP])]
+    trains_weight = trains and layers[0, WEIGHT_GROUP] != NO_GROUP
+    trains_bias = trains and layers[0, BIAS_GROUP] != NO_GROUP
+    is_plain = trains_weight and trains_bias and _is_plain(weight_options) and _is_plain(bias_options)
+    lr, bias_lr = state.dtype.type(weight_options[LR]), state.dtype.type(bias_options[LR])
+    grads = np.zeros(MAX_INPUTS + 1, state.dtype)
+    # an input that isn't there is the last one again, with weight 0
+    k1, k2, k3 = min(1, depth - 1), min(2, depth - 1), min(3, depth - 1)
+    w0 = state[weight_at]
+    w1 = state[weight_at + 1] if depth > 1 else zero
+    w2 = state[weight_at + 2] if depth > 2 else zero
+    w3 = state[weight_at + 3] if depth > 3 else zero
+    bias = state[bias_at]
     total = 0.0
     for first in range(0, order.size, batch_size):
         count = min(batch_size, order.size - first)
-        # 1: the errors and the sums of the gradients; an input that isn't there has weight 0
-        w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
-        g0 = g1 = g2 = g3 = g4 = loss = state.dtype.type(0)
+        # 1: the errors, and the sums of the gradients
+        g0 = g1 = g2 = g3 = g4 = loss = zero
         for n in range(first, first + count):
             example = order[n]
-            x0, x1 = scale * X[example, 0], scale * X[example, second]
-            x2, x3 = scale * X[example, third], scale * X[example, fourth]
-            difference = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + bias - targets[example, 0]
+            x0, x1, x2, x3 = X[example, 0], X[example, k1], X[example, k2], X[example, k3]
+            product = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+            difference = scale * product + bias - targets[example, 0]
             loss += difference * difference
             g0 += difference * x0
             g1 += difference * x1
@@ -70,11 +84,35 @@ def run_small_epoch(
         total += loss
         # 2: the update
         factor = state.dtype.type(2.0 / count if is_mean else 2.0)
-        if trains_weight:
-            grads[0], grads[1], grads[2], grads[3] = g0, g1, g2, g3
-            update(
-                weights, 0, 0, False, weight_options, grads, 0, depth, factor
-            )
-        if trains_bias:
-            grads[0] = g4
+        step = lr * (factor * scale)
+        if is_plain:
+            w0 -= step * g0
+            if depth > 1:
+                w1 -= step * g1
+            if depth > 2:
+                w2 -= step * g2
+            if depth > 3:
+                w3 -= step * g3
+            bias -= bias_lr * factor * g4
+        elif trains:
+            is_first = first == 0
+            grads[0], grads[1], grads[2], grads[3], grads[4] = g0, g1, g2, g3, g4
+            if trains_weight:
+                is_fresh = is_first and layers[0, WEIGHT_IS_FRESH] == 1
+                buffer_at = layers[0, WEIGHT_BUFFER]
+                update(state, weight_at, buffer_at, is_fresh, weight_options, grads, 0, depth, factor * scale)
+            if trains_bias:
+                is_fresh = is_first and layers[0, BIAS_IS_FRESH] == 1
+                buffer_at = layers[0, BIAS_BUFFER]
+                update(state, bias_at, buffer_at, is_fresh, bias_options, grads, MAX_INPUTS, 1, factor)
+            w0 = state[weight_at]
+            w1 = state[weight_at + 1] if depth > 1 else zero
+            w2 = state[weight_at + 2] if depth > 2 else zero
+            w3 = state[weight_at + 3] if depth > 3 else zero
+            bias = state[bias_at]
+    if is_plain:
+        for k, weight in enumerate((w0, w1, w2, w3)):
+            if k < depth:
+                state[weight_at + k] = weight
+        state[bias_at] = bias
     sums[0] += total
