@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+import time
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -67,7 +68,9 @@ def report(settings: Settings, names: list[Name], output: Path, images: Path) ->
     content = _header(settings)
     sections: dict[str, Section] = {}
     for name in names:
+        started = time.perf_counter()
         section = importlib.import_module(f"benchmarks.sections.{name}").measure(settings)
+        section.figures["seconds"] = time.perf_counter() - started
         sections[name] = section
         section.show(console)
         content["goals"] = [goal.as_json() for found in sections.values() for goal in found.goals]

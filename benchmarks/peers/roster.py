@@ -61,7 +61,7 @@ def roster(problem: Problem, *, quick: bool = False) -> Roster:
     ----------
     problem : Problem
     quick : bool
-        Leave out what takes long to start: loader processes, all but one compiled step.
+        Leave out what takes long to start: loader processes, most variants of compiled steps and scans.
     """
     found = Roster()
     programs = found.programs
@@ -75,7 +75,7 @@ def roster(problem: Problem, *, quick: bool = False) -> Roster:
     else:
         found.missing[COMPILE] = "there is no C++ compiler"
     if find_spec("jax"):
-        programs.append(jax_program(problem))
+        programs.append(jax_program(problem, most=not quick))
     else:
         found.missing[JAX] = "jax isn't installed: pip install -e '.[bench]'"
     programs.append(Program(TEXTBOOK, {"": TextbookTrainer}, has_float64=False))

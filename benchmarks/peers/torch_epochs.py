@@ -102,6 +102,8 @@ class CompiledStepTrainer(EagerTrainer):
 
     def _functional_step(self, index: Tensor) -> Tensor:
         X, y = self.X.index_select(0, index), self.y.index_select(0, index)
+        grads: dict[str, Tensor]
+        loss: Tensor
         grads, loss = torch.func.grad_and_value(self._value)(self.state, X, y)
         for name, tensor in self.state.items():
             tensor.sub_(grads[name], alpha=self.lr)
@@ -109,8 +111,7 @@ class CompiledStepTrainer(EagerTrainer):
 
     def step(self, index: Tensor) -> Tensor:
         """Train on the rows of the index, and return the loss."""
-        loss: Tensor = self._compiled(index)
-        return loss
+        return self._compiled(index)
 
 
 class TextbookTrainer:

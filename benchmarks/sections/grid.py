@@ -23,7 +23,7 @@ from fastdl import plots
 WIDTHS = (16, 64, 256, 1024, 4096)
 BATCHES = (1, 16, 256, 4096)
 DEPTHS = (1, 2, 4)
-_QUICK = ((16,), (1, 256), (1, 2))
+_QUICK = ((16,), (1, 256), (2,))
 _GOAL = 0.95
 _NUM_INPUTS, _NUM_OUTPUTS = 784, 10
 # An epoch of torch's should take about so long: a step's Python and dispatch for each layer, its arithmetic,

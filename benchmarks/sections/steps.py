@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from benchmarks.measuring import interleaved, timed
 from benchmarks.peers.steps import Step, all_models, steps
@@ -78,5 +77,5 @@ def _repeat(step: Step, times: int) -> None:
 
 def _differences(by_peer: dict[str, Step]) -> list[int]:
     ours, torchs = by_peer[_OURS], by_peer[_PEER]
-    pairs: list[Any] = [(float(ours()), float(torchs())) for _ in range(_COMPARED_STEPS)]
+    pairs = [(ours().item(), torchs().item()) for _ in range(_COMPARED_STEPS)]
     return [index for index, (a, b) in enumerate(pairs, 1) if not abs(a - b) <= EPOCH_LOSS]
