@@ -1,47 +1,70 @@
-"""``fit``: checks, the loop, progress; and ``evaluate`` and ``predict`` beside it."""
+"""``fit``: checks, the engine, progress; and ``evaluate`` and ``predict`` beside it."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastdl import data
+from fastdl.training.examples import Array, checked, checked_examples, floating, unpacked
 from fastdl.training.history import History
 from fastdl.training.loop import Scores, evaluate_epoch, train_epoch
+from fastdl.training.lower import WAY_OUT, UnsupportedError, lower
+from fastdl.training.orders import Orders
 from fastdl.training.progress import EpochProgress
 
-Array: TypeAlias = Tensor | NDArray[Any]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Scheduler = torch.optim.lr_scheduler.LRScheduler
 
 # rows that are evaluated at once: large enough for speed, small enough for a layer's outputs to stay in cache
-EVALUATION_ROWS = 1024
+EVALUATION_ROWS = 256
+
+
+class _Engine(Protocol):
+    """What trains an epoch and evaluates, for `fit`."""
+
+    def check(self, X: Tensor, y: Tensor) -> None: ...
+
+    def train(self, bar: EpochProgress) -> Scores: ...
+
+    def evaluate(self, X: Tensor, y: Tensor) -> Scores: ...
 
 
 def fit(
     net: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     optimizer: torch.optim.Optimizer,
-    X: Array,
-    y: Array,
+    X: Any,
+    y: Array | None = None,
     *,
     epochs: int,
     batch_size: int,
-    test: tuple[Array, Array] | None = None,
+    test: Any = None,
+    scheduler: Scheduler | None = None,
     generator: torch.Generator | None = None,
+    shuffle: bool = True,
+    drop_last: bool = False,
+    input_scale: float | None = None,
+    compiled: bool = True,
     progress: bool = True,
     on_epoch: Callable[[History], object] | None = None,
 ) -> History:
     """Train a net on data in memory.
 
-    Batches come in the order of ``data.batches(X, y, batch_size, generator)``, anew each epoch; the last,
-    smaller one is used. The net trains in train mode, is evaluated in eval mode, and has its own modes again
-    afterwards.
+    The compiled engine runs a whole epoch in one call of a kernel. It trains ``nn.Sequential`` of Flatten,
+    Linear and ReLU, and `fastdl.models`, with ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` and SGD; anything else
+    is an error before the first step. ``compiled=False`` trains any net, with any loss and optimizer, in a
+    Python loop behind the same arguments.
+
+    Batches come in the order of ``data.batches(X, y, batch_size, generator)``, anew each epoch. The net trains
+    in train mode, is evaluated in eval mode, and has its own modes again afterwards. A KeyboardInterrupt, or an
+    exception in a callback, leaves net and optimizer as they were after the last finished epoch.
 
     Parameters
     ----------
@@ -50,20 +73,32 @@ def fit(
     loss : callable
         Takes ``y_hat`` and ``y``, returns a scalar: ``nn.CrossEntropyLoss()``, ``nn.MSELoss()``, your own.
     optimizer : torch.optim.Optimizer
-        Over the net's parameters.
-    X : Tensor or ndarray
-        Examples, (N, ...): uint8 pixels, which become 0 to 1 in the net's dtype batch by batch; floating
-        point in the net's dtype; or other integers, which the net gets as they are.
+        Over the net's parameters. Momentum buffers are read before and written after, so that `fit` and steps
+        of your own can alternate.
+    X : Tensor, ndarray or dataset
+        Examples, (N, ...): uint8, which stays so in memory, or floating point in the net's dtype. Or a
+        torchvision dataset such as FashionMNIST, with no transform or ``ToTensor``. The loop also takes other
+        integers, which the net gets as they are.
     y : Tensor or ndarray
-        Labels, (N, ...): classes as integers, or floating point in the net's dtype.
+        Labels, (N, ...): classes as integers, or floating point in the net's dtype. Left out with a dataset.
     epochs : int
         How many times to pass over the data.
     batch_size : int
         Rows of a batch.
-    test : (X, y), optional
+    test : (X, y) or dataset, optional
         What the net is evaluated on after each epoch.
+    scheduler : LRScheduler, optional
+        Stepped after each epoch; ``ReduceLROnPlateau`` with the test loss, else with the train loss.
     generator : torch.Generator, optional
         Where each epoch's order comes from; torch's default generator without it.
+    shuffle : bool
+        False takes the examples as they lie.
+    drop_last : bool
+        Whether to leave out the last, smaller batch.
+    input_scale : float, optional
+        What uint8 examples are multiplied by; 1 / 255 without it.
+    compiled : bool
+        Whether to use the compiled engine.
     progress : bool
         Whether to show progress on stderr.
     on_epoch : callable, optional
@@ -79,10 +114,12 @@ def fit(
     Raises
     ------
     ValueError
-        If sizes don't fit together or make no sense, the loss is not reduced, or the optimizer holds none of
-        the net's parameters. Nothing is trained then.
+        If sizes don't fit together or make no sense, the loss is not reduced, the optimizer holds none of the
+        net's parameters, or the compiled engine can't train something. Nothing is trained then.
     TypeError
         If a dtype is not the net's. Nothing is trained then.
+    IndexError
+        If the compiled engine is given a label that is no class. Nothing is trained then.
 
     Examples
     --------
@@ -104,23 +141,46 @@ def fit(
     own = {id(parameter) for parameter in net.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("the optimizer holds none of the net's parameters: make it of net.parameters()")
-    X, y = _checked(net, X, y, "")
+    X, y = checked(net, *unpacked(X, y))
+    if test is not None:
+        test = checked(net, *unpacked(*(test if isinstance(test, tuple) else (test, None)), "test "), "test ")
+    if input_scale is not None and X.dtype != torch.uint8:
+        raise ValueError(f"input_scale is for uint8 examples, but X is {X.dtype}: scale X itself")
+    used = len(X) // batch_size * batch_size if drop_last else len(X)
+    if used == 0:
+        raise ValueError(f"drop_last leaves no batch of {batch_size} rows of {len(X)}: lower batch_size")
+    orders = Orders(len(X), generator, shuffle=shuffle, used=used)
+    make = _Compiled if compiled else _Loop
+    engine: _Engine = make(net, loss, optimizer, X, y, orders, batch_size, input_scale)
     _check_shape(net, loss, X, y)
     if test is not None:
-        test = _checked(net, *test, "test ")
+        if test[0].shape[1:] != X.shape[1:]:
+            raise ValueError(
+                f"an example of test X has shape {tuple(test[0].shape[1:])}, but one of X has {tuple(X.shape[1:])}"
+            )
         _check_shape(net, loss, *test)
+        engine.check(*test)
+    if scheduler is not None:
+        # the scheduler warns where it hasn't seen the optimizer step, which the compiled engine doesn't
+        optimizer._opt_called = True  # type: ignore[attr-defined]
 
     history = History()
-    num_batches = -(-len(X) // batch_size)
+    num_batches = -(-used // batch_size)
     with _restored_modes(net), EpochProgress(epochs, num_batches, show=progress) as bar:
         for _ in range(epochs):
             net.train()
             started = time.perf_counter()
-            batches = _batches(net, X, y, batch_size, generator)
-            train_scores = train_epoch(net, loss, optimizer, bar.tracked(batches))
+            train_scores = engine.train(bar)
             seconds = time.perf_counter() - started
-            test_scores = None if test is None else _evaluate(net, loss, *test)
+            test_scores = None
+            if test is not None:
+                net.eval()
+                test_scores = engine.evaluate(*test)
             history.append(seconds, train_scores, test_scores)
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                scheduler.step((test_scores or train_scores).loss)
+            elif scheduler is not None:
+                scheduler.step()
             go_on = on_epoch is None or on_epoch(history) is not False
             bar.epoch_done(history)
             if not go_on:
@@ -128,16 +188,114 @@ def fit(
     return history
 
 
-def evaluate(
-    net: nn.Module, X: Array, y: Array, loss: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> Scores:
+class _Loop:
+    """The readable Python loop: any net, any loss, any optimizer."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        X: Tensor,
+        y: Tensor,
+        orders: Orders,
+        batch_size: int,
+        input_scale: float | None,
+    ) -> None:
+        self._net, self._loss, self._optimizer = net, loss, optimizer
+        self._X, self._y = X, y
+        self._orders, self._batch_size, self._input_scale = orders, batch_size, input_scale
+
+    def check(self, X: Tensor, y: Tensor) -> None:
+        """Take anything: what the net can't take, it says itself."""
+
+    def train(self, bar: EpochProgress) -> Scores:
+        order = self._orders.next().to(self._X.device)
+        batches = (
+            _to_net(self._net, self._X.index_select(0, rows), self._y.index_select(0, rows), self._input_scale)
+            for rows in order.split(self._batch_size)
+        )
+        with _undone_by_errors(self._net, self._optimizer):
+            return train_epoch(self._net, self._loss, self._optimizer, bar.tracked(batches))
+
+    def evaluate(self, X: Tensor, y: Tensor) -> Scores:
+        return _evaluate(self._net, self._loss, X, y, self._input_scale)
+
+
+class _Compiled:
+    """The compiled engine: one call of a kernel for an epoch."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        X: Tensor,
+        y: Tensor,
+        orders: Orders,
+        batch_size: int,
+        input_scale: float | None,
+    ) -> None:
+        from fastdl.training.program import Program
+
+        self._lowered = lower(net, loss, optimizer, tuple(X.shape[1:]))
+        self._orders = orders
+        examples = self._taken(X, y)
+        scale = _scale_of(X, input_scale)
+        self._program = Program(self._lowered, *examples, batch_size, scale, EVALUATION_ROWS)
+
+    def _taken(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return examples, (N, K), and labels as the kernels read them."""
+        for name, tensor in (("X", X), ("y", y)):
+            if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
+                raise UnsupportedError(f"the compiled engine takes no {name} on {tensor.device}: {WAY_OUT}")
+        if X.dtype not in (torch.uint8, self._lowered.dtype):
+            raise UnsupportedError(
+                f"the compiled engine takes X as torch.uint8 or {self._lowered.dtype}, not {X.dtype}: {WAY_OUT}"
+            )
+        last = self._lowered.layers[-1].module
+        if self._lowered.is_classifier:
+            self._check_labels(y, last.out_features)
+        elif not y.is_floating_point():
+            raise UnsupportedError(f"the compiled engine takes no {y.dtype} y with nn.MSELoss: {WAY_OUT}")
+        return X.reshape(len(X), -1).contiguous(), y.contiguous()
+
+    def _check_labels(self, y: Tensor, num_classes: int) -> None:
+        if y.is_floating_point() or y.dim() != 1:
+            raise UnsupportedError(
+                f"the compiled engine takes y as one class for each example, not {y.dtype} of shape "
+                f"{tuple(y.shape)}: {WAY_OUT}"
+            )
+        wrong = ((y < 0) | (y >= num_classes)) & (y != self._lowered.ignore_index)
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise IndexError(
+                f"Target {int(y[row])} is out of bounds: row {row} of y must be a class from 0 to "
+                f"{num_classes - 1} or the ignore_index {self._lowered.ignore_index}"
+            )
+
+    def check(self, X: Tensor, y: Tensor) -> None:
+        """Raise the error for examples that the engine can't evaluate."""
+        self._taken(X, y)
+
+    def train(self, bar: EpochProgress) -> Scores:
+        self._program.read()
+        scores = self._program.epoch(self._orders.next(), bar.redraw, self._orders.draw_ahead)
+        self._program.write()
+        return scores
+
+    def evaluate(self, X: Tensor, y: Tensor) -> Scores:
+        return self._program.evaluate(*self._taken(X, y))
+
+
+def evaluate(net: nn.Module, X: Any, y: Array | None = None, loss: Loss | None = None) -> Scores:
     """Return the mean loss and the accuracy of a net over data.
 
     Parameters
     ----------
     net : nn.Module
         Evaluated in eval mode, and left in its own.
-    X, y : Tensor or ndarray
+    X, y : Tensor, ndarray or dataset
         Examples and labels, as for `fit`.
     loss : callable, optional
         As for `fit`. Without it cross entropy for classes, and the mean squared error for other labels.
@@ -152,12 +310,13 @@ def evaluate(
     ValueError, TypeError
         As for `fit`.
     """
-    X, y = _checked(net, X, y, "")
+    X, y = checked(net, *unpacked(X, y))
     if loss is None:
         loss = nn.MSELoss() if y.is_floating_point() else nn.CrossEntropyLoss()
     _check_shape(net, loss, X, y)
     with _restored_modes(net):
-        return _evaluate(net, loss, X, y)
+        net.eval()
+        return _evaluate(net, loss, X, y, None)
 
 
 def predict(net: nn.Module, X: Array) -> Tensor:
@@ -180,15 +339,15 @@ def predict(net: nn.Module, X: Array) -> Tensor:
     ValueError, TypeError
         As for `fit`.
     """
-    X = _checked_examples(net, X, "")
+    X = checked_examples(net, X)
     with _restored_modes(net), torch.no_grad():
         net.eval()
-        return torch.cat([net(rows) for rows, _ in _batches(net, X, X, EVALUATION_ROWS, shuffle=False)])
+        return torch.cat([net(_to_net(net, rows, rows, None)[0]) for rows in X.split(EVALUATION_ROWS)])
 
 
-def _evaluate(net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], X: Tensor, y: Tensor) -> Scores:
-    net.eval()
-    return evaluate_epoch(net, loss, _batches(net, X, y, EVALUATION_ROWS, shuffle=False))
+def _evaluate(net: nn.Module, loss: Loss, X: Tensor, y: Tensor, input_scale: float | None) -> Scores:
+    pieces = zip(X.split(EVALUATION_ROWS), y.split(EVALUATION_ROWS), strict=True)
+    return evaluate_epoch(net, loss, (_to_net(net, *piece, input_scale) for piece in pieces))
 
 
 @contextmanager
@@ -201,60 +360,35 @@ def _restored_modes(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _floating(net: nn.Module) -> Tensor | None:
-    """Return the parameter whose dtype and device the net's inputs must have."""
-    return next((parameter for parameter in net.parameters() if parameter.is_floating_point()), None)
+@contextmanager
+def _undone_by_errors(net: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Give net and optimizer back as they were if the block raises."""
+    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    try:
+        yield
+    except BaseException:
+        net.load_state_dict(before[0])
+        optimizer.load_state_dict(before[1])
+        raise
 
 
-def _batches(
-    net: nn.Module,
-    X: Tensor,
-    y: Tensor,
-    batch_size: int,
-    generator: torch.Generator | None = None,
-    *,
-    shuffle: bool = True,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    parameter = _floating(net)
-    device = X.device if parameter is None else parameter.device
-    dtype = None if parameter is None or X.dtype != torch.uint8 else parameter.dtype
-    for X_batch, y_batch in data.batches(X, y, batch_size, generator, shuffle=shuffle):
-        X_batch, y_batch = X_batch.to(device), y_batch.to(device)
-        yield X_batch if dtype is None else data.to_float(X_batch, dtype), y_batch
+def _to_net(net: nn.Module, X: Tensor, y: Tensor, input_scale: float | None) -> tuple[Tensor, Tensor]:
+    """Return a batch on the net's device, with uint8 examples in its dtype."""
+    parameter = floating(net)
+    if parameter is None:
+        return X, y
+    X, y = X.to(parameter.device), y.to(parameter.device)
+    if X.dtype != torch.uint8:
+        return X, y
+    if input_scale is None:
+        return data.to_float(X, parameter.dtype), y
+    return X.to(parameter.dtype) * input_scale, y
 
 
-def _as_tensor(array: Array) -> Tensor:
-    # torch takes no negative strides
-    return torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
-
-
-def _check_dtype(net: nn.Module, tensor: Tensor, name: str) -> None:
-    parameter = _floating(net)
-    if parameter is not None and tensor.is_floating_point() and tensor.dtype != parameter.dtype:
-        raise TypeError(
-            f"{name} is {tensor.dtype}, but the net's parameters are {parameter.dtype}: "
-            f"convert one of them, e.g. torch.as_tensor({name.split()[-1]}, dtype={parameter.dtype})"
-        )
-
-
-def _checked_examples(net: nn.Module, X: Array, part: str) -> Tensor:
-    X = _as_tensor(X)
-    if X.dim() == 0 or len(X) == 0:
-        raise ValueError(f"{part}X has shape {tuple(X.shape)}: it must have at least one row")
-    _check_dtype(net, X, f"{part}X")
-    return X
-
-
-def _checked(net: nn.Module, X: Array, y: Array, part: str) -> tuple[Tensor, Tensor]:
-    X = _checked_examples(net, X, part)
-    y = _as_tensor(y)
-    if y.dim() == 0 or len(X) != len(y):
-        raise ValueError(
-            f"{part}X and {part}y must have one row for each example, but their shapes are "
-            f"{tuple(X.shape)} and {tuple(y.shape)}"
-        )
-    _check_dtype(net, y, f"{part}y")
-    return X, y if y.is_floating_point() else y.long()
+def _scale_of(X: Tensor, input_scale: float | None) -> float:
+    if X.dtype != torch.uint8:
+        return 1.0
+    return 1 / 255 if input_scale is None else input_scale
 
 
 def _check_shape(net: nn.Module, loss: object, X: Tensor, y: Tensor) -> None:

@@ -67,12 +67,23 @@ class Program:
     batch_size : int
     input_scale : float
         What each number of `X` is multiplied by.
+    evaluation_rows : int
+        How many rows are evaluated at once.
     """
 
-    def __init__(self, lowered: Lowered, X: Tensor, y: Tensor, batch_size: int, input_scale: float) -> None:
+    def __init__(
+        self,
+        lowered: Lowered,
+        X: Tensor,
+        y: Tensor,
+        batch_size: int,
+        input_scale: float,
+        evaluation_rows: int = 1,
+    ) -> None:
         self._kernels = cpu_kernels()
         self._lowered = lowered
         self._batch_size = batch_size
+        self._evaluation_rows = evaluation_rows
         self._input_scale = input_scale
         flops = 6 * batch_size * sum(layer.module.weight.numel() for layer in lowered.layers)
         self._num_threads = int(max(1, min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)))
@@ -115,7 +126,7 @@ class Program:
         dense, epoch = self._kernels.dense, self._kernels.epoch
         lowered, panel = self._lowered, self._panel()
         itemsize = self._dtype.itemsize
-        stride = -(-self._batch_size // 16) * 16
+        stride = -(-max(self._batch_size, self._evaluation_rows) // 16) * 16
         state, scratch = _Layout(itemsize), _Layout(itemsize)
         layers = np.zeros((len(lowered.layers), dense.NUM_COLUMNS), np.int64)
         widest = 0
@@ -250,7 +261,12 @@ class Program:
         else:
             tensor.detach().copy_(torch.from_numpy(target))
 
-    def epoch(self, order: Tensor, tick: Callable[[int], None] | None = None) -> Scores:
+    def epoch(
+        self,
+        order: Tensor,
+        tick: Callable[[int], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Scores:
         """Train on the examples in this order.
 
         Parameters
@@ -259,18 +275,20 @@ class Program:
             Which examples, int64.
         tick : callable, optional
             Called now and then, in this thread, with how many steps are done.
+        meanwhile : callable, optional
+            Called once, in this thread, where others train; where they don't, it would save nothing.
 
         Returns
         -------
         Scores
             Met on the way.
         """
-        return self._run(self._X, self._labels, self._targets, order, True, tick)
+        return self._run(self._X, self._labels, self._targets, order, True, tick, meanwhile)
 
     def evaluate(self, X: Tensor, y: Tensor) -> Scores:
         """Return loss and accuracy on other examples, of the kind of the constructor's."""
         examples = self._examples(X, y)
-        return self._run(*examples, torch.arange(len(X)), False, None)
+        return self._run(*examples, torch.arange(len(X)), False)
 
     def _run(
         self,
@@ -279,13 +297,15 @@ class Program:
         targets: NDArray[Any],
         order: Tensor,
         trains: bool,
-        tick: Callable[[int], None] | None,
+        tick: Callable[[int], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Scores:
+        batch_size = self._batch_size if trains else self._evaluation_rows
         kernels, lowered = self._kernels.epoch, self._lowered
         self._sums[:] = 0
         if self._is_small:
             self._kernels.small.run_small_epoch(
-                self._layers, self._groups, self._state, X, self._input_scale, array(order), self._batch_size,
+                self._layers, self._groups, self._state, X, self._input_scale, array(order), batch_size,
                 lowered.is_mean, targets, trains, self._sums[0],
             )  # fmt: skip
             return Scores(float(self._sums[0, kernels.LOSS]) / len(order))
@@ -296,20 +316,25 @@ class Program:
                 thread, self._num_threads, self._counters, self._layers, self._groups, self._state, self._scratch,
                 self._places, X, kernels.NONZERO if self._nonzero else kernels.DENSE, self._input_scale,
                 self._values, self._masks, self._transposed, self._transposed_masks, array(order),
-                self._batch_size, self._by_columns,
+                batch_size, trains and self._by_columns,
                 kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,
                 labels, targets, self._class_weight, lowered.ignore_index, lowered.label_smoothing, trains,
                 self._sums,
             )  # fmt: skip
 
         if self._hands_over:
-            self._in_threads(run, tick)
+            self._in_threads(run, tick, meanwhile)
         else:
             run(0)
         loss, correct = self._sums[:, [kernels.LOSS, kernels.CORRECT]].sum(axis=0) / len(order)
         return Scores(float(loss), float(correct) if lowered.is_classifier else None)
 
-    def _in_threads(self, run: Callable[[int], None], tick: Callable[[int], None] | None) -> None:
+    def _in_threads(
+        self,
+        run: Callable[[int], None],
+        tick: Callable[[int], None] | None,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         """Run in threads of their own, so that this one sees Ctrl-C."""
         threads = [
             threading.Thread(target=run, args=(thread,), name=f"fastdl-{thread}", daemon=True)
@@ -318,6 +343,8 @@ class Program:
         for thread in threads:
             thread.start()
         try:
+            if meanwhile is not None:
+                meanwhile()
             for thread in threads:
                 while thread.is_alive():
                     thread.join(_PATIENCE)

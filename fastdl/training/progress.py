@@ -65,10 +65,13 @@ class EpochProgress:
 
     def tracked(self, batches: Iterable[_T]) -> Iterable[_T]:
         """Return the batches, iterated as before, such that the bar follows them."""
-        return _Tracked(batches, self._redraw) if self._live else batches
+        return _Tracked(batches, self.redraw) if self._live else batches
 
-    def _redraw(self, batches_done: int) -> None:
-        self._bar.update(self._task, completed=self._epochs_done * self._num_batches + batches_done)
+    def redraw(self, batches_done: int) -> None:
+        """Show how many batches of this epoch are done."""
+        if self._live:
+            completed = self._epochs_done * self._num_batches + batches_done
+            self._bar.update(self._task, completed=completed)
 
     def epoch_done(self, history: History) -> None:
         """Show the figures of the epoch that has just been added to the history."""

@@ -1,0 +1,94 @@
+"""What `fit`, `evaluate` and `predict` take as data: tensors, arrays, torchvision's datasets; checked."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Array: TypeAlias = Tensor | NDArray[Any]
+
+
+def floating(net: nn.Module) -> Tensor | None:
+    """Return the parameter whose dtype and device the net's inputs must have."""
+    return next((parameter for parameter in net.parameters() if parameter.is_floating_point()), None)
+
+
+def unpacked(X: Any, y: Array | None, part: str = "") -> tuple[Array, Array]:
+    """Return examples and labels, out of a torchvision dataset where that is what `X` is.
+
+    Parameters
+    ----------
+    X : Tensor, ndarray or dataset
+        A dataset holds its images in memory as ``data`` and its labels as ``targets``.
+    y : Tensor or ndarray, optional
+        Not with a dataset.
+    part : str
+        Stands before the names in a message.
+
+    Raises
+    ------
+    TypeError
+        If labels are missing, given twice, or `X` is something else.
+    ValueError
+        If the dataset transforms its images in another way than ``ToTensor`` does.
+    """
+    if isinstance(X, (Tensor, np.ndarray)):
+        if y is None:
+            raise TypeError(f"{part}y is missing: pass the labels of {part}X")
+        return X, y
+    images, labels = getattr(X, "data", None), getattr(X, "targets", None)
+    if not isinstance(images, (Tensor, np.ndarray)) or not isinstance(labels, (Tensor, np.ndarray, list)):
+        raise TypeError(
+            f"{part}X is a {type(X).__name__}: it must be a tensor, an array, or a torchvision dataset that "
+            "holds its images in memory, such as FashionMNIST"
+        )
+    if y is not None:
+        raise TypeError(f"{part}y must be left out where {part}X is a dataset, which has its own labels")
+    for name in ("transform", "target_transform"):
+        transform = getattr(X, name, None)
+        if transform is not None and not (name == "transform" and type(transform).__name__ == "ToTensor"):
+            raise ValueError(
+                f"the dataset's {name} is {transform}, which is not applied to images in memory: leave it None "
+                "(or ToTensor), or pass X and y as tensors that are transformed already"
+            )
+    return images, torch.as_tensor(labels) if isinstance(labels, list) else labels
+
+
+def _as_tensor(array: Array) -> Tensor:
+    # torch takes no negative strides
+    return torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+
+
+def _check_dtype(net: nn.Module, tensor: Tensor, name: str) -> None:
+    parameter = floating(net)
+    if parameter is not None and tensor.is_floating_point() and tensor.dtype != parameter.dtype:
+        raise TypeError(
+            f"{name} is {tensor.dtype}, but the net's parameters are {parameter.dtype}: "
+            f"convert one of them, e.g. torch.as_tensor({name.split()[-1]}, dtype={parameter.dtype})"
+        )
+
+
+def checked_examples(net: nn.Module, X: Array, part: str = "") -> Tensor:
+    """Return examples as a tensor, or raise an error that says what doesn't fit."""
+    X = _as_tensor(X)
+    if X.dim() == 0 or len(X) == 0:
+        raise ValueError(f"{part}X has shape {tuple(X.shape)}: it must have at least one row")
+    _check_dtype(net, X, f"{part}X")
+    return X
+
+
+def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
+    """Return examples and labels as tensors, or raise an error that says what doesn't fit."""
+    X = checked_examples(net, X, part)
+    y = _as_tensor(y)
+    if y.dim() == 0 or len(X) != len(y):
+        raise ValueError(
+            f"{part}X and {part}y must have one row for each example, but their shapes are "
+            f"{tuple(X.shape)} and {tuple(y.shape)}"
+        )
+    _check_dtype(net, y, f"{part}y")
+    return X, y if y.is_floating_point() else y.long()

@@ -1,0 +1,57 @@
+"""The order of each epoch, drawn ahead while the epoch before trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdl.data.batches import order
+
+
+class Orders:
+    """The orders in which ``data.batches`` would take the examples, epoch after epoch.
+
+    Parameters
+    ----------
+    num_examples : int
+    generator : torch.Generator, optional
+        torch's default generator without it.
+    shuffle : bool
+        False takes the examples as they lie, and draws nothing.
+    used : int
+        How many of the examples an epoch takes.
+    """
+
+    def __init__(
+        self, num_examples: int, generator: torch.Generator | None, *, shuffle: bool, used: int
+    ) -> None:
+        self._num_examples = num_examples
+        self._generator = torch.default_generator if generator is None else generator
+        self._shuffle = shuffle
+        self._used = used
+        self._ahead: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def next(self) -> Tensor:
+        """Return the next epoch's order; the generator then is as if it had been drawn now."""
+        if not self._shuffle:
+            return torch.arange(self._used)
+        if self._ahead is not None:
+            before, after, drawn = self._ahead
+            self._ahead = None
+            # a callback may have drawn from the same generator since
+            if torch.equal(self._generator.get_state(), before):
+                self._generator.set_state(after)
+                return drawn
+        return self._draw(self._generator)
+
+    def draw_ahead(self) -> None:
+        """Draw the next epoch's order from a copy of the generator."""
+        if self._shuffle and self._generator.device.type == "cpu":
+            copy = torch.Generator()
+            before = self._generator.get_state()
+            copy.set_state(before)
+            drawn = self._draw(copy)
+            self._ahead = before, copy.get_state(), drawn
+
+    def _draw(self, generator: torch.Generator) -> Tensor:
+        return order(self._num_examples, generator).cpu()[: self._used]
