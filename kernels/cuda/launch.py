@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastdl.kernels.cuda.numba_cuda import core, cuda, types
+from fastdl.kernels.cuda.numba_cuda import core, cuda, driver, types
 from fastdl.kernels.jit import cache_folder
 
 # the element types that ship, and the type of a scalar argument of a kernel for each
@@ -114,6 +114,14 @@ class Stream:
         self.architecture = architecture(tuple(core.Device(device).compute_capability))
         self.core = core.Stream.from_handle(handle) if handle else core.LEGACY_DEFAULT_STREAM
 
+    def is_capturing(self) -> bool:
+        """Return whether the stream's work goes into a graph now, rather than to the GPU."""
+        status, capture = driver.cuStreamIsCapturing(self.handle)
+        return bool(
+            status == driver.CUresult.CUDA_SUCCESS
+            and capture != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
+        )
+
 
 @cache
 def stream(device: int, handle: int) -> Stream:
@@ -191,17 +199,20 @@ class Kernel:
             os.replace(temporary, path)
         return path.read_bytes()
 
-    def load(self, architecture: str) -> Any:
-        """Return the kernel, ready to be launched on GPUs of an architecture. This needs a driver."""
-        if architecture not in self._loaded:
-            code = core.ObjectCode.from_cubin(self.machine_code(architecture))
-            self._loaded[architecture] = code.get_kernel(self.name)
-        return self._loaded[architecture]
-
     def launch(self, stream: Stream, blocks: int, *arguments: Any) -> None:
         """Start so many blocks on a stream; arrays are given by their addresses."""
-        kernel = self._loaded.get(stream.architecture) or self.load(stream.architecture)
+        kernel = self._loaded.get(stream.architecture) or self._load(stream)
         core.launch(stream.core, _configuration(blocks, self.threads), kernel, *arguments)
+
+    def _load(self, stream: Stream) -> Any:
+        if stream.is_capturing():
+            raise RuntimeError(
+                f"the CUDA kernel {self.name} is not loaded yet, and can't be while a graph is captured: run "
+                "the same step once before the capture"
+            )
+        code = core.ObjectCode.from_cubin(self.machine_code(stream.architecture))
+        self._loaded[stream.architecture] = code.get_kernel(self.name)
+        return self._loaded[stream.architecture]
 
 
 # every kernel that ships, by name

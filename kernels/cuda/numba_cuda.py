@@ -1,4 +1,4 @@
-"""The one place that imports numba-cuda, and cuda.core, which it brings along.
+"""The one place that imports numba-cuda, and NVIDIA's Python packages, which it brings along.
 
 Without the package numba-cuda the name ``numba.cuda`` is Numba's own deprecated target, which lacks what the
 kernels need.
@@ -22,6 +22,7 @@ if not config.ENABLE_CUDASIM and getattr(numba.cuda, "implementation", None) != 
         f"the CUDA kernels need numba-cuda, but numba.cuda is Numba's own deprecated CUDA target: {INSTALL}"
     )
 
+import cuda.bindings.driver as cuda_driver  # noqa: E402
 import cuda.core as cuda_core  # noqa: E402
 import numba.cuda.extending  # noqa: E402
 import numba.cuda.types  # noqa: E402
@@ -31,5 +32,6 @@ cuda: Any = numba.cuda
 extending: Any = numba.cuda.extending
 types: Any = numba.cuda.types
 core: Any = cuda_core
+driver: Any = cuda_driver
 
-__all__ = ["INSTALL", "core", "cuda", "extending", "types"]
+__all__ = ["INSTALL", "core", "cuda", "driver", "extending", "types"]
