@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +11,6 @@ from benchmarks.peers.problem import Problem, vector
 from fastdl import data, fit
 from fastdl.training.lower import lower
 from fastdl.training.program import Program
-
-
-def engine(compiled: bool) -> dict[str, Any]:
-    """Return the argument of `fit` that chooses the engine, where it has a choice."""
-    return {"compiled": compiled} if "compiled" in inspect.signature(fit).parameters else {}
 
 
 class FitTrainer:
@@ -58,7 +51,7 @@ class FitTrainer:
             batch_size=self.batch_size,
             generator=self.order,
             progress=False,
-            **engine(self.compiled),
+            compiled=self.compiled,
         ).train_loss
 
     def parameters(self) -> Tensor:

@@ -23,7 +23,6 @@ import json, sys
 import numpy as np
 import torch
 from torch import nn
-from benchmarks.peers.fastdl_epochs import engine
 from fastdl import fit
 
 folder, (hiddens, compiled, threads) = sys.argv[1], json.loads(sys.argv[2])
@@ -42,7 +41,7 @@ def added(num_examples):
     open("/proc/self/clear_refs", "w").write("5")
     before = resident("VmRSS")
     fit(net, nn.CrossEntropyLoss(), optimizer, X[:num_examples], y[:num_examples], epochs=2, batch_size=256,
-        progress=False, **engine(compiled))
+        progress=False, compiled=compiled)
     return resident("VmHWM") - before
 
 print(json.dumps({"first call": added(512), "training": added(len(X)), "data": X.nbytes}))

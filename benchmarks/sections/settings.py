@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fastdl import data
 from fastdl.reproduce import Examples, image_examples
 
-QUICK_IMAGES = 1024
+QUICK_IMAGES = 600
 
 
 @dataclass(frozen=True)
