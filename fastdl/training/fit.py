@@ -31,7 +31,7 @@ class _Engine(Protocol):
 
     def check(self, X: Tensor, y: Tensor) -> None: ...
 
-    def train(self, bar: EpochProgress) -> Scores: ...
+    def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores: ...
 
     def evaluate(self, X: Tensor, y: Tensor) -> Scores: ...
 
@@ -168,13 +168,13 @@ def fit(
     num_batches = -(-used // batch_size)
     with _restored_modes(net), EpochProgress(epochs, num_batches, show=progress) as bar:
         for _ in range(epochs):
-            net.train()
             started = time.perf_counter()
-            train_scores = engine.train(bar)
+            # between two epochs, only a callback or the scheduler can have changed net or optimizer
+            is_changed = len(history) == 0 or on_epoch is not None or scheduler is not None
+            train_scores = engine.train(bar, is_changed=is_changed)
             seconds = time.perf_counter() - started
             test_scores = None
             if test is not None:
-                net.eval()
                 test_scores = engine.evaluate(*test)
             history.append(seconds, train_scores, test_scores)
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -209,7 +209,8 @@ class _Loop:
     def check(self, X: Tensor, y: Tensor) -> None:
         """Take anything: what the net can't take, it says itself."""
 
-    def train(self, bar: EpochProgress) -> Scores:
+    def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores:
+        self._net.train()
         order = self._orders.next().to(self._X.device)
         batches = (
             _to_net(self._net, self._X.index_select(0, rows), self._y.index_select(0, rows), self._input_scale)
@@ -219,6 +220,7 @@ class _Loop:
             return train_epoch(self._net, self._loss, self._optimizer, bar.tracked(batches))
 
     def evaluate(self, X: Tensor, y: Tensor) -> Scores:
+        self._net.eval()
         return _evaluate(self._net, self._loss, X, y, self._input_scale)
 
 
@@ -278,8 +280,9 @@ class _Compiled:
         """Raise the error for examples that the engine can't evaluate."""
         self._taken(X, y)
 
-    def train(self, bar: EpochProgress) -> Scores:
-        self._program.read()
+    def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores:
+        if is_changed:
+            self._program.read()
         scores = self._program.epoch(self._orders.next(), bar.redraw, self._orders.draw_ahead)
         self._program.write()
         return scores

@@ -88,7 +88,8 @@ def _modules(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
         if getattr(net, hooks):
             raise _refuse(f"{name or 'the net'} ({type(net).__name__}), which has a hook")
     if type(net) in _CONTAINERS:
-        for child, module in net.named_children():
+        for child, module in net._modules.items():
+            assert module is not None
             yield from _modules(module, f"{name}.{child}" if name else child)
     else:
         yield name, net

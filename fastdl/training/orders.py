@@ -54,4 +54,5 @@ class Orders:
             self._ahead = before, copy.get_state(), drawn
 
     def _draw(self, generator: torch.Generator) -> Tensor:
-        return order(self._num_examples, generator).cpu()[: self._used]
+        drawn = order(self._num_examples, generator).cpu()
+        return drawn if self._used == self._num_examples else drawn[: self._used]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +30,8 @@ _MIN_ZEROS = 0.3
 _SAMPLE = 1024
 # how often a waiting thread looks for Ctrl-C and reports progress, in seconds
 _PATIENCE = 0.05
+# the options of a parameter group, in the order of the kernels' table
+_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 # bytes of a cache line: everything begins at the start of one
 _LINE = 64
 
@@ -52,6 +55,27 @@ class _Layout:
         start = self.size
         self.size += -(-count // self._line) * self._line
         return start
+
+
+@dataclass
+class _Place:
+    """Where a parameter lies in the state."""
+
+    tensor: Tensor
+    start: int
+    is_thin: bool
+    trains: bool
+
+
+@dataclass
+class _Buffer:
+    """Where a parameter's momentum buffer lies in the state."""
+
+    parameter: Tensor
+    start: int
+    is_thin: bool
+    is_fresh: NDArray[Any]
+    group: int
 
 
 class Program:
@@ -103,6 +127,7 @@ class Program:
         self._dtype = dtype
         self._nonzero = self._skips_zeros(X)
         self._lay_out(X)
+        self._find_parameters()
         self._X, self._labels, self._targets = self._examples(X, y)
         weight = lowered.class_weight
         self._class_weight = np.empty(0, dtype) if weight is None else array(weight)
@@ -194,70 +219,74 @@ class Program:
             most = max(most, width * panel if row[dense.IS_THIN] else block)
         return -(-most // 16) * 16
 
-    def _parameters(self) -> list[tuple[Tensor, NDArray[Any], int, int, int, int | None]]:
+    def _find_parameters(self) -> None:
         dense = self._kernels.dense
         columns = (
             ("weight", dense.WEIGHT, dense.WEIGHT_BUFFER, dense.WEIGHT_IS_FRESH),
             ("bias", dense.BIAS, dense.BIAS_BUFFER, dense.BIAS_IS_FRESH),
         )
-        found = []
+        self._parameters: list[_Place] = []
+        self._buffers: list[_Buffer] = []
+        self._freshness = [dense.WEIGHT_IS_FRESH, dense.BIAS_IS_FRESH]
         for row, layer in zip(self._layers, self._lowered.layers, strict=True):
-            for name, place, buffer, fresh in columns:
-                parameter = getattr(layer.module, name)
-                if parameter is not None:
-                    found.append(
-                        (parameter, row, int(row[place]), int(row[buffer]), fresh, getattr(layer, f"{name}_group"))
+            is_thin = bool(row[dense.IS_THIN])
+            for name, place, buffer_place, fresh in columns:
+                parameter, group = getattr(layer.module, name), getattr(layer, f"{name}_group")
+                if parameter is None:
+                    continue
+                self._parameters.append(_Place(parameter, int(row[place]), is_thin, group is not None))
+                if group is not None:
+                    self._buffers.append(
+                        _Buffer(parameter, int(row[buffer_place]), is_thin, row[fresh : fresh + 1], group)
                     )
-        return found
-
-    def _momentum_buffer(self, parameter: Tensor) -> Tensor | None:
-        buffer: Tensor | None = self._lowered.optimizer.state.get(parameter, {}).get("momentum_buffer")
-        return buffer
 
     def read(self) -> None:
         """Copy the parameters, momentum buffers and options from the net and the optimizer."""
-        groups = self._lowered.optimizer.param_groups
-        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        self._groups = np.array([[float(group[name]) for name in names] for group in groups])
-        for parameter, row, place, buffer_place, fresh, group in self._parameters():
-            self._read(parameter, row, place)
-            if group is not None and groups[group]["momentum"] != 0:
-                buffer = self._momentum_buffer(parameter)
-                row[fresh] = buffer is None
-                if buffer is not None:
-                    self._read(buffer, row, buffer_place)
+        optimizer = self._lowered.optimizer
+        groups = optimizer.param_groups
+        self._groups = np.array(
+            [[float(group[name]) for name in _OPTIONS] for group in groups], dtype=np.float64
+        )
+        for place in self._parameters:
+            self._read(place.tensor, place.start, place.is_thin)
+        for buffer in self._buffers:
+            if groups[buffer.group]["momentum"] != 0:
+                found = optimizer.state.get(buffer.parameter, {}).get("momentum_buffer")
+                buffer.is_fresh[0] = found is None
+                if found is not None:
+                    self._read(found, buffer.start, buffer.is_thin)
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer."""
         optimizer = self._lowered.optimizer
-        for parameter, row, place, buffer_place, _, group in self._parameters():
-            if group is None:
-                continue
-            self._write(parameter, row, place)
-            if optimizer.param_groups[group]["momentum"] != 0:
-                buffer = self._momentum_buffer(parameter)
-                if buffer is None:
-                    buffer = torch.empty_like(parameter, requires_grad=False)
-                    optimizer.state[parameter]["momentum_buffer"] = buffer
-                self._write(buffer, row, buffer_place)
+        for place in self._parameters:
+            if place.trains:
+                self._write(place.tensor, place.start, place.is_thin)
+        for buffer in self._buffers:
+            if optimizer.param_groups[buffer.group]["momentum"] != 0:
+                state = optimizer.state[buffer.parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.empty_like(buffer.parameter, requires_grad=False)
+                self._write(state["momentum_buffer"], buffer.start, buffer.is_thin)
+        self._layers[:, self._freshness] = 0
 
-    def _read(self, tensor: Tensor, row: NDArray[Any], place: int) -> None:
-        if tensor.dim() == 2:
-            is_thin = bool(row[self._kernels.dense.IS_THIN])
-            self._kernels.epoch.read_weight(array(tensor), self._state, place, is_thin)
+    def _read(self, tensor: Tensor, start: int, is_thin: bool) -> None:
+        source = array(tensor)
+        if source.ndim == 2:
+            self._kernels.epoch.read_weight(source, self._state, start, is_thin)
         else:
-            self._state[place : place + tensor.numel()] = array(tensor)
+            self._state[start : start + source.size] = source
 
-    def _write(self, tensor: Tensor, row: NDArray[Any], place: int) -> None:
-        target = tensor.detach().numpy() if tensor.is_contiguous() else np.empty(tensor.shape, self._dtype)
-        if tensor.dim() == 2:
-            is_thin = bool(row[self._kernels.dense.IS_THIN])
-            self._kernels.epoch.write_weight(self._state, place, is_thin, target)
+    def _write(self, tensor: Tensor, start: int, is_thin: bool) -> None:
+        # a graph that saved the tensor must notice: numpy's writes aren't counted, torch's are
+        is_contiguous = tensor.is_contiguous()
+        target = tensor.detach().numpy() if is_contiguous else np.empty(tensor.shape, self._dtype)
+        if target.ndim == 2:
+            self._kernels.epoch.write_weight(self._state, start, is_thin, target)
         else:
-            target[:] = self._state[place : place + tensor.numel()]
-        if tensor.is_contiguous():
-            # a graph that saved the tensor must notice
-            increment_version([tensor])
+            target[:] = self._state[start : start + target.size]
+        if is_contiguous:
+            increment_version(tensor)
         else:
             tensor.detach().copy_(torch.from_numpy(target))
 
