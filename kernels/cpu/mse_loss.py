@@ -10,7 +10,7 @@ from numba import prange
 
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
 from fastdl.kernels.cpu.reduction import BLOCK, MEAN, NONE, ordered_sum
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import jit, linked_jit
 
 
 @jit
@@ -30,7 +30,7 @@ def _block_sums(input, target, sums, start, stop):
         sums[block] = total
 
 
-@jit(parallel=True)
+@linked_jit(parallel=True)
 def mse_loss_forward(input, target, reduction, loss, num_threads):
     """Write ``(input - target) ** 2`` of input (n,) and target (n,) to loss, (n,) or reduced (1,)."""
     num_threads = worthwhile_threads(input.size, num_threads)
@@ -61,7 +61,7 @@ def _backward(grad_loss, input, target, factor, grad_input, start, stop):
         grad_input[i] = factor * (input[i] - target[i]) * upstream
 
 
-@jit(parallel=True)
+@linked_jit(parallel=True)
 def mse_loss_backward(grad_loss, input, target, reduction, grad_input, num_threads):
     """Write ``2 (input - target) grad_loss``, over n for the mean, to grad_input (n,).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import prange
 
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import jit, linked_jit
 
 
 @jit
@@ -16,7 +16,7 @@ def _forward(input, output, start, stop):
         output[i] = zero if input[i] <= zero else input[i]
 
 
-@jit(parallel=True)
+@linked_jit(parallel=True)
 def relu_forward(input, output, num_threads):
     """Write ``max(input, 0)`` to the output, both (n,); NaN stays NaN."""
     num_threads = worthwhile_threads(input.size, num_threads)
@@ -35,7 +35,7 @@ def _backward(grad_output, output, grad_input, start, stop):
         grad_input[i] = zero if output[i] <= zero else grad_output[i]
 
 
-@jit(parallel=True)
+@linked_jit(parallel=True)
 def relu_backward(grad_output, output, grad_input, num_threads):
     """Write grad_output where not ``output <= 0``, else 0, to grad_input; all (n,)."""
     num_threads = worthwhile_threads(output.size, num_threads)

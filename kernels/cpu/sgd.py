@@ -12,25 +12,15 @@ Floor: p and g read, p written (12 bytes an element in float32), and b read and 
 
 from __future__ import annotations
 
-from numba import carray, prange, types
-from numba.extending import intrinsic
+from numba import prange
 
+from fastdl.kernels.cpu.memory import array_at
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
 from fastdl.kernels.jit import jit
 
 # the columns of the table that tells the kernel where the parameters are
 PARAM, GRAD, BUFFER, SIZE, FIRST_STEP = 0, 1, 2, 3, 4
 NUM_COLUMNS = 5
-
-
-@intrinsic
-def _pointer(typing_context, address, like):
-    """Return the address as a pointer to elements of the array's dtype."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(like.dtype)(types.int64, like), codegen
 
 
 @jit
@@ -58,9 +48,9 @@ def _update_share(table, like, lr, momentum, dampening, weight_decay, nesterov, 
         size = table[row, SIZE]
         start, stop = max(first - offset, 0), min(last - offset, size)
         if start < stop:
-            param = carray(_pointer(table[row, PARAM], like), size)
-            grad = carray(_pointer(table[row, GRAD], like), size)
-            buffer = carray(_pointer(table[row, BUFFER], like), size)
+            param = array_at(table[row, PARAM], size, like.dtype)
+            grad = array_at(table[row, GRAD], size, like.dtype)
+            buffer = array_at(table[row, BUFFER], size, like.dtype)
             _update(
                 param,
                 grad,

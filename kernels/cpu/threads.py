@@ -12,20 +12,23 @@ import threading
 import numba
 
 _owner = 0
-_forked = False
+_limit = 1
+_is_for_owner_alone = False
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global _limit
+    _limit = 1
 
 
 def start() -> None:
     """Start Numba's pool of threads, once for the process."""
-    global _owner
+    global _owner, _limit, _is_for_owner_alone
     if _owner == 0:
         _owner = threading.get_ident()
         numba.get_num_threads()
+        _limit = int(numba.config.NUMBA_NUM_THREADS)
+        _is_for_owner_alone = numba.threading_layer() == "workqueue"
         os.register_at_fork(after_in_child=_after_fork)
 
 
@@ -35,6 +38,6 @@ def usable(num_threads: int) -> int:
     OpenMP ends a forked child that enters a parallel region after its parent did, and Numba's own
     ``workqueue`` layer ends a process in which two threads enter one at once: both get 1.
     """
-    if _forked or (numba.threading_layer() == "workqueue" and threading.get_ident() != _owner):
+    if _is_for_owner_alone and threading.get_ident() != _owner:
         return 1
-    return max(1, min(num_threads, int(numba.config.NUMBA_NUM_THREADS)))
+    return min(num_threads, _limit)
