@@ -1,12 +1,13 @@
 """The only door from a tensor to an array: dtype, layout, device and threads are settled here.
 
 :mod:`fastdl.ops` asks :func:`accepts` whether the kernels may take a call, and if so hands each tensor's
-memory over with :func:`array`. Whatever the kernels can't see through (a functorch transform, a tensor
-subclass, autocast, a dispatch mode, half precision) goes to torch instead.
+memory over with :func:`array`; a CUDA tensor goes through :mod:`fastdl.cuda_arrays`. Whatever the kernels
+can't see through (a functorch transform, a tensor subclass, autocast, a dispatch mode) goes to torch instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.overrides import has_torch_function
+
+from fastdl import cuda_arrays
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,10 +51,15 @@ def accepts(*tensors: Tensor | None) -> bool:
     """Return whether the kernels can take a call with these floating-point tensors.
 
     They must be plain dense tensors of one dtype, float32 or float64, on the CPU, outside of autocast and
-    of every transform. None stands for an argument left out.
+    of every transform. On one GPU that the CUDA kernels can use, float16 and bfloat16 are taken as well. None
+    stands for an argument left out.
     """
     first = tensors[0]
-    if first is None or first.dtype not in _DTYPES:
+    if first is None:
+        return False
+    if first.is_cuda:
+        return _accepts_cuda(first, tensors)
+    if first.dtype not in _DTYPES:
         return False
     is_compiling = torch.compiler.is_compiling()
     for tensor in tensors:
@@ -65,6 +73,26 @@ def accepts(*tensors: Tensor | None) -> bool:
         elif torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS:
             return False
     if torch.is_autocast_enabled("cpu"):
+        return False
+    return is_compiling or not (has_torch_function(tensors) or transforms_are_active())
+
+
+def _accepts_cuda(first: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    device = first.get_device()
+    if first.dtype not in cuda_arrays.DTYPES or torch.is_autocast_enabled("cuda"):
+        return False
+    is_compiling = torch.compiler.is_compiling()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TYPES or tensor.dtype != first.dtype or tensor.get_device() != device:
+            return False
+        if is_compiling:
+            if tensor.layout is not torch.strided:
+                return False
+        elif torch._C._dispatch_keys(tensor).raw_repr() not in cuda_arrays.plain_keys():
+            return False
+    if not cuda_arrays.usable(device):
         return False
     return is_compiling or not (has_torch_function(tensors) or transforms_are_active())
 

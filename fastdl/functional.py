@@ -1,9 +1,9 @@
 """The ops as functions, with the signatures, results and errors of ``torch.nn.functional``.
 
-A call goes to the kernels where all its floating-point tensors are plain, dense and of one dtype, float32
-or float64, on the CPU. Everything else is handed to torch's function of the same name: other dtypes and
-devices, autocast, ``torch.func`` transforms, forward-mode differentiation, tensor subclasses, tracing, and
-the rarer forms that each docstring names. So the result is always torch's.
+A call goes to the kernels where all its floating-point tensors are plain, dense and of one dtype: float32 or
+float64 on the CPU, float16 and bfloat16 too on an NVIDIA GPU. Everything else is handed to torch's function
+of the same name: other dtypes and devices, autocast, ``torch.func`` transforms, forward-mode differentiation,
+tensor subclasses, tracing, and the rarer forms that each docstring names. So the result is always torch's.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _takes_class_indices(
     label_smoothing: float,
 ) -> bool:
     """Return whether the loss is of the form the kernel knows; torch has the rest, and the errors."""
-    if not logits_shape or target.dtype != torch.int64 or type(target) is not Tensor or not target.is_cpu:
+    if not logits_shape or target.dtype != torch.int64 or type(target) is not Tensor:
         return False
     class_dimension = 0 if len(logits_shape) == 1 else 1
     num_classes = logits_shape[class_dimension]
@@ -172,7 +172,8 @@ def cross_entropy(
     Raises
     ------
     IndexError
-        If a label is no class and not ignore_index.
+        If a label is no class and not ignore_index. On a GPU, where raising would cost a wait, the row's loss
+        is NaN and its gradient 0.
     ValueError, RuntimeError
         If shapes, dtypes, reduction or label_smoothing don't fit, as torch does.
 
@@ -185,6 +186,7 @@ def cross_entropy(
         size_average is not None
         or reduce is not None
         or not accepts(input, weight)
+        or target.device != input.device
         or not _takes_class_indices(tuple(input.shape), target, weight, reduction, label_smoothing)
     ):
         return F.cross_entropy(
@@ -247,7 +249,7 @@ def linear_cross_entropy(
     Raises
     ------
     IndexError
-        If a label is no class and not ignore_index.
+        If a label is no class and not ignore_index; on a GPU as for :func:`cross_entropy`.
     ValueError, RuntimeError
         If shapes, dtypes, reduction or label_smoothing don't fit, as torch does.
 
@@ -282,6 +284,7 @@ def linear_cross_entropy(
         input.dim() == 2
         and not out_features
         and accepts(input, linear_weight, linear_bias, weight)
+        and target.device == input.device
         and _takes_class_indices(logits_shape, target, weight, reduction, label_smoothing)
     ):
         loss: Tensor = apply(

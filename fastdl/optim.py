@@ -21,9 +21,9 @@ class SGD(torch.optim.SGD):
     """Stochastic gradient descent, as ``torch.optim.SGD`` in every option, with one kernel call per step.
 
     A parameter group goes to torch's own update where the kernel doesn't apply: parameters or gradients
-    that are not dense contiguous CPU tensors of float32 or float64, ``foreach=True``, ``fused=True`` or
-    ``differentiable=True`` asked for by name, and under ``torch.compile``. A state_dict can be loaded from
-    and into ``torch.optim.SGD``.
+    that are not dense contiguous tensors of float32 or float64 (float16 and bfloat16 too on an NVIDIA GPU), a
+    learning rate on the GPU, ``foreach=True``, ``fused=True`` or ``differentiable=True`` asked for by name,
+    and under ``torch.compile``. A state_dict can be loaded from and into ``torch.optim.SGD``.
 
     Parameters
     ----------
@@ -108,9 +108,9 @@ class SGD(torch.optim.SGD):
         for i, buffer in enumerate(buffers):
             if buffer is None:
                 buffers[i] = torch.empty_like(params[i], requires_grad=False)
-        indices = sorted(range(len(params)), key=lambda i: str(params[i].dtype))
-        for _, same_dtype in groupby(indices, key=lambda i: params[i].dtype):
-            chosen = list(same_dtype)
+        indices = sorted(range(len(params)), key=lambda i: (str(params[i].dtype), str(params[i].device)))
+        for _, alike in groupby(indices, key=lambda i: (params[i].dtype, params[i].device)):
+            chosen = list(alike)
             sgd(
                 [params[i] for i in chosen],
                 [grads[i] for i in chosen],
@@ -130,7 +130,8 @@ def _kernel_applies(
 ) -> bool:
     if not params or group["foreach"] or group["fused"] or group["differentiable"]:
         return False
-    if torch.compiler.is_compiling():
+    # to read a learning rate on the GPU is to wait for it
+    if torch.compiler.is_compiling() or (isinstance(group["lr"], Tensor) and group["lr"].is_cuda):
         return False
     tensors_of_each = zip(params, grads, buffers or [None] * len(params), strict=True)
     return all(accepts(*tensors) for tensors in tensors_of_each) and takes(params, grads, buffers)

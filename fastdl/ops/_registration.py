@@ -14,7 +14,15 @@ from fastdl.arrays import accepts
 _LIBRARY = torch.library.Library("fastdl", "DEF")
 
 
-def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def is_on_cuda(argument: Tensor | Sequence[Tensor]) -> bool:
+    """Return whether an op's first argument, a tensor or a list of them, is on a GPU."""
+    tensor = argument if isinstance(argument, Tensor) else argument[0]
+    return tensor.is_cuda
+
+
+def register(
+    schema: str, implementation: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Define ``torch.ops.fastdl.<name>`` and return the function to call it by.
 
     A compiler has to see the dispatcher's op; eager calls go straight to the implementation, which saves
@@ -27,17 +35,22 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
         The op's name and signature in torch's schema language.
     implementation
         Takes and returns CPU tensors.
+    cuda
+        The same for CUDA tensors, on one GPU.
     fake
         The same signature; returns empty tensors of the right shapes, for tracing.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CPU")
+    _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"fastdl::{name}", fake, lib=_LIBRARY)
     registered = getattr(torch.ops.fastdl, name).default
 
     def call(*args: Any) -> Any:
-        return registered(*args) if torch.compiler.is_compiling() else implementation(*args)
+        if torch.compiler.is_compiling():
+            return registered(*args)
+        return cuda(*args) if is_on_cuda(args[0]) else implementation(*args)
 
     call.__name__ = name
     call.__doc__ = implementation.__doc__

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastdl.arrays import array, array_or_nothing, cpu_kernels, nothing, num_threads
+from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.ops.linear import linear_backward, linear_forward
 from fastdl.reference import ops as reference
@@ -76,11 +77,13 @@ cross_entropy_forward = register(
     "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
     " float label_smoothing, str reduction, bool need_grad) -> (Tensor loss, Tensor grad_logits)",
     _forward,
+    _cuda.cross_entropy_forward,
     _forward_fake,
 )
 cross_entropy_backward = register(
     "cross_entropy_backward(Tensor grad_loss, Tensor grad_logits, Tensor target, int ignore_index) -> Tensor",
     _backward,
+    _cuda.cross_entropy_backward,
     lambda grad_loss, grad_logits, target, ignore_index: grad_logits.new_empty(grad_logits.shape),
 )
 

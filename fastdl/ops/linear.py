@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastdl.arrays import array, array_or_nothing, cpu_kernels, nothing, num_threads
+from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.reference import ops as reference
 
@@ -66,17 +67,22 @@ def _grad_weight_fake(
 
 
 linear_forward = register(
-    "linear_forward(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor", _forward, _forward_fake
+    "linear_forward(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor",
+    _forward,
+    _cuda.linear_forward,
+    _forward_fake,
 )
 linear_grad_input = register(
     "linear_grad_input(Tensor grad_output, Tensor? output, Tensor weight) -> Tensor",
     _grad_input,
+    _cuda.linear_grad_input,
     _grad_input_fake,
 )
 linear_grad_weight = register(
     "linear_grad_weight(Tensor grad_output, Tensor? output, Tensor input, bool need_weight, bool need_bias)"
     " -> (Tensor grad_weight, Tensor grad_bias)",
     _grad_weight,
+    _cuda.linear_grad_weight,
     _grad_weight_fake,
 )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.reference import ops as reference
 
@@ -46,11 +47,15 @@ def _backward(grad_loss: Tensor, input: Tensor, target: Tensor, reduction: str) 
 
 
 mse_loss_forward = register(
-    "mse_loss_forward(Tensor input, Tensor target, str reduction) -> Tensor", _forward, _forward_fake
+    "mse_loss_forward(Tensor input, Tensor target, str reduction) -> Tensor",
+    _forward,
+    _cuda.mse_loss_forward,
+    _forward_fake,
 )
 mse_loss_backward = register(
     "mse_loss_backward(Tensor grad_loss, Tensor input, Tensor target, str reduction) -> Tensor",
     _backward,
+    _cuda.mse_loss_backward,
     lambda grad_loss, input, target, reduction: input.new_empty(input.shape),
 )
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.reference import ops as reference
 
@@ -34,10 +35,13 @@ def _backward(grad_output: Tensor, output: Tensor) -> Tensor:
     return grad_input
 
 
-relu_forward = register("relu_forward(Tensor input) -> Tensor", _forward, _contiguous_like)
+relu_forward = register(
+    "relu_forward(Tensor input) -> Tensor", _forward, _cuda.relu_forward, _contiguous_like
+)
 relu_backward = register(
     "relu_backward(Tensor grad_output, Tensor output) -> Tensor",
     _backward,
+    _cuda.relu_backward,
     lambda grad_output, output: _contiguous_like(grad_output),
 )
 

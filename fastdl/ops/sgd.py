@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastdl.arrays import cpu_kernels, nothing, num_threads
+from fastdl.ops import _cuda
 from fastdl.ops._registration import register
 
 
@@ -64,6 +65,7 @@ sgd = register(
     "sgd(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, bool[] first_step, float lr,"
     " float momentum, float dampening, float weight_decay, bool nesterov, bool maximize) -> ()",
     _update,
+    _cuda.sgd,
     _fake,
 )
 

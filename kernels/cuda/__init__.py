@@ -4,21 +4,27 @@ Importing this imports numba-cuda, but neither compiles anything nor touches a G
 """
 
 from fastdl.kernels.cuda import launch, reduction
-from fastdl.kernels.cuda.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from fastdl.kernels.cuda.cross_entropy import (
+    cross_entropy_backward,
+    cross_entropy_forward,
+    cross_entropy_partial_sums,
+)
 from fastdl.kernels.cuda.linear import linear_forward, linear_grad_input, linear_grad_weight
-from fastdl.kernels.cuda.mse_loss import mse_loss_backward, mse_loss_forward
+from fastdl.kernels.cuda.mse_loss import mse_loss_backward, mse_loss_forward, mse_loss_partial_sums
 from fastdl.kernels.cuda.relu import relu_backward, relu_forward
 from fastdl.kernels.cuda.sgd import sgd
 
 __all__ = [
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "cross_entropy_partial_sums",
     "launch",
     "linear_forward",
     "linear_grad_input",
     "linear_grad_weight",
     "mse_loss_backward",
     "mse_loss_forward",
+    "mse_loss_partial_sums",
     "reduction",
     "relu_backward",
     "relu_forward",

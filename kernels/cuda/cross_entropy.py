@@ -335,7 +335,7 @@ def _num_blocks(num_rows: int, num_classes: int) -> int:
     return min(-(-num_rows // groups), MAX_BLOCKS)
 
 
-def num_partial_sums(num_rows: int, num_classes: int) -> int:
+def cross_entropy_partial_sums(num_rows: int, num_classes: int) -> int:
     """Return how many numbers of scratch ``cross_entropy_forward`` needs for a mean or sum."""
     blocks = _num_blocks(num_rows, num_classes)
     return 0 if blocks == 1 else blocks + 1
@@ -372,7 +372,7 @@ def cross_entropy_forward(
     loss : (N,) without reduction, else (1,)
     grad_logits : (N, C) or None
         Of the reduced loss, or row by row of each loss; None where it isn't wanted.
-    partial : (num_partial_sums(N, C),) or None
+    partial : (cross_entropy_partial_sums(N, C),) or None
         Scratch for a reduced loss, float64 or float32 as the logits are computed in.
     stream : Stream
     """

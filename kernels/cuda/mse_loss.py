@@ -143,7 +143,7 @@ _BACKWARD = {
 }
 
 
-def num_partial_sums(size: int) -> int:
+def mse_loss_partial_sums(size: int) -> int:
     """Return how many numbers of scratch ``mse_loss_forward`` needs for a mean or sum over size elements."""
     blocks = -(-size // (THREADS * CHUNK * _CHUNKS_PER_THREAD))
     return 0 if blocks <= 1 else min(blocks, MAX_BLOCKS)
@@ -154,7 +154,7 @@ def mse_loss_forward(
 ) -> None:
     """Write ``(input - target) ** 2`` of n elements each to loss, of n elements or reduced (1,).
 
-    ``partial`` is scratch for ``num_partial_sums(n)`` numbers, float64 or float32 as they are computed in.
+    ``partial`` is scratch for ``mse_loss_partial_sums(n)`` numbers of the type that is computed in.
     """
     element, size = element_of(input), size_of(input)
     if reduction == NONE:
@@ -165,7 +165,7 @@ def mse_loss_forward(
         return
     # the mean of nothing is 0 / 0
     factor = SCALARS[element](1.0 if reduction != MEAN else 1.0 / size if size > 0 else float("nan"))
-    blocks = max(1, num_partial_sums(size))
+    blocks = max(1, mse_loss_partial_sums(size))
     _BLOCK_SUMS[element].launch(
         stream,
         blocks,

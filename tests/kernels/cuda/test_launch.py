@@ -17,7 +17,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no launch
 from cuda.core._kernel_arg_handler import ParamHolder
 
 from fastdl.kernels import cuda as kernels
-from fastdl.kernels.cuda import cross_entropy, launch, mse_loss
+from fastdl.kernels.cuda import launch
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -212,14 +212,14 @@ def test_a_loss_over_much_data_adds_up_the_blocks_sums_last(loaded, reduction):
     stream = launch.stream(0, 0)
     logits, target = torch.empty(5000, 10), torch.empty(5000, dtype=torch.int64)
     loss = torch.empty(5000 if reduction == 0 else 1)
-    partial = torch.empty(cross_entropy.num_partial_sums(5000, 10))
+    partial = torch.empty(kernels.cross_entropy_partial_sums(5000, 10))
     kernels.cross_entropy_forward(logits, target, None, -100, 0.0, reduction, loss, None, partial, stream)
     names = [name.removesuffix("_float32") for _, _, name, _ in loaded]
     total = ["cross_entropy_total_weight"] if reduction == 1 else []
     last = ["add_partial_sums"] if reduction else []
     assert names == [*total, "cross_entropy_rows", *last]
     loaded.clear()
-    partial = torch.empty(mse_loss.num_partial_sums(50000))
+    partial = torch.empty(kernels.mse_loss_partial_sums(50000))
     loss = torch.empty(50000 if reduction == 0 else 1)
     kernels.mse_loss_forward(logits, logits, reduction, loss, partial, stream)
     names = [name.removesuffix("_float32") for _, _, name, _ in loaded]

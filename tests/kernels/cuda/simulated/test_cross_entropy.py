@@ -20,7 +20,7 @@ def _run(logits, target, weight, smoothing, reduction, offset=0):
     dtype = logits.element
     loss = DeviceArray.nan((num_rows,) if reduction == "none" else (1,), dtype)
     grad_logits = DeviceArray.nan((num_rows, num_classes), dtype, offset)
-    count = cross_entropy.num_partial_sums(num_rows, num_classes)
+    count = cross_entropy.cross_entropy_partial_sums(num_rows, num_classes)
     partial = DeviceArray.nan((count,), "float64" if dtype == "float64" else "float32") if count else None
     arguments = (logits, target, weight, IGNORE, smoothing, CODES[reduction], loss)
     kernels.cross_entropy_forward(*arguments, grad_logits, partial, STREAM)

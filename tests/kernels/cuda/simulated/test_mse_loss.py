@@ -12,7 +12,7 @@ from tests.kernels.cuda.simulated.simulator import STREAM, DeviceArray, kernels
 
 
 def _scratch(size, dtype):
-    count = mse_loss.num_partial_sums(size)
+    count = mse_loss.mse_loss_partial_sums(size)
     return DeviceArray.nan((count,), "float64" if dtype == "float64" else "float32") if count else None
 
 
@@ -52,7 +52,7 @@ def test_several_blocks_add_up_to_one_sum(seed, offset, monkeypatch):
     size = 2 * 4 * mse_loss.THREADS + 5
     input, target = _pair(seed, size, "float32", offset)
     squares = (input.numpy() - target.numpy()) ** 2
-    assert mse_loss.num_partial_sums(size) == 3
+    assert mse_loss.mse_loss_partial_sums(size) == 3
     # the grid is bounded: its blocks then go round more than once
     for most in (3, 2):
         monkeypatch.setattr(mse_loss, "MAX_BLOCKS", most)

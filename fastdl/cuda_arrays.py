@@ -1,0 +1,83 @@
+"""The door from a CUDA tensor to the CUDA kernels: which tensors they take, on which stream they run.
+
+:func:`fastdl.arrays.accepts` asks here about CUDA tensors. Importing this touches neither CUDA nor Numba; the
+kernels are imported when the first CUDA tensor comes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
+
+@cache
+def cuda_kernels() -> ModuleType:
+    """Import the CUDA kernels; nothing is compiled yet."""
+    from fastdl.kernels import cuda
+
+    return cuda
+
+
+def missing_link(device: int) -> str | None:
+    """Return, in one sentence, why the CUDA kernels can't be used on a GPU, or None where they can.
+
+    Parameters
+    ----------
+    device : int
+        torch's number of the GPU.
+    """
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install torch's build for CUDA 12 or 13"
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU: check with nvidia-smi that a GPU and its driver are there"
+    try:
+        kernels = cuda_kernels()
+        kernels.launch.architecture(torch.cuda.get_device_capability(device))
+    except (ImportError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def usable(device: int) -> bool:
+    """Return whether the CUDA kernels can be used on a GPU; where they can't, warn once, with the reason."""
+    return _usable(device)
+
+
+@cache
+def _usable(device: int) -> bool:
+    reason = missing_link(device)
+    if reason is not None:
+        warnings.warn(f"torch computes on CUDA in fastdl's place: {reason}", RuntimeWarning, stacklevel=2)
+    return reason is None
+
+
+@cache
+def plain_keys() -> frozenset[int]:
+    """Return the dispatch keys of plain CUDA tensors; another key means that the memory isn't the values."""
+    plain = torch.empty(0, device="cuda")
+    with torch.inference_mode():
+        inference = torch.empty(0, device="cuda")
+    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (plain, inference))
+
+
+def run(like: Tensor, kernel: Callable[..., None], *arguments: Any) -> None:
+    """Call a kernel's function for the tensor's GPU, on the stream that is torch's current one there."""
+    device = like.get_device()
+    if device == torch._C._cuda_getDevice():
+        kernel(*arguments, _current_stream(device))
+    else:
+        with torch.cuda.device(device):
+            kernel(*arguments, _current_stream(device))
+
+
+def _current_stream(device: int) -> Any:
+    return cuda_kernels().launch.stream(device, torch._C._cuda_getCurrentRawStream(device))
