@@ -14,12 +14,6 @@ from fastdl.arrays import accepts
 _LIBRARY = torch.library.Library("fastdl", "DEF")
 
 
-def is_on_cuda(argument: Tensor | Sequence[Tensor]) -> bool:
-    """Return whether an op's first argument, a tensor or a list of them, is on a GPU."""
-    tensor = argument if isinstance(argument, Tensor) else argument[0]
-    return tensor.is_cuda
-
-
 def register(
     schema: str, implementation: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
@@ -41,6 +35,7 @@ def register(
         The same signature; returns empty tensors of the right shapes, for tracing.
     """
     name = schema.partition("(")[0]
+    starts_with_list = "[]" in schema.partition(",")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, cuda, "CUDA")
@@ -50,7 +45,8 @@ def register(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return registered(*args)
-        return cuda(*args) if is_on_cuda(args[0]) else implementation(*args)
+        first: Tensor = args[0][0] if starts_with_list else args[0]
+        return cuda(*args) if first.is_cuda else implementation(*args)
 
     call.__name__ = name
     call.__doc__ = implementation.__doc__
