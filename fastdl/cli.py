@@ -44,6 +44,7 @@ class _Impl(StrEnum):
     SCRATCH = "scratch"
     CONCISE = "concise"
     FUSED = "fused"
+    COMPILED = "compiled"
 
 
 class _Data(StrEnum):
@@ -63,7 +64,10 @@ class _Model(StrEnum):
 
 
 _ImplOption = Annotated[
-    _Impl, typer.Option("--impl", help="From the formulas; with torch.nn; with fastdl's kernels.")
+    _Impl,
+    typer.Option(
+        "--impl", help="From the formulas; with torch.nn; with fastdl's ops; fastdl's compiled epochs."
+    ),
 ]
 _Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")]
 _Lr = Annotated[float, typer.Option("--lr", min=0.0, help="Learning rate.")]
@@ -110,7 +114,7 @@ def _root(
 
 @train_app.command()
 def linear(
-    impl: _ImplOption = _Impl.FUSED,
+    impl: _ImplOption = _Impl.COMPILED,
     epochs: _Epochs = RECIPES["linear"].num_epochs,
     lr: _Lr = RECIPES["linear"].lr,
     batch_size: _BatchSize = RECIPES["linear"].batch_size,
@@ -139,7 +143,7 @@ def linear(
 
 @train_app.command()
 def softmax(
-    impl: _ImplOption = _Impl.FUSED,
+    impl: _ImplOption = _Impl.COMPILED,
     epochs: _Epochs = RECIPES["softmax"].num_epochs,
     lr: _Lr = RECIPES["softmax"].lr,
     batch_size: _BatchSize = RECIPES["softmax"].batch_size,
@@ -162,7 +166,7 @@ def softmax(
 
 @train_app.command()
 def mlp(
-    impl: _ImplOption = _Impl.FUSED,
+    impl: _ImplOption = _Impl.COMPILED,
     epochs: _Epochs = RECIPES["mlp"].num_epochs,
     lr: _Lr = RECIPES["mlp"].lr,
     batch_size: _BatchSize = RECIPES["mlp"].batch_size,

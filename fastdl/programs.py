@@ -1,4 +1,4 @@
-"""The three models by name, in their three implementations, with the textbook's hyperparameters."""
+"""The three models by name, in their four implementations, with the textbook's hyperparameters."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from fastdl.reference import concise, scratch
+from fastdl.reference.parity import Run
 from fastdl.reference.textbook import Batches, Program, train
 from fastdl.training.fit import EVALUATION_ROWS, fit
 from fastdl.training.history import History
 from fastdl.training.progress import EpochProgress
 
 Model = Literal["linear", "softmax", "mlp"]
-Impl = Literal["scratch", "concise", "fused"]
+Impl = Literal["scratch", "concise", "fused", "compiled"]
+
+
+# those that `fit` trains
+_FASTDLS = ("fused", "compiled")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def check_update(model: Model, impl: Impl, momentum: float, weight_decay: float)
     if _updates_plainly(model, impl) and (momentum or weight_decay):
         raise ValueError(
             f"{model} from scratch updates with param -= lr * grad / batch_size, which has no momentum and "
-            "no weight decay: use the concise or the fused implementation"
+            "no weight decay: use another implementation"
         )
 
 
@@ -67,8 +72,8 @@ def build(
     Parameters
     ----------
     model : {'linear', 'softmax', 'mlp'}
-    impl : {'scratch', 'concise', 'fused'}
-        From the formulas; with torch.nn; with fastdl.
+    impl : {'scratch', 'concise', 'fused', 'compiled'}
+        From the formulas; with torch.nn; with fastdl's ops in a Python loop; with fastdl's compiled engine.
     lr, momentum, weight_decay : float
         Of the update.
     num_hiddens : int
@@ -97,7 +102,7 @@ def build(
         options = {"lr": lr}
     if start is None:
         start = getattr(concise, name)(**sizes, lr=lr, generator=generator, dtype=dtype).state
-    if impl == "fused":
+    if impl in _FASTDLS:
         program = _fused(model, sizes, options, dtype)
     else:
         make: Callable[..., Program] = getattr(scratch if impl == "scratch" else concise, name)
@@ -114,6 +119,34 @@ def _fused(model: Model, sizes: Mapping[str, int], options: Mapping[str, Any], d
     return Program(net, loss, optim.SGD(net.parameters(), **options), net.state_dict())
 
 
+class _CompiledRun(Run):
+    """A run of the compiled engine, one batch at a time, so that it shows itself after every step."""
+
+    def step(self, X: Tensor, y: Tensor) -> float:
+        """Train on one batch, in one epoch of one step, and return its mean loss."""
+        X, y = (tensor.to(self.program.dtype) if tensor.is_floating_point() else tensor for tensor in (X, y))
+        history = run(self.program, "compiled", X, y, num_epochs=1, batch_size=len(X))
+        return history.train_loss[0]
+
+
+def parity_run(program: Program, impl: Impl, loss_factor: float = 1.0) -> Run:
+    """Return a program as the parity rule compares it.
+
+    Parameters
+    ----------
+    program : Program
+        As `build` made it for `impl`.
+    impl : {'scratch', 'concise', 'fused', 'compiled'}
+    loss_factor : float
+        What its loss is multiplied by.
+
+    Returns
+    -------
+    Run
+    """
+    return (_CompiledRun if impl == "compiled" else Run)(program, loss_factor)
+
+
 def run(
     program: Program,
     impl: Impl,
@@ -127,13 +160,13 @@ def run(
     progress: bool = False,
     on_epoch: Callable[[History], None] | None = None,
 ) -> History:
-    """Train a program on data in memory: ``fit`` trains the fused one, the textbook's loop the others.
+    """Train a program on data in memory: ``fit`` trains fastdl's, the textbook's loop the others.
 
     Parameters
     ----------
     program : Program
         As `build` made it for `impl`.
-    impl : {'scratch', 'concise', 'fused'}
+    impl : {'scratch', 'concise', 'fused', 'compiled'}
     X, y : Tensor
         Examples and labels.
     num_epochs, batch_size : int
@@ -150,7 +183,7 @@ def run(
     -------
     History
     """
-    if impl == "fused":
+    if impl in _FASTDLS:
         assert isinstance(program.net, nn.Module)
         assert isinstance(program.updater, torch.optim.Optimizer)
         return fit(
@@ -165,6 +198,7 @@ def run(
             generator=generator,
             progress=progress,
             on_epoch=on_epoch,
+            compiled=impl == "compiled",
         )
     train_iter = Batches(X, y, batch_size, generator, dtype=program.dtype)
     test_iter = None if test is None else Batches(*test, EVALUATION_ROWS, dtype=program.dtype, shuffle=False)

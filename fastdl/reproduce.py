@@ -1,4 +1,4 @@
-"""The main job: three models, three implementations, the same numbers, and what time each takes."""
+"""The main job: three models, four implementations, the same numbers, and what time each takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from fastdl import data, machine, plots
 from fastdl.files import replacing
-from fastdl.programs import RECIPES, Impl, Model, build, run
+from fastdl.programs import RECIPES, Impl, Model, build, parity_run, run
 from fastdl.reference import concise, parity, textbook
 from fastdl.reference.parity import Check, Run
 from fastdl.reference.textbook import Program
@@ -34,7 +34,8 @@ _DATA_LOADER = "textbook loop (DataLoader)"
 _LABELS: Mapping[Impl, str] = {
     "scratch": "scratch",
     "concise": "concise (torch.nn)",
-    "fused": "fused (fastdl)",
+    "fused": "fused (fastdl's ops)",
+    "compiled": "compiled (fastdl.fit)",
 }
 # each program is timed in at least the first number of rounds, and then until it has had this many seconds
 _LEAST_ROUNDS, _MOST_ROUNDS, _TIMED_SECONDS = 2, 50, 3.0
@@ -339,17 +340,24 @@ class _Bench:
 
     def outcomes(self, folder: Path) -> dict[Impl, Outcome]:
         def make_runs(dtype: torch.dtype) -> dict[str, Run]:
-            return {impl: Run(self.build(impl, dtype), _factor(self.model, impl)) for impl in IMPLS}
+            return {
+                impl: parity_run(self.build(impl, dtype), impl, _factor(self.model, impl)) for impl in IMPLS
+            }
 
         checks = parity.compare(make_runs, self.batches, self.num_epochs)
-        truth = self.run(self.build("concise", torch.float64), "concise")
+        true_program = self.build("concise", torch.float64)
+        truth = self.run(true_program, "concise")
+        whole = self.build("compiled", torch.float64)
+        checks["compiled"] += parity.check_whole_run(
+            self.run(whole, "compiled"), Run(whole), truth, Run(true_program)
+        )
         programs = {impl: self.build(impl) for impl in IMPLS}
         outcomes = {}
         for impl, program in programs.items():
             history = self.run(program, impl)
             found = checks[impl] + parity.check_epochs(history.scaled(_factor(self.model, impl)), truth)
             outcomes[impl] = Outcome(history, found, _broken_bounds(history))
-        self.draw(folder, programs["fused"], outcomes)
+        self.draw(folder, programs["compiled"], outcomes)
         return outcomes
 
     def draw(self, folder: Path, program: Program, outcomes: Mapping[Impl, Outcome]) -> None:

@@ -44,7 +44,7 @@ def pictures_are_drawn(folder):
     return all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
 
 
-@pytest.mark.parametrize("impl", ["scratch", "concise", "fused"])
+@pytest.mark.parametrize("impl", ["scratch", "concise", "fused", "compiled"])
 def test_train_linear_finds_the_plane_and_fills_the_folder(impl, tmp_path):
     result = invoke("train", "linear", "--impl", impl, "--out", tmp_path)
     assert result.exit_code == 0, result.output
@@ -64,7 +64,7 @@ def test_train_linear_finds_the_plane_and_fills_the_folder(impl, tmp_path):
 @pytest.mark.parametrize("model", ["softmax", "mlp"])
 def test_train_images_alike_in_every_implementation(model, images, garments, tmp_path):
     saved = {}
-    for impl in ("scratch", "concise", "fused"):
+    for impl in ("scratch", "concise", "fused", "compiled"):
         folder = tmp_path / impl
         options = ["--examples", 600, "--epochs", 2, "--batch-size", 64, "--seed", 3, "--out", folder]
         result = invoke("train", model, "--impl", impl, *options)
@@ -200,7 +200,7 @@ def test_reproduce_linear_passes_and_saves_everything(brief_timing, tmp_path):
     assert results["failures"] == []
     linear = results["models"]["linear"]
     assert linear["data_loader_seconds_per_epoch"] > 0
-    assert list(linear["programs"]) == ["scratch", "concise", "fused"]
+    assert list(linear["programs"]) == ["scratch", "concise", "fused", "compiled"]
     losses = []
     for impl, program in linear["programs"].items():
         assert program["parity"] is True

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdl import data
-from fastdl.programs import RECIPES, build, run
+from fastdl.programs import RECIPES, build, parity_run, run
 from fastdl.reference import parity
 from fastdl.reference.parity import Run
 from fastdl.reproduce import LARGEST_LOSS, SMALLEST_ACCURACY
@@ -41,8 +41,8 @@ class Case:
         return build(self.model, impl, lr=self.recipe.lr * self.factor(impl), start=self.start, dtype=dtype)
 
     def make_runs(self, dtype):
-        impls = ("concise", "scratch", "fused")
-        return {impl: Run(self.build(impl, dtype), self.factor(impl)) for impl in impls}
+        impls = ("concise", "scratch", "fused", "compiled")
+        return {impl: parity_run(self.build(impl, dtype), impl, self.factor(impl)) for impl in impls}
 
     def batches(self, num_epochs):
         order = self.order()
@@ -50,9 +50,14 @@ class Case:
             yield from data.batches(self.X, self.y, self.recipe.batch_size, order)
 
     def history(self, impl, dtype, test=None):
-        X, y = (tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in (self.X, self.y))
+        return self.train(self.build(impl, dtype), impl, test)
+
+    def train(self, program, impl, test=None):
+        X, y = (
+            tensor.to(program.dtype) if tensor.is_floating_point() else tensor for tensor in (self.X, self.y)
+        )
         return run(
-            self.build(impl, dtype),
+            program,
             impl,
             X,
             y,
@@ -73,6 +78,11 @@ def assert_converges_as_torch_does(case, test=None):
     truth = case.history("concise", torch.float64, test)
     for impl, found in checks.items():
         found += parity.check_epochs(case.history(impl, torch.float32, test), truth)
+    programs = {impl: case.build(impl, torch.float64) for impl in ("concise", "compiled")}
+    histories = {impl: case.train(program, impl, test) for impl, program in programs.items()}
+    checks["compiled"] += parity.check_whole_run(
+        histories["compiled"], Run(programs["compiled"]), histories["concise"], Run(programs["concise"])
+    )
     assert_passes(checks)
 
 
@@ -127,7 +137,7 @@ def test_torch_passes_the_rule_against_itself(model, garments, seed):
 
 def assert_learns(model, images):
     case = Case(model, images.X_train, images.y_train, 0)
-    history = case.history("fused", torch.float32, (images.X_test, images.y_test))
+    history = case.history("compiled", torch.float32, (images.X_test, images.y_test))
     assert history.train_loss[-1] < LARGEST_LOSS
     assert SMALLEST_ACCURACY < history.train_accuracy[-1] <= 1
     assert SMALLEST_ACCURACY < history.test_accuracy[-1] <= 1

@@ -224,6 +224,30 @@ def check_epochs(history: History, truth: History) -> list[Check]:
     return checks
 
 
+def check_whole_run(history: History, run: Run, truth: History, true_run: Run) -> list[Check]:
+    """Apply the first part of the rule to a float64 run that shows itself only after each epoch.
+
+    Parameters
+    ----------
+    history, truth : History
+        Of the run and of torch's, both in float64.
+    run, true_run : Run
+        The programs as they are after it.
+
+    Returns
+    -------
+    list of Check
+    """
+    worst = 0.0
+    for value, true_value in zip(history.train_loss, truth.train_loss, strict=True):
+        worst = _worse(worst, abs(value - true_value))
+    parameters = float((run.parameters() - true_run.parameters()).abs().max())
+    return [
+        Check("float64, train loss of any epoch of the run as one call", worst, EXACT),
+        Check("float64, any parameter after the run as one call", parameters, EXACT),
+    ]
+
+
 def compare(
     make_runs: Callable[[torch.dtype], Mapping[str, Run]],
     batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],

@@ -52,8 +52,8 @@ def unpacked(X: Any, y: Array | None, part: str = "") -> tuple[Array, Array]:
         transform = getattr(X, name, None)
         if transform is not None and not (name == "transform" and type(transform).__name__ == "ToTensor"):
             raise ValueError(
-                f"the dataset's {name} is {transform}, which is not applied to images in memory: leave it None "
-                "(or ToTensor), or pass X and y as tensors that are transformed already"
+                f"the dataset's {name} is {transform}, which is not applied to images in memory: leave it "
+                "None (or ToTensor), or pass X and y as tensors that are transformed already"
             )
     return images, torch.as_tensor(labels) if isinstance(labels, list) else labels
 

@@ -58,13 +58,14 @@ def fit(
     """Train a net on data in memory.
 
     The compiled engine runs a whole epoch in one call of a kernel. It trains ``nn.Sequential`` of Flatten,
-    Linear and ReLU, and `fastdl.models`, with ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` and SGD; anything else
-    is an error before the first step. ``compiled=False`` trains any net, with any loss and optimizer, in a
-    Python loop behind the same arguments.
+    Linear and ReLU, and `fastdl.models`, with ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` and SGD; anything
+    else is an error before the first step. ``compiled=False`` trains any net, with any loss and optimizer, in
+    a Python loop behind the same arguments.
 
-    Batches come in the order of ``data.batches(X, y, batch_size, generator)``, anew each epoch. The net trains
-    in train mode, is evaluated in eval mode, and has its own modes again afterwards. A KeyboardInterrupt, or an
-    exception in a callback, leaves net and optimizer as they were after the last finished epoch.
+    Batches come in the order of ``data.batches(X, y, batch_size, generator)``, anew each epoch. The net
+    trains in train mode, is evaluated in eval mode, and has its own modes again afterwards. A
+    KeyboardInterrupt, or an exception in a callback, leaves net and optimizer as they were after the last
+    finished epoch.
 
     Parameters
     ----------
@@ -143,7 +144,8 @@ def fit(
         raise ValueError("the optimizer holds none of the net's parameters: make it of net.parameters()")
     X, y = checked(net, *unpacked(X, y))
     if test is not None:
-        test = checked(net, *unpacked(*(test if isinstance(test, tuple) else (test, None)), "test "), "test ")
+        test_X, test_y = test if isinstance(test, tuple) else (test, None)
+        test = checked(net, *unpacked(test_X, test_y, "test "), "test ")
     if input_scale is not None and X.dtype != torch.uint8:
         raise ValueError(f"input_scale is for uint8 examples, but X is {X.dtype}: scale X itself")
     used = len(X) // batch_size * batch_size if drop_last else len(X)
@@ -156,7 +158,8 @@ def fit(
     if test is not None:
         if test[0].shape[1:] != X.shape[1:]:
             raise ValueError(
-                f"an example of test X has shape {tuple(test[0].shape[1:])}, but one of X has {tuple(X.shape[1:])}"
+                f"an example of test X has shape {tuple(test[0].shape[1:])}, but one of X has "
+                f"{tuple(X.shape[1:])}"
             )
         _check_shape(net, loss, *test)
         engine.check(*test)
@@ -213,7 +216,9 @@ class _Loop:
         self._net.train()
         order = self._orders.next().to(self._X.device)
         batches = (
-            _to_net(self._net, self._X.index_select(0, rows), self._y.index_select(0, rows), self._input_scale)
+            _to_net(
+                self._net, self._X.index_select(0, rows), self._y.index_select(0, rows), self._input_scale
+            )
             for rows in order.split(self._batch_size)
         )
         with _undone_by_errors(self._net, self._optimizer):
@@ -253,7 +258,8 @@ class _Compiled:
                 raise UnsupportedError(f"the compiled engine takes no {name} on {tensor.device}: {WAY_OUT}")
         if X.dtype not in (torch.uint8, self._lowered.dtype):
             raise UnsupportedError(
-                f"the compiled engine takes X as torch.uint8 or {self._lowered.dtype}, not {X.dtype}: {WAY_OUT}"
+                f"the compiled engine takes X as torch.uint8 or {self._lowered.dtype}, not {X.dtype}: "
+                f"{WAY_OUT}"
             )
         last = self._lowered.layers[-1].module
         if self._lowered.is_classifier:

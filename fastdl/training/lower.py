@@ -1,4 +1,4 @@
-"""From a net, a loss and an optimizer to what the compiled engine trains, or an error that names what it can't."""
+"""From a net, a loss and an optimizer to what the compiled engine trains, or an error that names why not."""
 
 from __future__ import annotations
 
@@ -111,7 +111,9 @@ def _layers(net: nn.Module, example_shape: tuple[int, ...]) -> list[Layer]:
         elif type(module) in _LINEAR:
             assert isinstance(module, nn.Linear)
             if not is_flat:
-                raise _refuse(f"{called} on examples of shape {example_shape} without an nn.Flatten before it")
+                raise _refuse(
+                    f"{called} on examples of shape {example_shape} without an nn.Flatten before it"
+                )
             if module.in_features != num_features:
                 raise ValueError(
                     f"{called} takes {module.in_features} features, but gets {num_features}: "
@@ -164,8 +166,8 @@ def _assign_groups(layers: list[Layer], optimizer: torch.optim.Optimizer) -> Non
             if group is None:
                 raise _refuse(f"{layer.name}.{key}, which requires a gradient but isn't in the optimizer")
             setattr(layer, f"{key}_group", group)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
+    for options in optimizer.param_groups:
+        for parameter in options["params"]:
             if id(parameter) in groups and parameter.grad is not None:
                 raise _refuse(
                     f"an optimizer that also updates a parameter of shape {tuple(parameter.shape)} "
@@ -232,7 +234,7 @@ def lower(
             lowered.dtype,
         ):
             raise _refuse(
-                f"with class weights of shape {tuple(loss.weight.shape)} and {loss.weight.dtype}; the net has "
-                f"{num_classes} classes and {lowered.dtype}"
+                f"with class weights of shape {tuple(loss.weight.shape)} and {loss.weight.dtype}; "
+                f"the net has {num_classes} classes and {lowered.dtype}"
             )
     return lowered

@@ -111,9 +111,7 @@ class Program:
         self._input_scale = input_scale
         flops = 6 * batch_size * sum(layer.module.weight.numel() for layer in lowered.layers)
         self._num_threads = int(max(1, min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)))
-        self._hands_over = (
-            self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
-        )
+        self._hands_over = self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
         first = lowered.layers[0].module
         self._is_small = (
@@ -126,9 +124,8 @@ class Program:
         dtype = torch.empty(0, dtype=lowered.dtype).numpy().dtype
         self._dtype = dtype
         self._nonzero = self._skips_zeros(X)
-        self._lay_out(X)
-        self._find_parameters()
         self._X, self._labels, self._targets = self._examples(X, y)
+        self._lay_out(self._X)
         weight = lowered.class_weight
         self._class_weight = np.empty(0, dtype) if weight is None else array(weight)
 
@@ -147,7 +144,7 @@ class Program:
             return array(X), array(y), no_targets
         return array(X), np.empty(0, np.int64), array(y)
 
-    def _lay_out(self, X: Tensor) -> None:
+    def _lay_out(self, X: NDArray[Any]) -> None:
         dense, epoch = self._kernels.dense, self._kernels.epoch
         lowered, panel = self._lowered, self._panel()
         itemsize = self._dtype.itemsize
@@ -187,7 +184,7 @@ class Program:
         self._scratch = _aligned(scratch.size, self._dtype)
         words, batch_words = (-(-size // self._kernels.panels.WORD) for size in (num_inputs, stride))
         self._places = (stride, input_at, work, -(-own // 16) * 16, batch_words)
-        kind = np.uint8 if X.dtype == torch.uint8 else self._dtype
+        kind = X.dtype
         word, examples = self._kernels.panels.WORD, stride if self._nonzero else 0
         own_inputs = -(-num_inputs // (panel * self._num_threads)) * panel + 16 if self._nonzero else 0
         self._values = _aligned((examples + 1) * words * word, kind)
@@ -198,6 +195,7 @@ class Program:
         self._transposed_masks = _aligned(self._num_threads * own_inputs * batch_words, np.int64).reshape(
             self._num_threads, -1
         )
+        self._find_parameters()
         self._counters = _aligned(epoch.NUM_COUNTERS, np.int64)
         self._sums = _aligned(self._num_threads * epoch.NUM_SUMS, np.float64).reshape(self._num_threads, -1)
 
@@ -214,12 +212,15 @@ class Program:
             if index > 0 and not row[dense.IS_THIN]:
                 most = max(most, rows * (depth + width))
             if index == 0 and self._nonzero:
-                most = max(most, max(self._kernels.panels.LONG_ROWS) * panel * (depth // self._num_threads + panel))
+                most = max(
+                    most, max(self._kernels.panels.LONG_ROWS) * panel * (depth // self._num_threads + panel)
+                )
             block = max(dense.BLOCK_INPUTS, panel) * max(dense.BLOCK_COLUMNS, panel)
             most = max(most, width * panel if row[dense.IS_THIN] else block)
         return -(-most // 16) * 16
 
     def _find_parameters(self) -> None:
+        """List where each parameter lies in the state, and its momentum buffer."""
         dense = self._kernels.dense
         columns = (
             ("weight", dense.WEIGHT, dense.WEIGHT_BUFFER, dense.WEIGHT_IS_FRESH),
@@ -244,6 +245,11 @@ class Program:
         """Copy the parameters, momentum buffers and options from the net and the optimizer."""
         optimizer = self._lowered.optimizer
         groups = optimizer.param_groups
+        first = self._lowered.layers[0].module.weight.detach()
+        if self._nonzero and not bool(first.isfinite().all()):
+            # 0 times infinity is NaN, and has to be computed
+            self._nonzero = False
+            self._lay_out(self._X)
         self._groups = np.array(
             [[float(group[name]) for name in _OPTIONS] for group in groups], dtype=np.float64
         )
@@ -342,8 +348,8 @@ class Program:
 
         def run(thread: int) -> None:
             kernels.run_epoch(
-                thread, self._num_threads, self._counters, self._layers, self._groups, self._state, self._scratch,
-                self._places, X, kernels.NONZERO if self._nonzero else kernels.DENSE, self._input_scale,
+                thread, self._num_threads, self._counters, self._layers, self._groups,
+                self._state, self._scratch, self._places, X, kernels.NONZERO if self._nonzero else kernels.DENSE, self._input_scale,
                 self._values, self._masks, self._transposed, self._transposed_masks, array(order),
                 batch_size, trains and self._by_columns,
                 kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,

@@ -74,7 +74,7 @@ def wait(counters, num_threads, passed):
     """
     passed += 1
     if num_threads > 1:
-        arrivals = _add(counters, 0, 1)
+        arrivals: int = _add(counters, 0, 1)
         spins = 0
         while arrivals < passed * num_threads:
             spins += 1

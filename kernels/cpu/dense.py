@@ -1,8 +1,8 @@
 """The phases of a training step of a dense network, on panels; a thread does a part of each.
 
-``layers`` has one row for each layer. Parameters and momentum buffers are in ``state``, what a step computes is
-in ``scratch``; both are flat, and the rows of ``layers`` say where each matrix begins. Layers with few outputs
-("thin") keep their weight as (ceil(K / panel), M, panel), the others as (ceil(M / panel), K, panel).
+``layers`` has one row for each layer. Parameters and momentum buffers are in ``state``, what a step computes
+is in ``scratch``; both are flat, and the rows of ``layers`` say where each matrix begins. Layers with few
+outputs ("thin") keep their weight as (ceil(K / panel), M, panel), the others as (ceil(M / panel), K, panel).
 
 With h the input of a layer, z its product, a = relu(z) and g the gradient of z:
 
@@ -190,7 +190,9 @@ def _close(scratch, grad_at, output_at, count):
 
 
 @jit
-def _transpose_panels(source, source_at, source_panel, target, target_at, target_panel, rows, columns, lanes, panel):
+def _transpose_panels(
+    source, source_at, source_panel, target, target_at, target_panel, rows, columns, lanes, panel
+):
     """Write panels over the columns of a matrix as panels over its rows, whole blocks at a time."""
     for row in range(0, rows, lanes):
         for col in range(0, columns, lanes):
@@ -319,7 +321,8 @@ def backward_weight(
                         scratch, work + row * panel,
                         scratch, grad + first * panel + row, 0, True,
                         source, source_at + (p * stride + first) * panel,
-                        min(BLOCK_DEPTH, count - first), height, _used_vectors(depth - p * panel, panel), first > 0,
+                        min(BLOCK_DEPTH, count - first), height, _used_vectors(depth - p * panel, panel),
+                        first > 0,
                     )  # fmt: skip
                     row += height
             at = p * width * panel
@@ -362,12 +365,25 @@ def backward_weight(
 
 @jit
 def backward_weight_nonzero(
-    layers, values, masks, words, stride, state, scratch, work, count, inputs, groups, is_first, scale, upcoming
+    layers,
+    values,
+    masks,
+    words,
+    stride,
+    state,
+    scratch,
+    work,
+    count,
+    inputs,
+    groups,
+    is_first,
+    scale,
+    upcoming,
 ):
     """Update the first layer's weight for some of its inputs, skipping what is 0 in them.
 
-    ``values`` has a row of ``words * WORD`` numbers for each of these inputs, one number for each example, and
-    masks a word for each WORD of them. The examples of the next batch are asked for on the way.
+    ``values`` has a row of ``words * WORD`` numbers for each of these inputs, one number for each example,
+    and masks a word for each WORD of them. The examples of the next batch are asked for on the way.
     """
     X, order, upcoming_first, upcoming_stop = upcoming
     depth, width = layers[0, NUM_INPUTS], layers[0, NUM_OUTPUTS]

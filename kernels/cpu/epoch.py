@@ -22,10 +22,10 @@ from fastdl.kernels.cpu import barrier
 from fastdl.kernels.cpu.dense import (
     GRAD,
     IS_THIN,
+    NO_GROUP,
     NUM_INPUTS,
     NUM_OUTPUTS,
     OUTPUT,
-    NO_GROUP,
     WEIGHT_GROUP,
     backward_bias,
     backward_data,
@@ -170,7 +170,13 @@ def _loss_rows(
             _read_row(scratch, output + n * panel, stride, panel, logits)
             # an ignored label may be no class; what is computed with the first class is dropped
             row_loss, best = _cross_entropy_row(
-                logits, grad_row, 0 if label == ignore_index else label, class_weight, smoothing, scale, needs_grad
+                logits,
+                grad_row,
+                0 if label == ignore_index else label,
+                class_weight,
+                smoothing,
+                scale,
+                needs_grad,
             )
             correct += best == label
             if label == ignore_index:
@@ -289,8 +295,8 @@ def run_epoch(
                 passed = barrier.wait(counters, num_threads, passed)
         # 3: loss
         _loss_rows(
-            layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index, smoothing,
-            order, first, count, own_rows, trains, sums[thread],
+            layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index,
+            smoothing, order, first, count, own_rows, trains, sums[thread],
         )  # fmt: skip
         if trains:
             if by_columns:
@@ -312,7 +318,9 @@ def run_epoch(
             upcoming = (X, order, first + count + next_rows[0], first + count + next_rows[1])
             for layer in range(num_layers):
                 bias_panels = share(panels_of(layers[layer, NUM_OUTPUTS], panel), thread, num_threads)
-                backward_bias(layers, layer, stride, state, scratch, work, count, bias_panels, groups, is_first)
+                backward_bias(
+                    layers, layer, stride, state, scratch, work, count, bias_panels, groups, is_first
+                )
                 panels = share(panels_of(layers[layer, NUM_INPUTS], panel), thread, num_threads)
                 if layers[layer, WEIGHT_GROUP] == NO_GROUP:
                     continue
@@ -337,8 +345,8 @@ def run_epoch(
                         prefetch_examples(X, order, upcoming[2] + start, upcoming[2] + stop)
                 else:
                     backward_weight(
-                        layers, layer, scratch, layers[layer - 1, OUTPUT], stride, state, scratch, work, count,
-                        panels, groups, is_first, one,
+                        layers, layer, scratch, layers[layer - 1, OUTPUT], stride, state, scratch, work,
+                        count, panels, groups, is_first, one,
                     )  # fmt: skip
         if thread == 0:
             counters[STEPS] = step + 1

@@ -80,15 +80,18 @@ class Vectors:
         self.zero = ir.Constant(self.type, [0.0] * self.width)
 
     def call(self, name, result, *arguments):
+        """Call one of LLVM's own functions."""
         signature = ir.FunctionType(result, [argument.type for argument in arguments])
         function = cgutils.get_or_insert_function(self.builder.module, signature, f"llvm.{name}")
         return self.builder.call(function, arguments)
 
     def shuffle(self, a, b, lanes):
+        """Return chosen lanes of two vectors."""
         lanes = list(lanes)
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, len(lanes)), lanes))
 
     def splat(self, value, width=None):
+        """Return a vector with one value in every lane."""
         width = width or self.width
         vector = ir.Constant(ir.VectorType(value.type, width), ir.Undefined)
         vector = self.builder.insert_element(vector, value, _INT32(0))
@@ -100,10 +103,12 @@ class Vectors:
         return self.builder.icmp_signed("<", lanes, self.splat(count))
 
     def at(self, pointer, position):
+        """Return the pointer to an element further on."""
         position = position if isinstance(position, ir.Value) else INTP(position)
         return self.builder.gep(pointer, [position])
 
     def load(self, pointer, mask=None, width=None):
+        """Return a vector from memory; 0 where the mask is shut."""
         kind = ir.VectorType(self.element, width or self.width)
         pointer = self.builder.bitcast(pointer, kind.as_pointer())
         if mask is None:
@@ -111,6 +116,7 @@ class Vectors:
         return self.call(f"masked.load.{self.name}.p0", kind, pointer, _INT32(self.align), mask, self.zero)
 
     def store(self, value, pointer, mask=None):
+        """Write a vector to memory, where the mask is open."""
         pointer = self.builder.bitcast(pointer, value.type.as_pointer())
         if mask is None:
             self.builder.store(value, pointer, align=self.align)
@@ -127,6 +133,7 @@ class Vectors:
         return builder.select(from_zero, ir.Constant(value.type, [0.0] * value.type.count), value)
 
     def multiply_add(self, a, b, c):
+        """Return ``a * b + c``, rounded once where the CPU can."""
         # fmuladd is one instruction where the CPU has it; llvm.fma would call a library where it hasn't
         return self.call(f"fmuladd.{self.name}", self.type, a, b, c)
 

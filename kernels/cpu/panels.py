@@ -29,9 +29,9 @@ from fastdl.kernels.jit import jit
 
 # how many rows a tile may have besides TILE.rows; a remainder is made of these
 ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
-# How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b that are
-# as long must fit L1.
-LONG_ROWS = (12, 8, 4, 2)
+# How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b that
+# are as long must fit L1.
+LONG_ROWS = (8, 4, 2) if TILE.vector_bytes == 64 else (12, 8, 4, 2)
 WORD = 64
 
 _INT32 = ir.IntType(32)
@@ -56,7 +56,8 @@ def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accu
         def step(a, b, sums):
             right = [vectors.load(vectors.at(b, c)) for c in columns]
             left = [
-                vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel))) for i in range(num_rows)
+                vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel)))
+                for i in range(num_rows)
             ]
             factors = [(x, y) for x in left for y in right]
             return [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
@@ -120,7 +121,8 @@ def _multiply_nonzero(
     def write(num_vectors):
         def long_row(start, stride):
             starts = [
-                vectors.at(start, builder.mul(stride, INTP(p))) for p in range(-(-num_vectors // TILE.vectors))
+                vectors.at(start, builder.mul(stride, INTP(p)))
+                for p in range(-(-num_vectors // TILE.vectors))
             ]
             return [(starts[v // TILE.vectors], v % TILE.vectors * vectors.width) for v in range(num_vectors)]
 
@@ -171,7 +173,6 @@ def _multiply_nonzero(
 
 
 def _dot_panels(vectors, output, a, a_panel, b, b_panel, panels, rows, cols):
-    builder = vectors.builder
     panel = TILE.vectors * vectors.width
 
     def write(num_rows, num_cols):
@@ -181,7 +182,9 @@ def _dot_panels(vectors, output, a, a_panel, b, b_panel, panels, rows, cols):
                 right = [vectors.load(vectors.at(b, j * panel + v * vectors.width)) for j in range(num_cols)]
                 left = [vectors.load(vectors.at(a, i * panel + v * vectors.width)) for i in range(num_rows)]
                 factors = [(x, y) for x in left for y in right]
-                sums = [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
+                sums = [
+                    vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)
+                ]
             return [vectors.at(a, a_panel), vectors.at(b, b_panel), *sums]
 
         _, _, *sums = vectors.loop(panels, 1, [a, b, *[vectors.zero] * (num_rows * num_cols)], step)
@@ -219,8 +222,8 @@ def multiply_nonzero(
     """Add to rows of a product: ``output[i, j] += sum over the bits p of masks[i] of values[i, p] b[p, j]``.
 
     ``masks`` has a word of 64 bits for each row, masks_step further in each; values, which may be uint8, are
-    values_step further. Rows of the output and of b are rows of a panel; they are as many vectors long, one of
-    ``LONG_ROWS``, which lie in successive panels.
+    values_step further. Rows of the output and of b are rows of a panel; they are as many vectors long, one
+    of ``LONG_ROWS``, which lie in successive panels.
     """
     return call_of(
         _multiply_nonzero, output, output_at, output_panel, values, values_at, values_step,
@@ -230,9 +233,9 @@ def multiply_nonzero(
 
 @intrinsic
 def dot_panels(typing_context, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols):
-    """Write ``output[i, j] = sum over p of a[i, p] b[j, p]`` for 1 or TILE.dot_rows rows, up to TILE.dot_cols.
+    """Write ``output[i, j] = sum over p of a[i, p] b[j, p]``, for few rows i and columns j.
 
-    Rows are rows of a panel in all three; p runs along the rows of so many panels.
+    There are 1 or TILE.dot_rows rows, and up to TILE.dot_cols columns. Rows are rows of a panel in all three; p runs along the rows of so many panels.
     """
     return call_of(_dot_panels, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols)
 

@@ -40,9 +40,7 @@ def _is_plain(options):
 
 
 @jit
-def run_small_epoch(
-    layers, groups, state, X, input_scale, order, batch_size, is_mean, targets, trains, sums
-):
+def run_small_epoch(layers, groups, state, X, input_scale, order, batch_size, is_mean, targets, trains, sums):
     """Run an epoch of a single layer with at most MAX_INPUTS inputs, one output and a squared error.
 
     The arguments are those of ``epoch.run_epoch``; sums is (2,), of which the first gets the losses.

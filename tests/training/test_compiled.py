@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import signal
 import threading
 import time
@@ -23,7 +24,7 @@ FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
 
 def mlp(*widths):
     layers = []
-    for num_in, num_out in zip(widths[:-1], widths[1:], strict=True):
+    for num_in, num_out in itertools.pairwise(widths):
         layers += [nn.Linear(num_in, num_out), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -66,7 +67,9 @@ def assert_same(results, **tolerance):
     assert torch.equal(generator.get_state(), loop_generator.get_state())
 
 
-@pytest.mark.parametrize("widths", [(784, 10), (784, 16), (784, 256, 10), (784, 33, 20, 17, 5), (3, 1), (70, 40)])
+@pytest.mark.parametrize(
+    "widths", [(784, 10), (784, 16), (784, 256, 10), (784, 33, 20, 17, 5), (3, 1), (70, 40)]
+)
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_whole_runs_are_the_loops_in_float64(widths, batch_size, seed):
     X, y = images(70, widths[0], widths[-1])
@@ -181,7 +184,9 @@ def test_any_depth_width_and_batch(widths, num, batch_size, zeros, integers, has
     if not has_bias:
         net[0].bias = None
     drop_last = drop_last and num >= batch_size
-    assert_same(both(net, X, y, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, test=(X, y)), **FLOAT64)
+    assert_same(
+        both(net, X, y, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, test=(X, y)), **FLOAT64
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -195,8 +200,8 @@ def test_results_are_bit_identical_run_to_run(threads, seed):
         for _ in range(2):
             twin = copy.deepcopy(net)
             history = fastdl.fit(
-                twin, nn.CrossEntropyLoss(), optimizer_of(twin), X, y, epochs=2, batch_size=100, progress=False,
-                generator=torch.Generator().manual_seed(0), test=(X, y),
+                twin, nn.CrossEntropyLoss(), optimizer_of(twin), X, y, epochs=2, batch_size=100,
+                progress=False, generator=torch.Generator().manual_seed(0), test=(X, y),
             )  # fmt: skip
             runs.append((twin, history))
         assert torch.get_num_threads() == threads
@@ -284,11 +289,13 @@ def test_what_it_cannot_train_is_an_error_that_names_the_layer(seed):
     for message, net in nets.items():
         before = copy.deepcopy(net.state_dict())
         with pytest.raises(ValueError, match=r".") as error:
-            fastdl.fit(net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1, batch_size=8, progress=False)
+            fastdl.fit(
+                net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1, batch_size=8, progress=False
+            )
         assert message in str(error.value)
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    with pytest.raises(ValueError, match="Adam.*compiled=False"):
-        net = mlp(784, 10)
+    net = mlp(784, 10)
+    with pytest.raises(ValueError, match=r"Adam.*compiled=False"):
         fastdl.fit(
             net, nn.CrossEntropyLoss(), torch.optim.Adam(net.parameters()), X, y, epochs=1, batch_size=8,
             progress=False,
@@ -303,7 +310,9 @@ def test_a_label_that_is_no_class_is_found_before_the_first_step(seed):
     net = mlp(784, 10)
     before = net[0].weight.clone()
     with pytest.raises(IndexError, match=r"Target 10 is out of bounds: row 17"):
-        fastdl.fit(net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1, batch_size=8, progress=False)
+        fastdl.fit(
+            net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1, batch_size=8, progress=False
+        )
     assert torch.equal(net[0].weight, before)
 
 
@@ -331,7 +340,9 @@ def test_examples_are_not_copied_as_floats(seed):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program.Program, "__init__", spy)
-        fastdl.fit(net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1, batch_size=100, progress=False)
+        fastdl.fit(
+            net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1, batch_size=100, progress=False
+        )
     assert taken[0].ctypes.data == X.data_ptr()
 
 
@@ -391,11 +402,20 @@ def test_ctrl_c_answers_soon_and_leaves_the_last_finished_epoch(compiled, seed):
             threading.Timer(0.03, interrupt).start()
 
     # compile first: a compilation doesn't listen
-    fastdl.fit(net, nn.CrossEntropyLoss(), optimizer_of(net), X[:512], y[:512], epochs=1, batch_size=256, progress=False)
+    fastdl.fit(
+        net,
+        nn.CrossEntropyLoss(),
+        optimizer_of(net),
+        X[:512],
+        y[:512],
+        epochs=1,
+        batch_size=256,
+        progress=False,
+    )
     with pytest.raises(KeyboardInterrupt):
         fastdl.fit(
-            net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1000, batch_size=256, compiled=compiled,
-            on_epoch=on_epoch, progress=False,
+            net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=1000, batch_size=256,
+            compiled=compiled, on_epoch=on_epoch, progress=False,
         )  # fmt: skip
     # 0.2 s on a quiet machine; CI's may be busy
     assert time.perf_counter() - interrupted[0] < 2
@@ -415,8 +435,8 @@ def test_callbacks_and_early_stopping_see_and_may_change_the_net(seed):
 
     net = mlp(784, 20, 10)
     history = fastdl.fit(
-        net, nn.CrossEntropyLoss(), optimizer_of(net, lr=0.0), X, y, epochs=9, batch_size=8, on_epoch=on_epoch,
-        progress=False,
+        net, nn.CrossEntropyLoss(), optimizer_of(net, lr=0.0), X, y, epochs=9, batch_size=8,
+        on_epoch=on_epoch, progress=False,
     )  # fmt: skip
     assert len(history) == 3
     assert weights[0].any()
@@ -434,7 +454,8 @@ def test_the_order_is_that_of_batches_even_where_a_callback_draws(seed):
                 parameter.fill_(0.01)
         fastdl.fit(
             net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=3, batch_size=1000, compiled=compiled,
-            generator=generator, progress=False, on_epoch=lambda _, g=generator: torch.rand(3, generator=g) is None,
+            generator=generator, progress=False,
+            on_epoch=lambda _, g=generator: torch.rand(3, generator=g) is None,
         )  # fmt: skip
         seen.append((net, generator.get_state()))
     assert torch.equal(seen[0][1], seen[1][1])
@@ -451,6 +472,7 @@ def test_version_counters_notice_the_training(seed):
         output.backward()
 
 
+@pytest.mark.real_data
 def test_real_fashion_mnist_trains_as_the_loop_does(fashion_mnist_data, seed):
     images = fashion_mnist_data
     net = models.SoftmaxRegression().double()
@@ -458,7 +480,9 @@ def test_real_fashion_mnist_trains_as_the_loop_does(fashion_mnist_data, seed):
     assert_same((ours, theirs), **FLOAT64)
 
 
-test_real_fashion_mnist_trains_as_the_loop_does = pytest.mark.real_data(test_real_fashion_mnist_trains_as_the_loop_does)
+test_real_fashion_mnist_trains_as_the_loop_does = pytest.mark.real_data(
+    test_real_fashion_mnist_trains_as_the_loop_does
+)
 
 
 def test_data_batches_take_rows_in_the_same_order(seed):

@@ -1,4 +1,4 @@
-"""fit, evaluate, predict: the one way in."""
+"""fit with the Python loop, evaluate, predict: the one way in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def classifier(dtype=torch.float32):
 
 
 def fit(net, X, y, **changes):
-    settings = {"epochs": 2, "batch_size": 16, "progress": False} | changes
+    settings = {"epochs": 2, "batch_size": 16, "progress": False, "compiled": False} | changes
     loss = settings.pop("loss", nn.CrossEntropyLoss())
     optimizer = settings.pop("optimizer", None) or torch.optim.SGD(net.parameters(), lr=0.1)
     return fastdl.fit(net, loss, optimizer, X, y, **settings)
