@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import fastdl
+from fastdl.cuda_arrays import missing_link
 
 
 def cpu_model() -> str:
@@ -30,9 +31,10 @@ def num_cores() -> int:
 
 
 def gpu() -> str:
-    """Return the CUDA device's name, or why there is none."""
+    """Return the CUDA device's name, and why the kernels can't use it if so, or why there is none."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        name, reason = torch.cuda.get_device_name(), missing_link(torch.cuda.current_device())
+        return name if reason is None else f"{name} ({reason})"
     return "none" if torch.version.cuda else "none (torch is built without CUDA)"
 
 

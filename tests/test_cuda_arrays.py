@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastdl import cuda_arrays, functional, optim
+from fastdl import cuda_arrays, functional, machine, optim
 from fastdl.arrays import accepts
 
 
@@ -58,6 +58,14 @@ def test_the_kernels_own_reasons_are_passed_on(gpu, monkeypatch):
 
     monkeypatch.setattr(cuda_arrays, "cuda_kernels", not_installed)
     assert cuda_arrays.missing_link(0) == "the CUDA kernels need numba-cuda: install fastdl[cu13]"
+
+
+def test_the_description_of_the_machine_says_what_is_missing(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert machine.gpu() == "a GPU"
+    gpu.launch.architecture = lambda capability: (_ for _ in ()).throw(RuntimeError("it is too old"))
+    assert machine.gpu() == "a GPU (it is too old)"
 
 
 def test_torch_computes_with_one_warning_where_a_link_is_missing(gpu, monkeypatch):
