@@ -1,13 +1,13 @@
 """The only door from a tensor to an array: dtype, layout, device and threads are settled here.
 
 :mod:`fastdl.ops` asks :func:`accepts` whether the kernels may take a call, and if so hands each tensor's
-memory over with :func:`array`; a CUDA tensor goes through :mod:`fastdl.cuda_arrays`. Whatever the kernels
-can't see through (a functorch transform, a tensor subclass, autocast, a dispatch mode) goes to torch instead.
+memory over by its :func:`address`, and the kernels make the arrays; a CUDA tensor goes through
+:mod:`fastdl.cuda_arrays`. Whatever the kernels can't see through (a functorch transform, a tensor subclass,
+autocast, a dispatch mode) goes to torch instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,78 +23,95 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
-# Another key means that the memory isn't the values: negated lazily, zeros that aren't materialised, sparse,
-# batched by a vmap, on another device.
-with torch.inference_mode():
-    _INFERENCE = torch.empty(0, device="cpu")
-_PLAIN_KEYS = frozenset(
-    torch._C._dispatch_keys(tensor).raw_repr() for tensor in (torch.empty(0, device="cpu"), _INFERENCE)
-)
 _DTYPES = frozenset({torch.float32, torch.float64})
 
 
-def transforms_are_active() -> bool:
-    """Return whether something watches torch's ops that could not see into a kernel.
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Return whether the kernels can read all tensors: their memory holds their values.
 
-    That is a functorch transform, forward-mode differentiation, a dispatch or function mode, or a
-    ``torch.jit.trace``.
+    They are floating-point tensors of one dtype and device: float32 or float64 on the CPU; on a GPU that the
+    CUDA kernels can use, float16 and bfloat16 as well. None stands for an argument left out; the first may
+    not be.
     """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    dtype = tensors[0].dtype  # type: ignore[union-attr]
+    if dtype not in _DTYPES or not tensors[0].is_cpu:  # type: ignore[union-attr]
+        return _are_plain_on_cuda(*tensors)
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.dtype is not dtype
+            or not tensor.is_cpu
+            or tensor.is_neg()
+            or tensor.is_nested
+        ):
+            return False
+    return _have_memory(*tensors)
+
+
+def _have_memory(*tensors: Tensor | None) -> bool:
+    """Return False for sparse tensors, zeros that aren't materialised, and what a transform left behind."""
+    try:
+        for tensor in tensors:
+            if tensor is not None and not tensor.data_ptr() and tensor.numel() > 0:
+                return False
+    except RuntimeError:
+        return False
+    return True
+
+
+def _are_plain_on_cuda(*tensors: Tensor | None) -> bool:
+    first = tensors[0]
+    if first is None or not first.is_cuda or first.dtype not in cuda_arrays.DTYPES:
+        return False
+    device = first.get_device()
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.dtype is not first.dtype
+            or tensor.get_device() != device
+            or tensor.is_neg()
+            or tensor.is_nested
+        ):
+            return False
+    return _have_memory(*tensors) and cuda_arrays.usable(device)
 
 
 def accepts(*tensors: Tensor | None) -> bool:
     """Return whether the kernels can take a call with these floating-point tensors.
 
-    They must be plain dense tensors of one dtype, float32 or float64, on the CPU, outside of autocast and
-    of every transform. On one GPU that the CUDA kernels can use, float16 and bfloat16 are taken as well. None
-    stands for an argument left out.
+    They must be plain, and nothing may watch torch's ops that could not see into a kernel: autocast, a
+    functorch transform, forward-mode differentiation, a dispatch or function mode, a ``torch.jit.trace``.
+    None stands for an argument left out.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _traced_are_plain(*tensors)
+    return are_plain(*tensors) and not (
+        torch.is_autocast_enabled("cpu" if tensors[0].is_cpu else "cuda")  # type: ignore[union-attr]
+        or has_torch_function(tensors)
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _traced_are_plain(*tensors: Tensor | None) -> bool:
+    """Return :func:`are_plain` by what a compiler knows of a tensor."""
     first = tensors[0]
-    if first is None:
+    if first is None or first.dtype not in (cuda_arrays.DTYPES if first.is_cuda else _DTYPES):
         return False
-    if first.is_cuda:
-        return _accepts_cuda(first, tensors)
-    if first.dtype not in _DTYPES:
-        return False
-    is_compiling = torch.compiler.is_compiling()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN_TYPES or tensor.dtype != first.dtype:
-            return False
-        if is_compiling:
-            if not tensor.is_cpu or tensor.layout is not torch.strided:
-                return False
-        elif torch._C._dispatch_keys(tensor).raw_repr() not in _PLAIN_KEYS:
-            return False
-    if torch.is_autocast_enabled("cpu"):
-        return False
-    return is_compiling or not (has_torch_function(tensors) or transforms_are_active())
-
-
-def _accepts_cuda(first: Tensor, tensors: Sequence[Tensor | None]) -> bool:
     device = first.get_device()
-    if first.dtype not in cuda_arrays.DTYPES or torch.is_autocast_enabled("cuda"):
-        return False
-    is_compiling = torch.compiler.is_compiling()
     for tensor in tensors:
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN_TYPES or tensor.dtype != first.dtype or tensor.get_device() != device:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN_TYPES
+            or tensor.dtype is not first.dtype
+            or tensor.get_device() != device
+            or tensor.layout is not torch.strided
+        ):
             return False
-        if is_compiling:
-            if tensor.layout is not torch.strided:
-                return False
-        elif torch._C._dispatch_keys(tensor).raw_repr() not in cuda_arrays.plain_keys():
-            return False
-    if not cuda_arrays.usable(device):
+    if torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
         return False
-    return is_compiling or not (has_torch_function(tensors) or transforms_are_active())
+    return cuda_arrays.usable(device) if first.is_cuda else first.is_cpu
 
 
 @cache
@@ -112,20 +129,23 @@ def cpu_kernels() -> ModuleType:
 
 def num_threads() -> int:
     """Return how many threads a kernel may use: torch's count, or 1 where Numba's pool can't be entered."""
-    return int(cpu_kernels().threads.usable(torch.get_num_threads()))
+    return cpu_kernels().threads.usable(torch.get_num_threads())  # type: ignore[no-any-return]
+
+
+@cache
+def like(dtype: torch.dtype) -> NDArray[Any]:
+    """Return the empty array that tells a kernel the dtype of the memory at its addresses."""
+    return torch.empty(0, dtype=dtype).numpy()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Return where a tensor's memory starts; 0 for None, which stands for an argument left out.
+
+    Whoever uses it has to hold the tensor meanwhile, and the tensor has to be contiguous.
+    """
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def array(tensor: Tensor) -> NDArray[Any]:
     """Return the tensor's elements as a C-contiguous array; it shares the memory of a contiguous tensor."""
     return tensor.detach().contiguous().numpy()
-
-
-@cache
-def nothing(dtype: torch.dtype, ndim: int) -> NDArray[Any]:
-    """Return the empty array that stands for an argument left out in a kernel's call."""
-    return torch.empty((0,) * ndim, dtype=dtype).numpy()
-
-
-def array_or_nothing(tensor: Tensor | None, like: Tensor, ndim: int) -> NDArray[Any]:
-    """Return :func:`array` of the tensor, or :func:`nothing` where it is None."""
-    return nothing(like.dtype, ndim) if tensor is None else array(tensor)

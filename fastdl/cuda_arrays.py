@@ -60,15 +60,6 @@ def _usable(device: int) -> bool:
     return reason is None
 
 
-@cache
-def plain_keys() -> frozenset[int]:
-    """Return the dispatch keys of plain CUDA tensors; another key means that the memory isn't the values."""
-    plain = torch.empty(0, device="cuda")
-    with torch.inference_mode():
-        inference = torch.empty(0, device="cuda")
-    return frozenset(torch._C._dispatch_keys(tensor).raw_repr() for tensor in (plain, inference))
-
-
 def run(like: Tensor, kernel: Callable[..., None], *arguments: Any) -> None:
     """Call a kernel's function for the tensor's GPU, on the stream that is torch's current one there."""
     device = like.get_device()

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdl.arrays import accepts
-from fastdl.ops._registration import apply
 from fastdl.ops.cross_entropy import CrossEntropyFunction, LinearCrossEntropyFunction
 from fastdl.ops.linear import LinearFunction
 from fastdl.ops.mse_loss import MSELossFunction
@@ -32,22 +31,22 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor | None:
     """Return the kernel's result, or None for a form that is torch's."""
-    if not accepts(input, weight, bias) or weight.dim() != 2 or input.dim() == 0:
+    if not accepts(input, weight, bias):
         return None
-    num_outputs, num_inputs = weight.shape
-    if bias is not None and bias.shape != (num_outputs,):
+    shape, weight_shape = input.shape, weight.shape
+    if len(weight_shape) != 2 or not shape or (bias is not None and bias.shape != weight_shape[:1]):
         return None
-    if input.shape[-1] != num_inputs:
+    num_outputs, num_inputs = weight_shape
+    if shape[-1] != num_inputs:
         raise RuntimeError(
-            f"linear: input of shape {tuple(input.shape)} has {input.shape[-1]} features, but weight of "
-            f"shape {tuple(weight.shape)} takes {num_inputs}: the last dimension of both must be the same"
+            f"linear: input of shape {tuple(shape)} has {shape[-1]} features, but weight of "
+            f"shape {tuple(weight_shape)} takes {num_inputs}: the last dimension of both must be the same"
         )
-    if input.dim() == 2:
-        output: Tensor = apply(LinearFunction, input, weight, bias, relu)
-        return output
-    rows = input.reshape(math.prod(input.shape[:-1]), num_inputs)
-    output = apply(LinearFunction, rows, weight, bias, relu)
-    return output.reshape(*input.shape[:-1], num_outputs)
+    rows = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), num_inputs)
+    output: Tensor = LinearFunction.apply(
+        rows.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), relu
+    )
+    return output if len(shape) == 2 else output.reshape(*shape[:-1], num_outputs)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -110,7 +109,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if inplace or not accepts(input):
         return F.relu(input, inplace)
-    output: Tensor = apply(ReLUFunction, input)
+    output: Tensor = ReLUFunction.apply(input.contiguous())
     return output
 
 
@@ -196,16 +195,15 @@ def cross_entropy(
     logits = (
         input if input.dim() == 2 else input.movedim(min(1, input.dim() - 1), -1).reshape(-1, num_classes)
     )
-    loss: Tensor = apply(
-        CrossEntropyFunction,
-        logits,
-        target if target.dim() == 1 else target.reshape(-1),
-        weight,
+    loss: Tensor = CrossEntropyFunction.apply(
+        logits.contiguous(),
+        (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
+        None if weight is None else weight.contiguous(),
         ignore_index,
         label_smoothing,
         reduction,
         _wants_grad(input),
-    )[0]
+    )
     return loss.reshape(target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
@@ -287,18 +285,17 @@ def linear_cross_entropy(
         and target.device == input.device
         and _takes_class_indices(logits_shape, target, weight, reduction, label_smoothing)
     ):
-        loss: Tensor = apply(
-            LinearCrossEntropyFunction,
-            input,
-            linear_weight,
-            linear_bias,
-            target,
-            weight,
+        loss: Tensor = LinearCrossEntropyFunction.apply(
+            input.contiguous(),
+            linear_weight.contiguous(),
+            None if linear_bias is None else linear_bias.contiguous(),
+            target.contiguous(),
+            None if weight is None else weight.contiguous(),
             ignore_index,
             label_smoothing,
             reduction,
             _wants_grad(input, linear_weight, linear_bias),
-        )[0]
+        )
         return loss
     flat_weight = linear_weight.reshape(-1, linear_weight.shape[-1]) if out_features else linear_weight
     flat_bias = linear_bias.reshape(-1) if linear_bias is not None and out_features else linear_bias
@@ -385,5 +382,5 @@ def mse_loss(
         or input.shape != target.shape
     ):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-    loss: Tensor = apply(MSELossFunction, input, target, reduction)
+    loss: Tensor = MSELossFunction.apply(input.contiguous(), target.contiguous(), reduction)
     return loss

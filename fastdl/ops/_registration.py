@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from fastdl.arrays import accepts
+from fastdl.arrays import are_plain
 
 _LIBRARY = torch.library.Library("fastdl", "DEF")
 
@@ -28,7 +27,7 @@ def register(
     schema
         The op's name and signature in torch's schema language.
     implementation
-        Takes and returns CPU tensors.
+        Takes and returns contiguous CPU tensors.
     cuda
         The same for CUDA tensors, on one GPU.
     fake
@@ -36,14 +35,18 @@ def register(
     """
     name = schema.partition("(")[0]
     starts_with_list = "[]" in schema.partition(",")[0]
+
+    def of_any_layout(*args: Any) -> Any:
+        return implementation(*(arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args))
+
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CPU")
+    _LIBRARY.impl(name, of_any_layout, "CPU")
     _LIBRARY.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"fastdl::{name}", fake, lib=_LIBRARY)
     registered = getattr(torch.ops.fastdl, name).default
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return registered(*args)
         first: Tensor = args[0][0] if starts_with_list else args[0]
         return cuda(*args) if first.is_cuda else implementation(*args)
@@ -53,27 +56,15 @@ def register(
     return call
 
 
-def apply(function: type[Function], *args: Any) -> Any:
-    """Apply a Function with all its arguments given.
-
-    ``Function.apply`` first inspects the signature of every Function with a ``setup_context`` for defaults,
-    which costs 25 us a call, and then looks for functorch transforms, which
-    :func:`fastdl.arrays.accepts` has ruled out.
-    """
-    if torch.compiler.is_compiling():
-        return function.apply(*args)
-    return super(Function, function).apply(*args)  # type: ignore[misc]
-
-
-def must_be_differentiable(*grads: Tensor) -> bool:
+def must_be_differentiable(grad: Tensor) -> bool:
     """Return whether a backward pass has to be made of differentiable torch ops.
 
     So it is where the graph of the gradient itself is wanted (``create_graph=True``, a gradient penalty),
-    and where a transform such as vmap runs over the backward pass.
+    and where a transform such as vmap or a dispatch mode runs over the backward pass.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return False
-    return torch.is_grad_enabled() or not accepts(*grads)
+    return torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0 or not are_plain(grad)
 
 
 def reference_grads(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import array, array_or_nothing, cpu_kernels, nothing, num_threads
+from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.ops.linear import linear_backward, linear_forward
@@ -28,16 +28,18 @@ def _forward(
         logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
     )
     kernels = cpu_kernels()
-    invalid_row = kernels.cross_entropy_forward(
-        array(logits),
-        array(target),
-        array_or_nothing(weight, logits, 1),
+    invalid_row = kernels.addressed.cross_entropy_forward(
+        address(logits),
+        address(target),
+        address(weight),
+        address(loss),
+        address(grad_logits),
+        *logits.shape,
         ignore_index,
         label_smoothing,
         kernels.reduction.CODES[reduction],
-        array(loss).reshape(-1),
-        array(grad_logits) if need_grad else nothing(logits.dtype, 2),
         num_threads(),
+        like(logits.dtype),
     )
     if invalid_row >= 0:
         raise IndexError(
@@ -61,16 +63,23 @@ def _forward_fake(
 
 
 def _backward(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    scaled = grad_logits.new_empty(grad_logits.shape)
-    cpu_kernels().cross_entropy_backward(
-        array(grad_loss).reshape(-1),
-        array(grad_logits),
-        array(target),
+    scaled = _backward_fake(grad_loss, grad_logits, target, ignore_index)
+    cpu_kernels().addressed.cross_entropy_backward(
+        address(grad_loss),
+        address(grad_logits),
+        address(target),
+        address(scaled),
+        grad_loss.numel(),
+        *grad_logits.shape,
         ignore_index,
-        array(scaled),
         num_threads(),
+        like(grad_logits.dtype),
     )
     return scaled
+
+
+def _backward_fake(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    return grad_logits.new_empty(grad_logits.shape)
 
 
 cross_entropy_forward = register(
@@ -84,15 +93,16 @@ cross_entropy_backward = register(
     "cross_entropy_backward(Tensor grad_loss, Tensor grad_logits, Tensor target, int ignore_index) -> Tensor",
     _backward,
     _cuda.cross_entropy_backward,
-    lambda grad_loss, grad_logits, target, ignore_index: grad_logits.new_empty(grad_logits.shape),
+    _backward_fake,
 )
 
 
 class CrossEntropyFunction(Function):
-    """The op for autograd: logits (N, C), target (N,); returns the loss, and grad_logits for backward."""
+    """The op for autograd: logits (N, C), target (N,), all contiguous."""
 
     @staticmethod
     def forward(
+        ctx: Any,
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -100,27 +110,20 @@ class CrossEntropyFunction(Function):
         label_smoothing: float,
         reduction: str,
         need_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient where it is wanted."""
-        outputs: tuple[Tensor, Tensor] = cross_entropy_forward(
+    ) -> Tensor:
+        """Return the loss, and keep its gradient where it is wanted."""
+        loss: Tensor
+        loss, grad_logits = cross_entropy_forward(
             logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
         )
-        return outputs
+        ctx.options = ignore_index, label_smoothing, reduction
+        # the inputs are for a gradient of the gradient
+        ctx.save_for_backward(logits, target, weight, grad_logits)
+        return loss
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep grad_logits, and the inputs for a gradient of the gradient."""
-        logits, target, weight, *options, _ = inputs
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(logits, target, weight, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Return ``grad_loss * grad_logits``."""
-        if grad_loss is None:
-            return (None,) * 7
         logits, target, weight, grad_logits = ctx.saved_tensors
         ignore_index, label_smoothing, reduction = ctx.options
         if must_be_differentiable(grad_loss):
@@ -133,18 +136,20 @@ class CrossEntropyFunction(Function):
                 label_smoothing=label_smoothing,
             )
             return *reference_grads(forward, (logits,), (True,), grad_loss), *(None,) * 6
-        return cross_entropy_backward(grad_loss, grad_logits, target, ignore_index), *(None,) * 6
+        grad_logits = cross_entropy_backward(grad_loss.contiguous(), grad_logits, target, ignore_index)
+        return grad_logits, *(None,) * 6
 
 
 class LinearCrossEntropyFunction(Function):
     """Linear layer and loss as one op for autograd: input (N, K), linear_weight (C, K), target (N,).
 
-    Returns the loss, and grad_logits for backward. One op in place of two saves autograd's own time, and
-    the logits are gone after the forward.
+    All are contiguous. One op in place of two saves autograd's own time, and the logits are gone after the
+    forward.
     """
 
     @staticmethod
     def forward(
+        ctx: Any,
         input: Tensor,
         linear_weight: Tensor,
         linear_bias: Tensor | None,
@@ -154,28 +159,20 @@ class LinearCrossEntropyFunction(Function):
         label_smoothing: float,
         reduction: str,
         need_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient with respect to the logits where a gradient is wanted."""
+    ) -> Tensor:
+        """Return the loss, and keep its gradient with respect to the logits where a gradient is wanted."""
         logits = linear_forward(input, linear_weight, linear_bias, False)
-        outputs: tuple[Tensor, Tensor] = cross_entropy_forward(
+        loss: Tensor
+        loss, grad_logits = cross_entropy_forward(
             logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
         )
-        return outputs
+        ctx.options = ignore_index, label_smoothing, reduction
+        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, grad_logits)
+        return loss
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep grad_logits, and the inputs."""
-        input, linear_weight, linear_bias, target, weight, *options, _ = inputs
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are wanted of input, linear_weight and linear_bias."""
-        if grad_loss is None:
-            return (None,) * 9
         input, linear_weight, linear_bias, target, weight, grad_logits = ctx.saved_tensors
         ignore_index, label_smoothing, reduction = ctx.options
         needs_grad = ctx.needs_input_grad[:3]
@@ -195,5 +192,5 @@ class LinearCrossEntropyFunction(Function):
 
             inputs = (input, linear_weight, linear_bias)
             return *reference_grads(forward, inputs, needs_grad, grad_loss), *(None,) * 6
-        grad_logits = cross_entropy_backward(grad_loss, grad_logits, target, ignore_index)
+        grad_logits = cross_entropy_backward(grad_loss.contiguous(), grad_logits, target, ignore_index)
         return *linear_backward(grad_logits, None, input, linear_weight, needs_grad), *(None,) * 6

@@ -7,51 +7,67 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import array, array_or_nothing, cpu_kernels, nothing, num_threads
+from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.reference import ops as reference
 
 
 def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    output = input.new_empty((input.shape[0], weight.shape[0]))
-    cpu_kernels().linear_forward(
-        array(input), array(weight), array_or_nothing(bias, input, 1), relu, array(output), num_threads()
+    output = _forward_fake(input, weight, bias, relu)
+    cpu_kernels().addressed.linear_forward(
+        address(input),
+        address(weight),
+        address(bias),
+        address(output),
+        *input.shape,
+        weight.shape[0],
+        relu,
+        num_threads(),
+        like(input.dtype),
     )
     return output
 
 
 def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    return input.new_empty((input.shape[0], weight.shape[0]))
+    return input.new_empty(input.shape[0], weight.shape[0])
 
 
 def _grad_input(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
-    grad_input = grad_output.new_empty((grad_output.shape[0], weight.shape[1]))
-    cpu_kernels().linear_grad_input(
-        array(grad_output),
-        array_or_nothing(output, weight, 2),
-        array(weight),
-        array(grad_input),
+    grad_input = _grad_input_fake(grad_output, output, weight)
+    num_outputs, num_inputs = weight.shape
+    cpu_kernels().addressed.linear_grad_input(
+        address(grad_output),
+        address(output),
+        address(weight),
+        address(grad_input),
+        grad_output.shape[0],
+        num_inputs,
+        num_outputs,
         num_threads(),
+        like(weight.dtype),
     )
     return grad_input
 
 
 def _grad_input_fake(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
-    return grad_output.new_empty((grad_output.shape[0], weight.shape[1]))
+    return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
 def _grad_weight(
     grad_output: Tensor, output: Tensor | None, input: Tensor, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
     grad_weight, grad_bias = _grad_weight_fake(grad_output, output, input, need_weight, need_bias)
-    cpu_kernels().linear_grad_weight(
-        array(grad_output),
-        array_or_nothing(output, input, 2),
-        array(input),
-        array(grad_weight) if need_weight else nothing(input.dtype, 2),
-        array(grad_bias) if need_bias else nothing(input.dtype, 1),
+    cpu_kernels().addressed.linear_grad_weight(
+        address(grad_output),
+        address(output),
+        address(input),
+        address(grad_weight),
+        address(grad_bias),
+        *input.shape,
+        grad_output.shape[1],
         num_threads(),
+        like(input.dtype),
     )
     return grad_weight, grad_bias
 
@@ -61,8 +77,8 @@ def _grad_weight_fake(
 ) -> tuple[Tensor, Tensor]:
     num_outputs, num_inputs = grad_output.shape[1], input.shape[1]
     return (
-        input.new_empty((num_outputs, num_inputs) if need_weight else (0, 0)),
-        input.new_empty((num_outputs,) if need_bias else (0,)),
+        input.new_empty(num_outputs, num_inputs) if need_weight else input.new_empty(0, 0),
+        input.new_empty(num_outputs if need_bias else 0),
     )
 
 
@@ -99,6 +115,7 @@ def linear_backward(
     Parameters
     ----------
     grad_output : (N, M)
+        Contiguous, like the rest.
     output : (N, M) or None
         The forward's result where it had a ReLU: a gradient passes where ``not output <= 0``.
     input : (N, K)
@@ -118,28 +135,25 @@ def linear_backward(
 
 
 class LinearFunction(Function):
-    """The op for autograd: input (N, K), weight (M, K), bias (M,) or None, and whether a ReLU follows."""
+    """The op for autograd: input (N, K), weight (M, K), bias (M,) or None, and whether a ReLU follows.
+
+    All are contiguous.
+    """
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        """Return relu(input @ weight.T + bias)."""
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Return relu(input @ weight.T + bias), and keep what the gradients are made of."""
         output: Tensor = linear_forward(input, weight, bias, relu)
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what the gradients are made of."""
-        input, weight, bias, relu = inputs
         ctx.relu = relu
         ctx.save_for_backward(input, weight, bias, output if relu else None)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are wanted."""
         input, weight, bias, output = ctx.saved_tensors
+        needs_grad = ctx.needs_input_grad[:3]
         if must_be_differentiable(grad_output):
             forward = reference.linear_relu if ctx.relu else reference.linear
-            return *reference_grads(
-                forward, (input, weight, bias), ctx.needs_input_grad[:3], grad_output
-            ), None
-        return *linear_backward(grad_output, output, input, weight, ctx.needs_input_grad[:3]), None
+            return *reference_grads(forward, (input, weight, bias), needs_grad, grad_output), None
+        return *linear_backward(grad_output.contiguous(), output, input, weight, needs_grad), None

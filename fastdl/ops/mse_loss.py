@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.reference import ops as reference
@@ -18,12 +18,14 @@ from fastdl.reference import ops as reference
 def _forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
     loss = _forward_fake(input, target, reduction)
     kernels = cpu_kernels()
-    kernels.mse_loss_forward(
-        array(input).reshape(-1),
-        array(target).reshape(-1),
+    kernels.addressed.mse_loss_forward(
+        address(input),
+        address(target),
+        address(loss),
+        input.numel(),
         kernels.reduction.CODES[reduction],
-        array(loss).reshape(-1),
         num_threads(),
+        like(input.dtype),
     )
     return loss
 
@@ -33,17 +35,23 @@ def _forward_fake(input: Tensor, target: Tensor, reduction: str) -> Tensor:
 
 
 def _backward(grad_loss: Tensor, input: Tensor, target: Tensor, reduction: str) -> Tensor:
-    grad_input = input.new_empty(input.shape)
+    grad_input = _backward_fake(grad_loss, input, target, reduction)
     kernels = cpu_kernels()
-    kernels.mse_loss_backward(
-        array(grad_loss).reshape(-1),
-        array(input).reshape(-1),
-        array(target).reshape(-1),
+    kernels.addressed.mse_loss_backward(
+        address(grad_loss),
+        address(input),
+        address(target),
+        address(grad_input),
+        input.numel(),
         kernels.reduction.CODES[reduction],
-        array(grad_input).reshape(-1),
         num_threads(),
+        like(input.dtype),
     )
     return grad_input
+
+
+def _backward_fake(grad_loss: Tensor, input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    return input.new_empty(input.shape)
 
 
 mse_loss_forward = register(
@@ -56,24 +64,20 @@ mse_loss_backward = register(
     "mse_loss_backward(Tensor grad_loss, Tensor input, Tensor target, str reduction) -> Tensor",
     _backward,
     _cuda.mse_loss_backward,
-    lambda grad_loss, input, target, reduction: input.new_empty(input.shape),
+    _backward_fake,
 )
 
 
 class MSELossFunction(Function):
-    """The op for autograd: input and target of one shape."""
+    """The op for autograd: input and target of one shape, contiguous."""
 
     @staticmethod
-    def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: str) -> Tensor:
         """Return (input - target) ** 2, reduced."""
+        ctx.reduction = reduction
+        ctx.save_for_backward(input, target)
         loss: Tensor = mse_loss_forward(input, target, reduction)
         return loss
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep input and target, as torch does."""
-        input, target, ctx.reduction = inputs
-        ctx.save_for_backward(input, target)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,7 +87,7 @@ class MSELossFunction(Function):
         if must_be_differentiable(grad_loss):
             forward = partial(reference.mse_loss, reduction=ctx.reduction)
             return *reference_grads(forward, (input, target), (need_input, need_target), grad_loss), None
-        grad_input = mse_loss_backward(grad_loss, input, target, ctx.reduction)
+        grad_input = mse_loss_backward(grad_loss.contiguous(), input, target, ctx.reduction)
         # the target stands in the difference with a minus
         grad_target = torch.neg(grad_input) if need_target else None
         return grad_input if need_input else None, grad_target, None

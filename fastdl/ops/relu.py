@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
 from fastdl.ops._registration import must_be_differentiable, reference_grads, register
 from fastdl.reference import ops as reference
@@ -20,17 +20,21 @@ def _contiguous_like(input: Tensor) -> Tensor:
 
 def _forward(input: Tensor) -> Tensor:
     output = _contiguous_like(input)
-    cpu_kernels().relu_forward(array(input).reshape(-1), array(output).reshape(-1), num_threads())
+    cpu_kernels().addressed.relu_forward(
+        address(input), address(output), input.numel(), num_threads(), like(input.dtype)
+    )
     return output
 
 
 def _backward(grad_output: Tensor, output: Tensor) -> Tensor:
     grad_input = _contiguous_like(grad_output)
-    cpu_kernels().relu_backward(
-        array(grad_output).reshape(-1),
-        array(output).reshape(-1),
-        array(grad_input).reshape(-1),
+    cpu_kernels().addressed.relu_backward(
+        address(grad_output),
+        address(output),
+        address(grad_input),
+        output.numel(),
         num_threads(),
+        like(output.dtype),
     )
     return grad_input
 
@@ -47,18 +51,17 @@ relu_backward = register(
 
 
 class ReLUFunction(Function):
-    """The op for autograd, for an input of any shape."""
+    """The op for autograd, for a contiguous input of any shape."""
 
     @staticmethod
-    def forward(input: Tensor) -> Tensor:
-        """Return max(input, 0); NaN stays NaN."""
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        """Return max(input, 0); NaN stays NaN.
+
+        The output is kept, as torch does: its sign is the mask, and the input may be changed in place.
+        """
         output: Tensor = relu_forward(input)
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the output, as torch does: its sign is the mask, and the input may be changed in place."""
         ctx.save_for_backward(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
@@ -67,5 +70,5 @@ class ReLUFunction(Function):
         if must_be_differentiable(grad_output):
             # relu(output) has the gradient of relu(input): both have one sign
             return reference_grads(reference.relu, (output,), (True,), grad_output)[0]
-        grad_input: Tensor = relu_backward(grad_output, output)
+        grad_input: Tensor = relu_backward(grad_output.contiguous(), output)
         return grad_input

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastdl.arrays import cpu_kernels, nothing, num_threads
+from fastdl.arrays import address, are_plain, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
 from fastdl.ops._registration import register
 
@@ -26,25 +26,16 @@ def _update(
     nesterov: bool,
     maximize: bool,
 ) -> None:
-    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
     # a contiguous copy of a gradient has to live until the kernel is done
     grads = [grad.contiguous() for grad in grads]
-    table = np.array(
-        [
-            (
-                param.data_ptr(),
-                grad.data_ptr(),
-                0 if buffer is None else buffer.data_ptr(),
-                param.numel(),
-                first,
-            )
-            for param, grad, buffer, first in zip(params, grads, buffers, first_step, strict=True)
-        ],
-        dtype=np.int64,
-    )
+    buffers: Sequence[Tensor | None] = momentum_buffers or [None] * len(params)
+    # the columns of kernels.cpu.sgd
+    table: list[int] = []
+    for param, grad, buffer, first in zip(params, grads, buffers, first_step, strict=True):
+        table += (param.data_ptr(), grad.data_ptr(), address(buffer), param.numel(), first)
     cpu_kernels().sgd(
-        table,
-        nothing(params[0].dtype, 1),
+        np.array(table, dtype=np.int64).reshape(len(params), -1),
+        like(params[0].dtype),
         lr,
         momentum,
         dampening,
@@ -70,10 +61,11 @@ sgd = register(
 )
 
 
-def takes(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> bool:
-    """Return whether the kernel can update these parameters: contiguous, and shaped as their gradients."""
-    present = [buffer for buffer in buffers if buffer is not None]
-    return all(tensor.is_contiguous() for tensor in (*params, *present)) and all(
-        param.shape == grad.shape and grad.layout is torch.strided
-        for param, grad in zip(params, grads, strict=True)
-    )
+def can_update(params: Sequence[Tensor], grads: Sequence[Tensor], buffers: Sequence[Tensor]) -> bool:
+    """Return whether the kernel can update these parameters: plain, contiguous, shaped as their gradients."""
+    if torch._C._len_torch_dispatch_stack() or not are_plain(*params, *grads, *buffers):
+        return False
+    for param, grad in zip(params, grads, strict=True):
+        if not param.is_contiguous() or param.shape != grad.shape:
+            return False
+    return all(buffer.is_contiguous() for buffer in buffers)
