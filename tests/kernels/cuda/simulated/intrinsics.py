@@ -18,6 +18,7 @@ _NAMES = {
     types.bfloat16: "bfloat16",
     types.int64: "int64",
 }
+_REALS = {"float32": np.float32, "float64": np.float64}
 _VECTOR_BYTES = 16
 
 
@@ -66,9 +67,8 @@ class Region:
 
     def write(self, index, value, thread):
         self._check(index)
-        others = {self.writers.get(index, thread), self.readers.get(index, thread)} - {thread}
-        if others:
-            raise RuntimeError(f"race: element {index} is written by {thread}, touched by {others}")
+        if self.writers.get(index, thread) != thread or self.readers.get(index, thread) != thread:
+            raise RuntimeError(f"race: element {index} is written by {thread}, touched by another")
         self.writers[index] = thread
         self.values[index] = value
 
@@ -132,14 +132,16 @@ def pointer_to(shared):
 
 
 def load(pointer, index):
-    return widened([pointer[index]], pointer.region.element)[0]
+    value = pointer[index]
+    # float32 and float64 are what they are computed in
+    return value if pointer.region.element in _REALS else widened([value], pointer.region.element)[0]
 
 
 def store(pointer, index, value):
-    if pointer.region.element != "bfloat16":
-        real = np.float64 if pointer.region.element == "float64" else np.float32
-        assert type(value) is real, f"{type(value)} is not what {pointer.region.element} is computed in"
-    stored = narrowed([value], pointer.region.element)[0]
+    element = pointer.region.element
+    real = _REALS.get(element, np.float32)
+    assert type(value) is real, f"{type(value)} is not what {element} is computed in"
+    stored = value if element in _REALS else narrowed([value], element)[0]
     pointer.region.write(pointer.start + int(index), stored, pointer.thread())
 
 

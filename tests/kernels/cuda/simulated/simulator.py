@@ -43,6 +43,7 @@ class _Thread(greenlet.greenlet):
         super().__init__(run, parent)
         self.threadIdx = SimpleNamespace(x=index, y=0, z=0)
         self.blockIdx = SimpleNamespace(x=block, y=0, z=0)
+        self.name = block, index
         self.state, self.sent = READY, []
         self.gr_context = contextvars.copy_context()
 
@@ -117,7 +118,7 @@ FakeCUDAModule.blockIdx = property(lambda self: _current().blockIdx)
 FakeCUDAModule.syncthreads = lambda self: _current().wait(AT_BARRIER)
 FakeCUDAModule.shfl_xor_sync = _shuffle
 FakeCUDAShared.array = _shared_array
-intrinsics.current_thread = lambda: (_current().blockIdx.x, _current().threadIdx.x)
+intrinsics.current_thread = lambda: greenlet.getcurrent().name
 # Python's own raise an error where a GPU returns infinity
 cross_entropy.exp, cross_entropy.log = np.exp, np.log
 
