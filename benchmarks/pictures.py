@@ -112,10 +112,15 @@ def _bars(axes: Axes, title: str, times: Mapping[str, float], floor: float) -> N
     low, high = min(floor, *ordered.values()), max(ordered.values())
     # room for the numbers on the right
     axes.set_xlim(low / 1.5, high * (high / low) ** 0.4)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(axis="x")
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=18)
+
+
+def _tick(seconds: float) -> str:
+    figure, unit = duration(seconds).split()
+    return f"{float(figure):g} {unit}"
 
 
 def _products(figures: Mapping[str, Any], note: str) -> Figure | None:

@@ -149,8 +149,10 @@ def number(value: float) -> str:
     """Return a number in three figures without an exponent: 0.0123, 1.23, 1230."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{value:.{max(0, digits)}f}"
+    # rounded first: 0.9996 is 1.00, with a digit less behind the point
+    rounded = float(f"{value:.3g}")
+    digits = 2 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:.{max(0, digits)}f}"
 
 
 def duration(seconds: float) -> str:

@@ -70,7 +70,9 @@ def roster(problem: Problem, *, quick: bool = False) -> Roster:
         programs.append(Program(f"{FIT}, float32 images", {"": partial(FitTrainer, floats=True)}))
     programs.append(Program(f"{FIT}, compiled=False", {"": partial(FitTrainer, compiled=False)}))
     programs.append(eager_program())
-    if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+    if quick and problem.classifies:
+        found.missing[COMPILE] = "left out of a quick run"
+    elif shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
         programs.append(Program(COMPILE, _compiled_steps(quick), is_peer=True))
     else:
         found.missing[COMPILE] = "there is no C++ compiler"

@@ -213,7 +213,7 @@ def _goals(
         return Goal(f"{problem.title}: fit over {words}", figure, at_least, note=note)
 
     peers = [name for name, item in measured.items() if item.program.is_peer and name in times]
-    best = min(peers, key=times.__getitem__)
+    best = min(peers, key=times.__getitem__, default="none of which is there")
     goals = []
     if goal.alone is not None:
         scan = next((name for name in alone if name != FIT), None)
