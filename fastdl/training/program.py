@@ -349,7 +349,8 @@ class Program:
         def run(thread: int) -> None:
             kernels.run_epoch(
                 thread, self._num_threads, self._counters, self._layers, self._groups,
-                self._state, self._scratch, self._places, X, kernels.NONZERO if self._nonzero else kernels.DENSE, self._input_scale,
+                self._state, self._scratch, self._places,
+                X, kernels.NONZERO if self._nonzero else kernels.DENSE, self._input_scale,
                 self._values, self._masks, self._transposed, self._transposed_masks, array(order),
                 batch_size, trains and self._by_columns,
                 kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,

@@ -29,8 +29,8 @@ from fastdl.kernels.jit import jit
 
 # how many rows a tile may have besides TILE.rows; a remainder is made of these
 ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
-# How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b that
-# are as long must fit L1.
+# How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b
+# that are as long must fit L1.
 LONG_ROWS = (8, 4, 2) if TILE.vector_bytes == 64 else (12, 8, 4, 2)
 WORD = 64
 
@@ -235,7 +235,8 @@ def multiply_nonzero(
 def dot_panels(typing_context, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols):
     """Write ``output[i, j] = sum over p of a[i, p] b[j, p]``, for few rows i and columns j.
 
-    There are 1 or TILE.dot_rows rows, and up to TILE.dot_cols columns. Rows are rows of a panel in all three; p runs along the rows of so many panels.
+    There are 1 or TILE.dot_rows rows, and up to TILE.dot_cols columns. Rows are rows of a panel in all
+    three; p runs along the rows of so many panels.
     """
     return call_of(_dot_panels, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols)
 
