@@ -46,10 +46,13 @@ def missing_link(device: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def usable(device: int) -> bool:
     """Return whether the CUDA kernels can be used on a GPU; where they can't, warn once, with the reason."""
     return _usable(device)
+
+
+# what torch.compiler.assume_constant_result sets; calling it would import the whole compiler, for a second
+usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
