@@ -134,9 +134,10 @@ def test_nan_and_infinite_logits_count_as_in_torch(row):
     assert_near(grad_logits, exact_grad, 1.0, 8)
 
 
-def test_the_mean_over_ignored_rows_alone_is_nan_with_a_zero_gradient():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_mean_over_ignored_rows_alone_is_nan_with_a_zero_gradient(smoothing):
     target = DeviceArray([IGNORE, IGNORE], "int64")
-    loss, grad_logits = _run(DeviceArray(np.ones((2, 3))), target, None, 0.0, "mean")
+    loss, grad_logits = _run(DeviceArray(np.ones((2, 3))), target, None, smoothing, "mean")
     assert np.isnan(loss.numpy()).all()
     assert not grad_logits.numpy().any()
 
