@@ -88,18 +88,21 @@ def _rows(logits, target, weight, ignore_index, label_smoothing, scale, losses, 
         losses[n] = loss
         # 4: the row's gradient
         if grad_logits.size > 0:
+            if ignored:
+                # by its weight of 0 it would be NaN where all rows are ignored: scale is infinite then
+                grad_logits[n, :] = zero
+                continue
             factor = share_of_label * label_weight
-            if share_of_all > 0 and not ignored:
+            if share_of_all > 0:
                 factor += share_of_all * weight_sum
             factor *= scale / total
             for c in range(num_classes):
                 grad_logits[n, c] = exponentials[c] * factor
-            if not ignored:
-                if share_of_all > 0:
-                    for c in range(num_classes):
-                        class_weight = weight[c] if weight.size > 0 else one
-                        grad_logits[n, c] -= scale * share_of_all * class_weight
-                grad_logits[n, label] -= scale * share_of_label * label_weight
+            if share_of_all > 0:
+                for c in range(num_classes):
+                    class_weight = weight[c] if weight.size > 0 else one
+                    grad_logits[n, c] -= scale * share_of_all * class_weight
+            grad_logits[n, label] -= scale * share_of_label * label_weight
 
 
 @jit(parallel=True)
