@@ -29,6 +29,7 @@ _MARKS: Sequence[dict[str, Any]] = (
     {"linestyle": "-", "linewidth": 2},
     {"linestyle": "", "marker": "o", "markersize": 10, "markerfacecolor": "none", "markeredgewidth": 1.2},
     {"linestyle": "", "marker": "x", "markersize": 6, "markeredgewidth": 1.5},
+    {"linestyle": "", "marker": "s", "markersize": 14, "markerfacecolor": "none", "markeredgewidth": 0.8},
 )
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -53,7 +54,7 @@ def curves(histories: Mapping[str, History], path: str | os.PathLike[str], *, ti
     Parameters
     ----------
     histories : mapping of str to History
-        By the run's name, up to three: the first is drawn as lines, the others as marks.
+        By the run's name, up to four: the first is drawn as lines, the others as marks.
     path : path
         Its suffix chooses the format.
     title : str
@@ -164,9 +165,9 @@ def speedup(
     note : str
         Under the picture: what it was measured on.
     """
-    colors = (_GREY, _ORANGE, _BLUE, _GREEN)
+    colors = (_GREY, _ORANGE, _BLUE, _GREEN, _RED)
     with rc_context(_STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(8, 0.5 + 1.6 * len(seconds)), layout="constrained")
+        figure = Figure(figsize=(8, 0.5 + 1.9 * len(seconds)), layout="constrained")
         panels = figure.subplots(len(seconds), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, programs) in zip(panels, seconds.items(), strict=True):
             _bars(axes, title, programs, colors)
