@@ -61,7 +61,7 @@ def roster(problem: Problem, *, quick: bool = False) -> Roster:
     ----------
     problem : Problem
     quick : bool
-        Leave out what takes long to start: loader processes, most variants of compiled steps and scans.
+        Leave out what takes long to start: torch.compile, loader processes, most variants of JAX's scan.
     """
     found = Roster()
     programs = found.programs
@@ -70,10 +70,10 @@ def roster(problem: Problem, *, quick: bool = False) -> Roster:
         programs.append(Program(f"{FIT}, float32 images", {"": partial(FitTrainer, floats=True)}))
     programs.append(Program(f"{FIT}, compiled=False", {"": partial(FitTrainer, compiled=False)}))
     programs.append(eager_program())
-    if quick and problem.classifies:
+    if quick:
         found.missing[COMPILE] = "left out of a quick run"
     elif shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        programs.append(Program(COMPILE, _compiled_steps(quick), is_peer=True))
+        programs.append(Program(COMPILE, _compiled_steps(), is_peer=True))
     else:
         found.missing[COMPILE] = "there is no C++ compiler"
     if find_spec("jax"):
@@ -102,14 +102,12 @@ def eager_program() -> Program:
     return Program(EAGER, variants, is_peer=True)
 
 
-def _compiled_steps(quick: bool) -> dict[str, Make]:
-    variants: dict[str, Make] = {"functional step": partial(CompiledStepTrainer, functional=True)}
-    if not quick:
-        variants["functional step, max-autotune"] = partial(
-            CompiledStepTrainer, functional=True, mode="max-autotune"
-        )
-        variants["modules and optimizer"] = partial(CompiledStepTrainer, functional=False)
-    return variants
+def _compiled_steps() -> dict[str, Make]:
+    return {
+        "functional step": partial(CompiledStepTrainer, functional=True),
+        "functional step, max-autotune": partial(CompiledStepTrainer, functional=True, mode="max-autotune"),
+        "modules and optimizer": partial(CompiledStepTrainer, functional=False),
+    }
 
 
 def jax_program(problem: Problem, *, most: bool = True) -> Program:
