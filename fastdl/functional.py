@@ -9,6 +9,7 @@ tensor subclasses, tracing, and the rarer forms that each docstring names. So th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -381,6 +382,8 @@ def mse_loss(
         or not accepts(input, target)
         or input.shape != target.shape
     ):
-        return F.mse_loss(input, target, size_average, reduce, reduction, weight)
+        # some releases' type stub lacks the weight
+        torchs: Callable[..., Tensor] = F.mse_loss
+        return torchs(input, target, size_average, reduce, reduction, weight)
     loss: Tensor = MSELossFunction.apply(input.contiguous(), target.contiguous(), reduction)
     return loss

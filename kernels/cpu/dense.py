@@ -19,14 +19,15 @@ from numba.extending import overload
 from fastdl.kernels.cpu.intrinsics import TILE, transpose_block
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
-    ROW_COUNTS,
     WORD,
     dot_panels,
     mask_of_nonzero,
     multiply_nonzero,
     multiply_panels,
     panel_of,
+    panels_of,
     prefetch,
+    tile_height,
     transpose_bytes,
     widen_panel,
 )
@@ -54,25 +55,9 @@ BLOCK_INPUTS = 64
 _TILE_ROWS = TILE.rows
 _DOT_ROWS = TILE.dot_rows
 _DOT_COLS = TILE.dot_cols
-_ROW_COUNTS = tuple(ROW_COUNTS)
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
 _CACHE_LINE = 64
-
-
-@jit
-def panels_of(columns, panel):
-    """Return how many panels so many columns take."""
-    return (columns + panel - 1) // panel
-
-
-@jit
-def _tile_height(rows):
-    """Return the most rows, of those left, that one tile takes."""
-    for count in _ROW_COUNTS:
-        if count <= rows:
-            return count
-    return 1
 
 
 @jit
@@ -126,7 +111,7 @@ def forward(layers, layer, source, source_at, stride, state, scratch, rows, pane
             for j in range(panels[0], panels[1]):
                 row = block
                 while row < block_stop:
-                    height = _tile_height(block_stop - row)
+                    height = tile_height(block_stop - row)
                     multiply_panels(
                         scratch, output + (j * stride + row) * panel,
                         source, source_at + first * stride + row * panel, stride * panel, False,
@@ -219,7 +204,7 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
         for j in range(panels[0], panels[1]):
             row = rows[0]
             while row < rows[1]:
-                height = _tile_height(rows[1] - row)
+                height = tile_height(rows[1] - row)
                 multiply_panels(
                     scratch, before + (j * stride + row) * panel,
                     scratch, grad + row * panel, 0, False,
@@ -250,7 +235,7 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
                 for i in range(row_panels):
                     k = block
                     while k < block_stop:
-                        height = _tile_height(block_stop - k)
+                        height = tile_height(block_stop - k)
                         multiply_panels(
                             scratch, transposed + (i * whole_depth + k) * panel,
                             state, weight + first * depth + k * panel, depth * panel, False,
@@ -316,7 +301,7 @@ def backward_weight(
             for first in range(0, count, BLOCK_DEPTH):
                 row = 0
                 while row < width:
-                    height = _tile_height(width - row)
+                    height = tile_height(width - row)
                     multiply_panels(
                         scratch, work + row * panel,
                         scratch, grad + first * panel + row, 0, True,
@@ -344,7 +329,7 @@ def backward_weight(
                         at = work + ((p - p_first) * columns + j - j_first) * panel * panel
                         row = 0
                         while row < inputs:
-                            height = _tile_height(inputs - row)
+                            height = tile_height(inputs - row)
                             multiply_panels(
                                 scratch, at + row * panel,
                                 source, source_at + (p * stride + first) * panel + row, 0, True,

@@ -53,18 +53,28 @@ def _vector_bits():
 
 TILE = _TILES[_vector_bits()]
 
+# how many rows a tile may have; a remainder is made of several
+ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
+
 # how many vectors of column sums are kept at a time: enough to hide the latency of an addition
 SUM_VECTORS = 4
 
 # how many rows of b are added to a row of the product at a time: L1 has 8 ways, and rows may be 4 KB apart
 ROW_DEPTH = 8
 
-# what the sums of a tile start from
+# what the sums of a tile are added to
 FROM_ZERO, FROM_BIAS, FROM_OUTPUT = range(3)
 
 _INT32 = ir.IntType(32)
 INTP = ir.IntType(types.intp.bitwidth)
 _BOOL = ir.IntType(1)
+
+
+def write_prefetch(builder, pointer):
+    """Write the instruction that asks for the cache line of an element, which is soon to be read."""
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, _INT32(0), _INT32(3), _INT32(1)])
 
 
 class Vectors:
@@ -190,6 +200,14 @@ class Vectors:
                 phi.add_incoming(result, block)
         return merged
 
+    def vectors_of(self, count):
+        """Return how many vectors hold so many elements."""
+        return self.builder.sdiv(self.builder.add(count, INTP(self.width - 1)), INTP(self.width))
+
+    def tile(self, output, stride, num_rows, num_vectors, cols):
+        """Return the places of a tile of a matrix, cols columns of which are in the matrix."""
+        return _TileOf(self, output, stride, num_rows, num_vectors, cols)
+
     def sum_lanes(self, values):
         """Return one short vector whose lane i is the sum of the lanes of ``values[i]``.
 
@@ -231,6 +249,64 @@ class Vectors:
             rows = swapped
             step //= 2
         return rows
+
+
+class _TileOf:
+    """The places in memory of a tile of a matrix, whose last vectors may reach over its edge."""
+
+    def __init__(self, vectors, output, stride, num_rows, num_vectors, cols):
+        builder = vectors.builder
+        self._vectors = vectors
+        self._num_rows = num_rows
+        self._columns = [v * vectors.width for v in range(num_vectors)]
+        self._whole = builder.icmp_signed("==", cols, INTP(num_vectors * vectors.width))
+        self._cols = cols
+        rows = [vectors.at(output, builder.mul(stride, INTP(i))) for i in range(num_rows)]
+        self._places = [vectors.at(row, column) for row in rows for column in self._columns]
+
+    def choose(self, write):
+        """Write ``write(masks)``, the masks of the vectors in a row: None each where the tile is whole.
+
+        A mask takes a register, and with AVX2 a masked store takes as long as twenty stores.
+        """
+        vectors = self._vectors
+
+        def case(is_whole):
+            if is_whole:
+                return write([None] * len(self._columns))
+            return write([vectors.first(vectors.builder.sub(self._cols, INTP(c))) for c in self._columns])
+
+        return vectors.choose(self._whole, [False, True], case)
+
+    def prefetch(self):
+        """Ask for the tile's cache lines, which are read and written when its sums are done."""
+        for place in self._places[:: len(self._columns)]:
+            write_prefetch(self._vectors.builder, place)
+
+    def write(self, sums, bias, start, relu):
+        """Write the sums, added to what ``start`` says; 0 for each that is 0 or less where relu is true."""
+        vectors = self._vectors
+        biases = [vectors.at(bias, column) for column in self._columns]
+
+        def case(masks, kind):
+            masks = self._num_rows * masks
+            if kind == FROM_OUTPUT:
+                added = list(map(vectors.load, self._places, masks))
+            elif kind == FROM_BIAS:
+                added = self._num_rows * list(map(vectors.load, biases, masks))
+            if kind == FROM_ZERO:
+                totals = sums
+            else:
+                totals = [vectors.builder.fadd(*pair) for pair in zip(added, sums, strict=True)]
+            for total, place, mask in zip(totals, self._places, masks, strict=True):
+                vectors.store(vectors.relu(total, relu), place, mask)
+            return []
+
+        vectors.choose(
+            start,
+            [FROM_ZERO, FROM_BIAS, FROM_OUTPUT],
+            lambda kind: self.choose(lambda masks: case(masks, kind)),
+        )
 
 
 def call_of(write, *kinds):
@@ -278,44 +354,31 @@ def _multiply_tile(
     vectors, output, output_stride, a, a_row_stride, a_step, b, b_step, depth, rows, cols, bias, start, relu
 ):
     builder = vectors.builder
-    width = vectors.width
 
     def write(num_vectors, num_rows):
-        columns = [v * width for v in range(num_vectors)]
-        masks = [vectors.first(builder.sub(cols, INTP(column))) for column in columns]
-        output_rows = [vectors.at(output, builder.mul(output_stride, INTP(i))) for i in range(num_rows)]
-        places = [
-            (vectors.at(row, c), mask) for row in output_rows for c, mask in zip(columns, masks, strict=True)
-        ]
+        tile = vectors.tile(output, output_stride, num_rows, num_vectors, cols)
         a_offsets = [builder.mul(a_row_stride, INTP(i)) for i in range(num_rows)]
 
-        def initial(kind):
-            if kind == FROM_ZERO:
-                return [vectors.zero] * len(places)
-            if kind == FROM_BIAS:
-                first = [vectors.load(vectors.at(bias, c), m) for c, m in zip(columns, masks, strict=True)]
-                return num_rows * first
-            return [vectors.load(place, mask) for place, mask in places]
+        def products(masks):
+            def step(_, state):
+                a, b, *sums = state
+                right = [vectors.load(vectors.at(b, v * vectors.width), mask) for v, mask in enumerate(masks)]
+                left = [vectors.splat(builder.load(vectors.at(a, offset))) for offset in a_offsets]
+                factors = [(x, y) for x in left for y in right]
+                sums = [
+                    vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)
+                ]
+                return [vectors.at(a, a_step), vectors.at(b, b_step), *sums]
 
-        def step(_, state):
-            a, b, *sums = state
-            right = [vectors.load(vectors.at(b, c), mask) for c, mask in zip(columns, masks, strict=True)]
-            left = [vectors.splat(builder.load(vectors.at(a, offset))) for offset in a_offsets]
-            factors = [(x, y) for x in left for y in right]
-            sums = [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
-            return [vectors.at(a, a_step), vectors.at(b, b_step), *sums]
+            return vectors.loop(depth, 1, [a, b, *[vectors.zero] * (num_rows * num_vectors)], step)[2:]
 
-        sums = vectors.choose(start, [FROM_ZERO, FROM_BIAS, FROM_OUTPUT], initial)
-        _, _, *sums = vectors.loop(depth, 1, [a, b, *sums], step)
-        for total, (place, mask) in zip(sums, places, strict=True):
-            vectors.store(vectors.relu(total, relu), place, mask)
+        tile.write(tile.choose(products), bias, start, relu)
         return []
 
     def write_rows(num_vectors):
-        return vectors.choose(rows, range(1, TILE.rows + 1), lambda num_rows: write(num_vectors, num_rows))
+        return vectors.choose(rows, ROW_COUNTS, lambda num_rows: write(num_vectors, num_rows))
 
-    used_vectors = builder.sdiv(builder.add(cols, INTP(width - 1)), INTP(width))
-    vectors.choose(used_vectors, range(1, TILE.vectors + 1), write_rows)
+    vectors.choose(vectors.vectors_of(cols), range(1, TILE.vectors + 1), write_rows)
 
 
 def _add_rows(vectors, output, a, gate, gated, a_step, b, b_step, depth, cols, bias, start, relu):
@@ -390,33 +453,6 @@ def _transpose_block(vectors, source, source_stride, target, target_stride):
         vectors.store(column, vectors.at(target, builder.mul(target_stride, i)))
 
 
-def _copy_block(vectors, source, source_stride, gate, gated, target, target_stride, lines, count):
-    builder = vectors.builder
-    whole = builder.and_(count, INTP(-vectors.width))
-    tail = vectors.first(builder.sub(count, whole))
-
-    def write(is_gated):
-        def line(_, state):
-            source, gate, target = state
-
-            def step(i, _, mask=None):
-                value = vectors.load(vectors.at(source, i), mask)
-                if is_gated:
-                    value = vectors.close(vectors.load(vectors.at(gate, i), mask), value)
-                vectors.store(value, vectors.at(target, i), mask)
-                return []
-
-            vectors.loop(whole, vectors.width, [], step)
-            step(whole, [], tail)
-            strides = (source_stride, source_stride, target_stride)
-            return [vectors.at(pointer, stride) for pointer, stride in zip(state, strides, strict=True)]
-
-        vectors.loop(lines, 1, [source, gate, target], line)
-        return []
-
-    vectors.choose(gated, [False, True], write)
-
-
 def _sum_open(vectors, source, gate, gated, stride, rows, cols, target):
     builder = vectors.builder
     columns = [v * vectors.width for v in range(SUM_VECTORS)]
@@ -453,10 +489,10 @@ def multiply_tile(
 ):  # fmt: skip
     """Write one tile of a product, held in registers from the first of its terms to the last.
 
-    ``output[i, j] = sum over p < depth of a[i, p] * b[p, j]`` for ``i < rows <= TILE.rows`` and ``j < cols``
-    of at most ``TILE.vectors`` vectors, plus what ``start`` says; then ReLU where relu is true. Elements of b
-    are next to each other in j. Each step loads ``TILE.vectors`` vectors and ``rows`` single elements for
-    ``rows * TILE.vectors`` multiply-adds.
+    ``output[i, j] = sum over p < depth of a[i, p] * b[p, j]`` for ``i < rows``, one of ``ROW_COUNTS``, and
+    ``j < cols`` of at most ``TILE.vectors`` vectors, added to what ``start`` says; then ReLU where relu is
+    true. Elements of b are next to each other in j. Each step loads ``TILE.vectors`` vectors and ``rows``
+    single elements for ``rows * TILE.vectors`` multiply-adds.
     """
     return call_of(
         _multiply_tile, output, output_at, output_stride, a, a_at, a_row_stride, a_step, b, b_at, b_step,
@@ -476,7 +512,8 @@ def add_rows(
     """Write one row of a product, adding up at most ``ROW_DEPTH`` rows of b.
 
     ``output[j] = sum over p < depth of a[p] * b[p, j]`` for ``j < cols``, plus what ``start`` says; then ReLU
-    where relu is true. The elements of a are gated as in ``copy_block``.
+    where relu is true. An element of a counts as 0
+    where gated is true and its gate is 0 or less.
     """
     return call_of(
         _add_rows, output, output_at, a, a_at, gate, gate_at, gated, a_step, b, b_at, b_step, depth, cols,
@@ -512,23 +549,8 @@ def transpose_block(typing_context, source, source_at, source_stride, target, ta
 
 
 @intrinsic
-def copy_block(
-    typing_context,
-    source, source_at, source_stride,
-    gate, gate_at, gated,
-    target, target_at, target_stride,
-    lines, count,
-):  # fmt: skip
-    """Copy lines of count elements; where gated is true, write 0 for each whose gate is 0 or less."""
-    return call_of(
-        _copy_block, source, source_at, source_stride, gate, gate_at, gated, target, target_at, target_stride,
-        lines, count,
-    )  # fmt: skip
-
-
-@intrinsic
 def sum_open(typing_context, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at):
-    """Write the sum of the rows, cols of at most ``SUM_VECTORS`` vectors; gated as in ``copy_block``."""
+    """Write the sum of the rows, cols of at most ``SUM_VECTORS`` vectors; gated as in ``add_rows``."""
     return call_of(_sum_open, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at)
 
 

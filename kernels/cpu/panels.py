@@ -21,19 +21,17 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import INTP, TILE, Vectors, call_of
+from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, Vectors, call_of, write_prefetch
 from fastdl.kernels.jit import jit
 
-# how many rows a tile may have besides TILE.rows; a remainder is made of these
-ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
 # How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b
 # that are as long must fit L1.
 LONG_ROWS = (8, 4, 2) if TILE.vector_bytes == 64 else (12, 8, 4, 2)
 WORD = 64
 
+_ROW_COUNTS = tuple(ROW_COUNTS)
 _INT32 = ir.IntType(32)
 _INT64 = ir.IntType(64)
 _BIT = ir.IntType(1)
@@ -45,60 +43,65 @@ def panel_of(array):
     return TILE.vectors * (TILE.vector_bytes // array.itemsize)
 
 
-def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate):
+@jit
+def panels_of(columns, panel):
+    """Return how many panels so many columns take."""
+    return (columns + panel - 1) // panel
+
+
+@jit
+def tile_height(rows):
+    """Return the most rows, of those left, that one tile takes."""
+    for count in _ROW_COUNTS:
+        if count <= rows:
+            return count
+    return 1
+
+
+def _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors):
+    """Write the loop that adds ``a[i, p] * b[p, j]`` for each step p to a tile of sums in registers."""
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
+    a_step = panel if is_down else 1
 
-    def write(num_vectors, num_rows, is_down):
-        columns = [v * vectors.width for v in range(num_vectors)]
-        places = [vectors.at(output, i * panel + c) for i in range(num_rows) for c in columns]
+    def step(a, b, sums):
+        right = [vectors.load(vectors.at(b, v * vectors.width)) for v in range(num_vectors)]
+        left = [
+            vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel))) for i in range(num_rows)
+        ]
+        factors = [(x, y) for x in left for y in right]
+        return [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
 
-        def step(a, b, sums):
-            right = [vectors.load(vectors.at(b, c)) for c in columns]
-            left = [
-                vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel)))
-                for i in range(num_rows)
-            ]
-            factors = [(x, y) for x in left for y in right]
-            return [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
-
-        def steps(count, a, b, sums):
-            a_step = panel if is_down else 1
-
-            def one(_, state):
-                a, b, *sums = state
-                return [vectors.at(a, a_step), vectors.at(b, panel), *step(a, b, sums)]
-
-            def four(_, state):
-                a, b, *sums = state
-                for p in range(4):
-                    sums = step(vectors.at(a, p * a_step), vectors.at(b, p * panel), sums)
-                return [vectors.at(a, 4 * a_step), vectors.at(b, 4 * panel), *sums]
-
-            fours = builder.and_(count, INTP(-4))
-            a, b, *sums = vectors.loop(fours, 4, [a, b, *sums], four)
-            a, b, *sums = vectors.loop(builder.sub(count, fours), 1, [a, b, *sums], one)
-            return b, sums
-
-        def run(first, state):
+    def steps(count, a, b, sums):
+        def one(_, state):
             a, b, *sums = state
-            left = builder.sub(depth, first)
-            count = builder.select(builder.icmp_signed("<", left, INTP(panel)), left, INTP(panel))
-            b, sums = steps(count, a, b, sums)
-            return [vectors.at(a, a_run), b, *sums]
+            return [vectors.at(a, a_step), vectors.at(b, panel), *step(a, b, sums)]
 
-        sums = vectors.choose(
-            accumulate,
-            [False, True],
-            lambda added: [vectors.load(place) if added else vectors.zero for place in places],
-        )
-        if is_down:
-            _, sums = steps(depth, a, b, sums)
-        else:
-            _, _, *sums = vectors.loop(depth, panel, [a, b, *sums], run)
-        for place, total in zip(places, sums, strict=True):
-            vectors.store(total, place)
-        return []
+        def four(_, state):
+            a, b, *sums = state
+            for p in range(4):
+                sums = step(vectors.at(a, p * a_step), vectors.at(b, p * panel), sums)
+            return [vectors.at(a, 4 * a_step), vectors.at(b, 4 * panel), *sums]
+
+        fours = builder.and_(count, INTP(-4))
+        a, b, *sums = vectors.loop(fours, 4, [a, b, *sums], four)
+        a, b, *sums = vectors.loop(builder.sub(count, fours), 1, [a, b, *sums], one)
+        return b, sums
+
+    def run(first, state):
+        a, b, *sums = state
+        left = builder.sub(depth, first)
+        count = builder.select(builder.icmp_signed("<", left, INTP(panel)), left, INTP(panel))
+        b, sums = steps(count, a, b, sums)
+        return [vectors.at(a, a_run), b, *sums]
+
+    if is_down:
+        return steps(depth, a, b, sums)[1]
+    return vectors.loop(depth, panel, [a, b, *sums], run)[2:]
+
+
+def _choose_tile(vectors, used, rows, down, write):
+    """Write ``write(num_vectors, num_rows, is_down)`` for each shape that a tile may have."""
 
     def write_rows(num_vectors):
         return vectors.choose(
@@ -110,6 +113,70 @@ def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accu
         )
 
     vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
+
+
+def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate):
+    panel = TILE.vectors * vectors.width
+
+    def write(num_vectors, num_rows, is_down):
+        places = [
+            vectors.at(output, i * panel + v * vectors.width)
+            for i in range(num_rows)
+            for v in range(num_vectors)
+        ]
+        sums = vectors.choose(
+            accumulate,
+            [False, True],
+            lambda added: [vectors.load(place) if added else vectors.zero for place in places],
+        )
+        sums = _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors)
+        for place, total in zip(places, sums, strict=True):
+            vectors.store(total, place)
+        return []
+
+    _choose_tile(vectors, used, rows, down, write)
+
+
+def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, rows, cols, bias, start, relu):
+    used = vectors.vectors_of(cols)
+
+    def write(num_vectors, num_rows, is_down):
+        tile = vectors.tile(output, output_stride, num_rows, num_vectors, cols)
+        tile.prefetch()
+        sums = [vectors.zero] * (num_rows * num_vectors)
+        sums = _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors)
+        tile.write(sums, bias, start, relu)
+        return []
+
+    _choose_tile(vectors, used, rows, down, write)
+
+
+def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
+    builder = vectors.builder
+    panel = TILE.vectors * vectors.width
+
+    def write(is_whole, is_gated):
+        columns = [v * vectors.width for v in range(TILE.vectors)]
+        masks = [None if is_whole else vectors.first(builder.sub(cols, INTP(c))) for c in columns]
+
+        def line(_, state):
+            source, gate, target = state
+            for column, mask in zip(columns, masks, strict=True):
+                value = vectors.load(vectors.at(source, column), mask)
+                if is_gated:
+                    value = vectors.close(vectors.load(vectors.at(gate, column), mask), value)
+                vectors.store(value, vectors.at(target, column))
+            return [vectors.at(source, stride), vectors.at(gate, stride), vectors.at(target, panel)]
+
+        vectors.loop(lines, 1, [source, gate, target], line)
+        return []
+
+    whole = builder.icmp_signed("==", cols, INTP(panel))
+    vectors.choose(
+        whole,
+        [False, True],
+        lambda is_whole: vectors.choose(gated, [False, True], lambda is_gated: write(is_whole, is_gated)),
+    )
 
 
 def _multiply_nonzero(
@@ -211,6 +278,40 @@ def multiply_panels(
     """
     return call_of(
         _multiply_panels, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
+    )
+
+
+@intrinsic
+def multiply_packed(
+    typing_context,
+    output, output_at, output_stride,
+    a, a_at, a_run, down,
+    b, b_at,
+    depth, rows, cols,
+    bias, bias_at, start, relu,
+):  # fmt: skip
+    """Write one tile of a product as ``multiply_panels`` does, but to rows of any stride.
+
+    The tile has cols columns, of at most a panel. It starts from what ``start`` says, and where relu is true
+    its numbers that are 0 or less become 0 at the end.
+    """
+    return call_of(
+        _multiply_packed, output, output_at, output_stride, a, a_at, a_run, down, b, b_at, depth, rows, cols,
+        bias, bias_at, start, relu,
+    )  # fmt: skip
+
+
+@intrinsic
+def pack_panel(
+    typing_context, source, source_at, source_stride, gate, gate_at, gated, target, target_at, lines, cols
+):
+    """Copy lines of a matrix, cols columns of each, to the rows of a panel, and 0 to the columns behind.
+
+    Where gated is true, 0 is written for each number whose gate, at the same place of a matrix of the same
+    stride, is 0 or less.
+    """
+    return call_of(
+        _pack_panel, source, source_at, source_stride, gate, gate_at, gated, target, target_at, lines, cols
     )
 
 
@@ -328,9 +429,7 @@ def prefetch(typing_context, array, at):
     def generate(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data
         pointer = builder.gep(data, [arguments[1]])
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, _INT32(0), _INT32(2), _INT32(1)])
+        write_prefetch(builder, pointer)
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
