@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from fastdl.kernels.cpu.exp import exp
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
 from fastdl.kernels.cpu.reduction import MEAN, NONE, RUN, ordered_sum
 from fastdl.kernels.jit import jit
@@ -23,6 +24,13 @@ _STABLE = {"contract", "nsz"}
 
 # an element costs an exponential here, about 4 times that of a memory-bound kernel
 _COST = 4
+
+# The rows that are done at once: enough for whole vectors, few enough for their numbers to stay in L2.
+_BLOCK = 64
+_LEAST_BLOCK = 16
+_BLOCK_NUMBERS = 1 << 15
+# what a block has besides its logits, a number for each row: the greatest, the sum of exponentials, a factor
+ROW_SUMS = 3
 
 
 @jit
@@ -42,67 +50,150 @@ def _sum_of_row_weights(target, weight, num_classes, ignore_index):
     return total, -1
 
 
+@jit
+def block_rows(num_classes):
+    """Return how many rows ``cross_entropy_block`` does at once: as many as stay in L1 or L2."""
+    return max(_LEAST_BLOCK, min(_BLOCK, _BLOCK_NUMBERS // max(num_classes, 1)))
+
+
+@jit
+def read_block(source, at, panel, panel_stride, count, columns):
+    """Copy rows of logits to columns, class by class.
+
+    ``columns`` is (C + ROW_SUMS, at least count). In source, whose first row begins at ``at``, rows are panel
+    numbers apart, and so many classes' next ones are panel_stride further; rows that lie whole are one panel.
+    """
+    for c in range(columns.shape[0] - ROW_SUMS):
+        first = at + c // panel * panel_stride + c % panel
+        column = columns[c]
+        for n in range(count):
+            column[n] = source[first + n * panel]
+
+
+@jit
+def write_block(columns, count, target, at, panel, panel_stride):
+    """Copy columns back to rows, which lie as in ``read_block``."""
+    for c in range(columns.shape[0] - ROW_SUMS):
+        first = at + c // panel * panel_stride + c % panel
+        column = columns[c]
+        for n in range(count):
+            target[first + n * panel] = column[n]
+
+
 @jit(fastmath=_STABLE)
+def cross_entropy_block(
+    columns, count, target, weight, ignore_index, label_smoothing, scale, losses, best, needs_grad
+):
+    """Do some rows at once. A row of logits is a column here, so that each loop's numbers lie side by side.
+
+    Parameters
+    ----------
+    columns : (C + ROW_SUMS, at least count)
+        The rows' logits, class by class, and room for sums. The logits' place is taken by grad_logits.
+    count : int
+        How many rows there are.
+    target : (count,), int64
+        Each a class or ignore_index.
+    weight : (C,) or (0,)
+    ignore_index : int
+    label_smoothing : float
+    scale : float
+        What the gradient is multiplied by.
+    losses : (count,)
+        Written; 0 for an ignored row.
+    best : (count,) or (0,), int32
+        Written, where it is wanted: which logit is the largest, the first of equal ones; NaN is the largest.
+    needs_grad : bool
+    """
+    dtype = columns.dtype.type
+    zero, one = dtype(0), dtype(1)
+    num_classes = columns.shape[0] - ROW_SUMS
+    greatest, total, factor = columns[num_classes], columns[num_classes + 1], columns[num_classes + 2]
+    scale = dtype(scale)
+    share_of_all = dtype(label_smoothing / num_classes)
+    share_of_label = dtype(1 - label_smoothing)
+    # 1: the greatest logit, so that no exponential overflows; a NaN makes its row NaN by its own exponential
+    for n in range(count):
+        greatest[n] = columns[0, n]
+    best[:] = 0
+    for c in range(1, num_classes):
+        logits = columns[c]
+        if best.size > 0:
+            for n in range(count):
+                logit, largest, index = logits[n], greatest[n], best[n]
+                is_larger = (logit > largest) | ((logit != logit) & (largest == largest))
+                greatest[n] = logit if is_larger else largest
+                best[n] = np.int32(c) if is_larger else index
+        else:
+            for n in range(count):
+                logit, largest = logits[n], greatest[n]
+                greatest[n] = logit if logit > largest else largest
+    # 2: what the loss has of the logits themselves, before the exponentials take their place
+    for n in range(count):
+        label = target[n]
+        # an ignored label may be no class; what is computed with the first class is dropped
+        label = 0 if label == ignore_index else label
+        factor[n] = share_of_label * (weight[label] if weight.size > 0 else one)
+        losses[n] = factor[n] * (columns[label, n] - greatest[n])
+        total[n] = zero
+    weight_of_all = zero
+    if share_of_all > 0:
+        for c in range(num_classes):
+            class_weight = share_of_all * (weight[c] if weight.size > 0 else one)
+            weight_of_all += class_weight
+            logits = columns[c]
+            for n in range(count):
+                losses[n] += class_weight * (logits[n] - greatest[n])
+    # 3: the exponentials and their sums
+    for c in range(num_classes):
+        logits = columns[c]
+        for n in range(count):
+            exponential = exp(logits[n] - greatest[n])
+            logits[n] = exponential
+            total[n] += exponential
+    # 4: the losses; an ignored row has none
+    for n in range(count):
+        row_loss = (factor[n] + weight_of_all) * np.log(total[n]) - losses[n]
+        losses[n] = zero if target[n] == ignore_index else row_loss
+    if not needs_grad:
+        return
+    # 5: the gradients
+    for n in range(count):
+        total[n] = (factor[n] + weight_of_all) * (scale / total[n])
+    for c in range(num_classes):
+        grads = columns[c]
+        class_scale = zero
+        if share_of_all > 0:
+            class_scale = scale * share_of_all * (weight[c] if weight.size > 0 else one)
+        for n in range(count):
+            grads[n] = grads[n] * total[n] - class_scale
+    for n in range(count):
+        label = target[n]
+        if label == ignore_index:
+            # by its weight of 0 it would be NaN where all rows are ignored: scale is infinite then
+            for c in range(num_classes):
+                columns[c, n] = zero
+        else:
+            columns[label, n] -= scale * factor[n]
+
+
+@jit
 def _rows(logits, target, weight, ignore_index, label_smoothing, scale, losses, grad_logits, start, stop):
     num_classes = logits.shape[1]
-    zero = logits.dtype.type(0)
-    one = logits.dtype.type(1)
-    share_of_all = logits.dtype.type(label_smoothing / max(num_classes, 1))
-    share_of_label = logits.dtype.type(1 - label_smoothing)
-    scale = logits.dtype.type(scale)
-    weight_sum = logits.dtype.type(num_classes)
-    if weight.size > 0:
-        weight_sum = zero
-        for c in range(num_classes):
-            weight_sum += weight[c]
-    exponentials = np.empty(num_classes, logits.dtype)
-    for n in range(start, stop):
-        # 1: the greatest logit, so that no exponential overflows; NaN goes on into the sum below
-        greatest = logits[n, 0]
-        for c in range(1, num_classes):
-            greatest = max(greatest, logits[n, c])
-        # 2: the sum of exponentials
-        total = zero
-        for c in range(num_classes):
-            exponential = np.exp(logits[n, c] - greatest)
-            exponentials[c] = exponential
-            total += exponential
-        log_total = np.log(total)
-        # 3: the row's loss; an ignored row has weight 0 and no loss
-        label = target[n]
-        ignored = label == ignore_index
-        label_weight = one
-        if ignored:
-            label_weight = zero
-        elif weight.size > 0:
-            label_weight = weight[label]
-        loss = zero
-        if not ignored:
-            loss = -share_of_label * label_weight * ((logits[n, label] - greatest) - log_total)
-            if share_of_all > 0:
-                smooth = zero
-                for c in range(num_classes):
-                    log_probability = (logits[n, c] - greatest) - log_total
-                    smooth += log_probability * weight[c] if weight.size > 0 else log_probability
-                loss -= share_of_all * smooth
-        losses[n] = loss
-        # 4: the row's gradient
-        if grad_logits.size > 0:
-            if ignored:
-                # by its weight of 0 it would be NaN where all rows are ignored: scale is infinite then
-                grad_logits[n, :] = zero
-                continue
-            factor = share_of_label * label_weight
-            if share_of_all > 0:
-                factor += share_of_all * weight_sum
-            factor *= scale / total
-            for c in range(num_classes):
-                grad_logits[n, c] = exponentials[c] * factor
-            if share_of_all > 0:
-                for c in range(num_classes):
-                    class_weight = weight[c] if weight.size > 0 else one
-                    grad_logits[n, c] -= scale * share_of_all * class_weight
-            grad_logits[n, label] -= scale * share_of_label * label_weight
+    block = block_rows(num_classes)
+    columns = np.empty((num_classes + ROW_SUMS, min(block, stop - start)), logits.dtype)
+    no_best = np.empty(0, np.int32)
+    needs_grad = grad_logits.size > 0
+    for first in range(start, stop, block):
+        last = min(first + block, stop)
+        at = first * num_classes
+        read_block(logits.reshape(-1), at, num_classes, 0, last - first, columns)
+        cross_entropy_block(
+            columns, last - first, target[first:last], weight, ignore_index, label_smoothing, scale,
+            losses[first:last], no_best, needs_grad,
+        )  # fmt: skip
+        if needs_grad:
+            write_block(columns, last - first, grad_logits.reshape(-1), at, num_classes, 0)
 
 
 @jit(parallel=True)

@@ -31,6 +31,7 @@ from fastdl.kernels.cpu.panels import (
     transpose_bytes,
     widen_panel,
 )
+from fastdl.kernels.cpu.sgd import update
 from fastdl.kernels.jit import jit
 
 # the columns of the table of layers
@@ -258,32 +259,16 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
 
 
 @jit
-def update(state, at, buffer_at, is_fresh, options, scratch, grad_at, count, scale):
+def update_part(state, at, buffer_at, is_fresh, options, scratch, grad_at, count, scale):
     """Do the SGD update of some parameters that lie side by side; their gradient is scale times scratch."""
-    param = state[at : at + count]
-    grad = scratch[grad_at : grad_at + count]
-    lr, weight_decay = state.dtype.type(options[LR]), state.dtype.type(options[WEIGHT_DECAY])
-    momentum, keep = state.dtype.type(options[MOMENTUM]), state.dtype.type(1 - options[DAMPENING])
-    if options[MAXIMIZE] != 0:
-        scale = -scale
-    if momentum == 0:
-        if weight_decay == 0:
-            for i in range(count):
-                param[i] -= lr * (scale * grad[i])
-        else:
-            for i in range(count):
-                param[i] -= lr * (scale * grad[i] + weight_decay * param[i])
-        return
-    buffer = state[buffer_at : buffer_at + count]
-    if is_fresh:
-        buffer[:] = 0
-        keep = state.dtype.type(1)
-    nesterov = options[NESTEROV] != 0
-    for i in range(count):
-        step = scale * grad[i] + weight_decay * param[i]
-        velocity = momentum * buffer[i] + keep * step
-        buffer[i] = velocity
-        param[i] -= lr * (step + momentum * velocity if nesterov else velocity)
+    update(
+        state[at : at + count],
+        scratch[grad_at : grad_at + count],
+        -scale if options[MAXIMIZE] != 0 else scale,
+        state[buffer_at : buffer_at + count],
+        is_fresh,
+        options[LR], options[MOMENTUM], options[DAMPENING], options[WEIGHT_DECAY], options[NESTEROV] != 0,
+    )  # fmt: skip
 
 
 @jit
@@ -311,7 +296,9 @@ def backward_weight(
                     )  # fmt: skip
                     row += height
             at = p * width * panel
-            update(state, weight + at, buffer + at, is_fresh, options, scratch, work, width * panel, scale)
+            update_part(
+                state, weight + at, buffer + at, is_fresh, options, scratch, work, width * panel, scale
+            )
         return
     group = max(1, BLOCK_INPUTS // panel)
     columns = max(1, BLOCK_COLUMNS // panel)
@@ -341,7 +328,7 @@ def backward_weight(
                 inputs = min(panel, depth - p * panel)
                 for j in range(j_first, j_stop):
                     at = (j * depth + p * panel) * panel
-                    update(
+                    update_part(
                         state, weight + at, buffer + at, is_fresh, options,
                         scratch, work + ((p - p_first) * columns + j - j_first) * panel * panel,
                         inputs * panel, scale,
@@ -398,7 +385,7 @@ def backward_weight_nonzero(
                 upcoming_first += 1
         for p in range(used):
             at = ((j + p) * depth + inputs[0]) * panel
-            update(
+            update_part(
                 state, weight + at, buffer + at, is_fresh, options,
                 scratch, work + p * num_inputs * panel, num_inputs * panel, scale,
             )  # fmt: skip
@@ -422,7 +409,7 @@ def backward_bias(layers, layer, stride, state, scratch, work, count, panels, gr
             row = grad[n * panel : (n + 1) * panel]
             for i in range(panel):
                 sums[i] += row[i]
-        update(
+        update_part(
             state, layers[layer, BIAS] + j * panel, layers[layer, BIAS_BUFFER] + j * panel, is_fresh, options,
             scratch, work, min(panel, layers[layer, NUM_OUTPUTS] - j * panel), state.dtype.type(1),
         )  # fmt: skip

@@ -19,6 +19,13 @@ from __future__ import annotations
 import numpy as np
 
 from fastdl.kernels.cpu import barrier
+from fastdl.kernels.cpu.cross_entropy import (
+    ROW_SUMS,
+    block_rows,
+    cross_entropy_block,
+    read_block,
+    write_block,
+)
 from fastdl.kernels.cpu.dense import (
     GRAD,
     IS_THIN,
@@ -39,7 +46,6 @@ from fastdl.kernels.cpu.dense import (
     prefetch_examples,
     transpose_examples,
 )
-from fastdl.kernels.cpu.exp import exp
 from fastdl.kernels.cpu.intrinsics import TILE
 from fastdl.kernels.cpu.panels import WORD, panel_of
 from fastdl.kernels.cpu.parallel import share
@@ -60,54 +66,6 @@ DENSE, NONZERO = 0, 1
 _ASKING_PANELS = 2
 
 _VECTORS = TILE.vectors
-
-
-@jit(fastmath={"contract", "nsz"})
-def _cross_entropy_row(logits, grad, label, class_weight, smoothing, scale, needs_grad):
-    """Write grad_logits of one row; return its loss, and which logit is the largest.
-
-    The same steps as kernels/cpu/cross_entropy.py; logits has been copied to lie in one row.
-    """
-    num_classes = logits.size
-    zero, one = logits.dtype.type(0), logits.dtype.type(1)
-    greatest, best = logits[0], 0
-    for c in range(1, num_classes):
-        # as torch's argmax: the first of the largest, and NaN is the largest
-        if logits[c] > greatest or (logits[c] != logits[c] and greatest == greatest):
-            greatest, best = logits[c], c
-    for c in range(num_classes):
-        grad[c] = exp(logits[c] - greatest)
-    total = zero
-    for c in range(num_classes):
-        total += grad[c]
-    log_total = np.log(total)
-    label_weight = class_weight[label] if class_weight.size > 0 else one
-    weight_sum = logits.dtype.type(num_classes)
-    share_of_all = logits.dtype.type(smoothing / num_classes)
-    share_of_label = logits.dtype.type(1 - smoothing)
-    loss = -share_of_label * label_weight * ((logits[label] - greatest) - log_total)
-    if smoothing > 0:
-        smooth = zero
-        for c in range(num_classes):
-            log_probability = (logits[c] - greatest) - log_total
-            smooth += log_probability * class_weight[c] if class_weight.size > 0 else log_probability
-        loss -= share_of_all * smooth
-        if class_weight.size > 0:
-            weight_sum = zero
-            for c in range(num_classes):
-                weight_sum += class_weight[c]
-    if needs_grad:
-        factor = share_of_label * label_weight
-        if smoothing > 0:
-            factor += share_of_all * weight_sum
-        factor *= scale / total
-        for c in range(num_classes):
-            grad[c] *= factor
-        if smoothing > 0:
-            for c in range(num_classes):
-                grad[c] -= scale * share_of_all * (class_weight[c] if class_weight.size > 0 else one)
-        grad[label] -= scale * share_of_label * label_weight
-    return loss, best
 
 
 @jit
@@ -157,37 +115,33 @@ def _loss_rows(
     last = layers.shape[0] - 1
     width, output, grad = layers[last, NUM_OUTPUTS], layers[last, OUTPUT], layers[last, GRAD]
     panel = panel_of(scratch)
-    zero = scratch.dtype.type(0)
-    logits, grad_row = scratch[work : work + width], scratch[work + width : work + 2 * width]
     loss, correct = 0.0, 0
     if kind == CROSS_ENTROPY:
         divisor = 1.0
         if is_mean:
             divisor = _total_weight(labels, order, first, count, class_weight, ignore_index)
-        scale = scratch.dtype.type(1.0 / divisor)
-        for n in range(rows[0], rows[1]):
-            label = labels[order[first + n]]
-            _read_row(scratch, output + n * panel, stride, panel, logits)
-            # an ignored label may be no class; what is computed with the first class is dropped
-            row_loss, best = _cross_entropy_row(
-                logits,
-                grad_row,
-                0 if label == ignore_index else label,
-                class_weight,
-                smoothing,
-                scale,
-                needs_grad,
-            )
-            correct += best == label
-            if label == ignore_index:
-                grad_row[:] = zero
-            else:
-                loss += row_loss
+        block = max(1, min(block_rows(width), rows[1] - rows[0]))
+        columns = np.empty((width + ROW_SUMS, block), scratch.dtype)
+        losses, block_labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
+        best = np.empty(block, np.int32)
+        for start in range(rows[0], rows[1], block):
+            size = min(block, rows[1] - start)
+            for n in range(size):
+                block_labels[n] = labels[order[first + start + n]]
+            read_block(scratch, output + start * panel, panel, stride * panel, size, columns)
+            cross_entropy_block(
+                columns, size, block_labels, class_weight, ignore_index, smoothing, 1.0 / divisor,
+                losses, best, needs_grad,
+            )  # fmt: skip
+            for n in range(size):
+                loss += losses[n]
+                correct += best[n] == block_labels[n]
             if needs_grad:
-                _write_row(grad_row, scratch, grad + n * panel, stride, panel)
+                write_block(columns, size, scratch, grad + start * panel, panel, stride * panel)
         # a mean counts for as many rows as the batch has
         sums[LOSS] += loss / divisor * count if is_mean else loss
     else:
+        logits, grad_row = scratch[work : work + width], scratch[work + width : work + 2 * width]
         scale = scratch.dtype.type(2.0 / (count * width) if is_mean else 2.0)
         for n in range(rows[0], rows[1]):
             target = targets[order[first + n]]

@@ -21,50 +21,77 @@ from fastdl.kernels.jit import jit
 # the columns of the table that tells the kernel where the parameters are
 PARAM, GRAD, BUFFER, SIZE, FIRST_STEP = 0, 1, 2, 3, 4
 NUM_COLUMNS = 5
+# with momentum an element is met twice: so many of parameter, gradient and buffer stay in L1
+BLOCK = 2048
 
 
 @jit
-def _update(
-    param, grad, buffer, first_step, lr, momentum, dampening, weight_decay, nesterov, maximize, start, stop
-):
-    has_momentum = momentum != 0
-    keep = param.dtype.type(1) - dampening
-    for i in range(start, stop):
-        step = -grad[i] if maximize else grad[i]
-        if weight_decay != 0:
-            step += weight_decay * param[i]
-        if has_momentum:
-            velocity = step if first_step else momentum * buffer[i] + keep * step
-            buffer[i] = velocity
-            step = step + momentum * velocity if nesterov else velocity
-        param[i] -= lr * step
+def update(param, grad, scale, buffer, is_fresh, lr, momentum, dampening, weight_decay, nesterov):
+    """Update parameters that lie side by side, in place.
+
+    Parameters
+    ----------
+    param : (n,)
+    grad : (n,)
+    scale : float
+        What the gradient is multiplied by: -1 to maximize.
+    buffer : (n,)
+        The momentum buffer; not read nor written without momentum.
+    is_fresh : bool
+        Whether the buffer is to be started.
+    lr, momentum, dampening, weight_decay : float
+    nesterov : bool
+    """
+    dtype = param.dtype.type
+    scale, lr, momentum, weight_decay = dtype(scale), dtype(lr), dtype(momentum), dtype(weight_decay)
+    # an option that is 0 takes no part: 0 times infinity would be NaN
+    decays = weight_decay != 0
+    if momentum == 0:
+        if decays:
+            for i in range(param.size):
+                param[i] -= lr * (scale * grad[i] + weight_decay * param[i])
+        else:
+            for i in range(param.size):
+                param[i] -= lr * (scale * grad[i])
+        return
+    keep = dtype(1 - dampening)
+    if is_fresh:
+        for i in range(param.size):
+            buffer[i] = scale * grad[i] + weight_decay * param[i] if decays else scale * grad[i]
+    elif decays:
+        for i in range(param.size):
+            buffer[i] = momentum * buffer[i] + keep * (scale * grad[i] + weight_decay * param[i])
+    else:
+        for i in range(param.size):
+            buffer[i] = momentum * buffer[i] + keep * (scale * grad[i])
+    if not nesterov:
+        for i in range(param.size):
+            param[i] -= lr * buffer[i]
+    elif decays:
+        for i in range(param.size):
+            param[i] -= lr * (scale * grad[i] + weight_decay * param[i] + momentum * buffer[i])
+    else:
+        for i in range(param.size):
+            param[i] -= lr * (scale * grad[i] + momentum * buffer[i])
 
 
 @jit
 def _update_share(table, like, lr, momentum, dampening, weight_decay, nesterov, maximize, first, last):
     """Update the elements from first to last of all parameters laid end to end."""
-    offset = 0
+    offset, itemsize = 0, like.itemsize
     for row in range(table.shape[0]):
         size = table[row, SIZE]
         start, stop = max(first - offset, 0), min(last - offset, size)
-        if start < stop:
-            param = array_at(table[row, PARAM], size, like.dtype)
-            grad = array_at(table[row, GRAD], size, like.dtype)
-            buffer = array_at(table[row, BUFFER], size, like.dtype)
-            _update(
-                param,
-                grad,
-                buffer,
+        for at in range(start, stop, BLOCK):
+            count = min(BLOCK, stop - at)
+            update(
+                array_at(table[row, PARAM] + at * itemsize, count, like.dtype),
+                array_at(table[row, GRAD] + at * itemsize, count, like.dtype),
+                -1.0 if maximize else 1.0,
+                array_at(table[row, BUFFER] + at * itemsize, count, like.dtype),
                 table[row, FIRST_STEP] != 0,
-                like.dtype.type(lr),
-                like.dtype.type(momentum),
-                like.dtype.type(dampening),
-                like.dtype.type(weight_decay),
-                nesterov,
-                maximize,
-                start,
-                stop,
-            )
+                lr, momentum, dampening, weight_decay, nesterov,
+            )  # fmt: skip
         offset += size
 
 

@@ -25,7 +25,7 @@ from fastdl.kernels.cpu.dense import (
     WEIGHT_DECAY,
     WEIGHT_GROUP,
     WEIGHT_IS_FRESH,
-    update,
+    update_part,
 )
 from fastdl.kernels.jit import jit
 
@@ -98,11 +98,13 @@ def run_small_epoch(layers, groups, state, X, input_scale, order, batch_size, is
             if trains_weight:
                 is_fresh = is_first and layers[0, WEIGHT_IS_FRESH] == 1
                 buffer_at = layers[0, WEIGHT_BUFFER]
-                update(state, weight_at, buffer_at, is_fresh, weight_options, grads, 0, depth, factor * scale)
+                update_part(
+                    state, weight_at, buffer_at, is_fresh, weight_options, grads, 0, depth, factor * scale
+                )
             if trains_bias:
                 is_fresh = is_first and layers[0, BIAS_IS_FRESH] == 1
                 buffer_at = layers[0, BIAS_BUFFER]
-                update(state, bias_at, buffer_at, is_fresh, bias_options, grads, MAX_INPUTS, 1, factor)
+                update_part(state, bias_at, buffer_at, is_fresh, bias_options, grads, MAX_INPUTS, 1, factor)
             w0 = state[weight_at]
             w1 = state[weight_at + 1] if depth > 1 else zero
             w2 = state[weight_at + 2] if depth > 2 else zero
