@@ -43,7 +43,7 @@ from fastdl.kernels.cpu.exp import exp
 from fastdl.kernels.cpu.intrinsics import TILE
 from fastdl.kernels.cpu.panels import WORD, panel_of
 from fastdl.kernels.cpu.parallel import share
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
 # what counters says: arrivals at the barrier; whether to stop, asked from outside; whether all threads stop;
@@ -62,7 +62,7 @@ _ASKING_PANELS = 2
 _VECTORS = TILE.vectors
 
 
-@jit(fastmath={"contract", "nsz"})
+@inlined_jit(fastmath={"contract", "nsz"})
 def _cross_entropy_row(logits, grad, label, class_weight, smoothing, scale, needs_grad):
     """Write grad_logits of one row; return its loss, and which logit is the largest.
 
@@ -110,7 +110,7 @@ def _cross_entropy_row(logits, grad, label, class_weight, smoothing, scale, need
     return loss, best
 
 
-@jit
+@inlined_jit
 def _read_row(scratch, at, stride, panel, row):
     for j in range(0, row.size, panel):
         length = min(panel, row.size - j)
@@ -120,7 +120,7 @@ def _read_row(scratch, at, stride, panel, row):
             part[i] = source[i]
 
 
-@jit
+@inlined_jit
 def _write_row(row, scratch, at, stride, panel):
     for j in range(0, row.size, panel):
         length = min(panel, row.size - j)
@@ -130,14 +130,14 @@ def _write_row(row, scratch, at, stride, panel):
             target[i] = part[i]
 
 
-@jit
+@inlined_jit
 def _share_of_rows(count, thread, num_threads, lanes):
     """Return a thread's rows: whole blocks of lanes, as blocks are transposed whole."""
     start, stop = share((count + lanes - 1) // lanes, thread, num_threads)
     return start * lanes, min(stop * lanes, count)
 
 
-@jit
+@inlined_jit
 def _total_weight(labels, order, first, count, class_weight, ignore_index):
     """Return what the mean over a batch divides by: the sum of its rows' class weights."""
     total = 0.0
@@ -148,7 +148,7 @@ def _total_weight(labels, order, first, count, class_weight, ignore_index):
     return total
 
 
-@jit
+@linked_jit
 def _loss_rows(
     layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index, smoothing,
     order, first, count, rows, needs_grad, sums,
@@ -357,7 +357,7 @@ def run_epoch(
     return True
 
 
-@jit
+@inlined_jit
 def _read_panels(matrix, state, at, is_thin, panel):
     """Lay a weight, (M, K), out in panels."""
     width, depth = matrix.shape

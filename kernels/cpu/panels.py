@@ -25,7 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastdl.kernels.cpu.intrinsics import INTP, TILE, Vectors, call_of
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit
 
 # how many rows a tile may have besides TILE.rows; a remainder is made of these
 ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
@@ -39,7 +39,7 @@ _INT64 = ir.IntType(64)
 _BIT = ir.IntType(1)
 
 
-@jit
+@inlined_jit
 def panel_of(array):
     """Return how many elements of an array's dtype a row of a panel has."""
     return TILE.vectors * (TILE.vector_bytes // array.itemsize)
