@@ -35,7 +35,12 @@ from platformdirs import user_cache_path
 FASTMATH = frozenset({"reassoc", "contract", "nsz"})
 
 # Without no_cfunc_wrapper Numba compiles every kernel once more, as C would call it.
-_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": set(FASTMATH), "no_cfunc_wrapper": True}
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": set(FASTMATH),
+    "no_cfunc_wrapper": True,
+}
 
 _PACKAGE = Path(__file__).resolve().parent
 _KEPT_VERSIONS = 4
@@ -102,9 +107,10 @@ class _Cache:
     can each take the same number.
     """
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name: str, folder: Path, *, is_linked: bool):
         self._name = name
         self._folder = folder
+        self._is_linked = is_linked
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
@@ -122,22 +128,28 @@ class _Cache:
             raise RuntimeError(f"{self._name} holds an address, which means nothing to another process")
         declared = {function.name for function in compiled.library._final_module.functions}
         links = [link for symbol, link in _symbols.items() if symbol in declared]
+        (library, kind, (machine_code, bitcode)), *others = compiled._reduce()
+        if self._is_linked:
+            # nobody inlines it, and to read it at each start takes longer than to load the machine code
+            empty = compiled.library.codegen._create_empty_module(library)
+            bitcode = llvmlite.binding.parse_assembly(str(empty)).as_bitcode()
         path = self._path(sig, compiled.target_context)
         handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=path.stem, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(dumps((links, compiled._reduce())))
+            file.write(dumps((links, ((library, kind, (machine_code, bitcode)), *others))))
         os.replace(temporary, path)
 
     def _path(self, sig: Any, target_context: Any) -> Path:
         return self._folder / f"{self._name}-{_digest(sig, target_context.codegen().magic_tuple())}.nbc"
 
 
-def _dispatcher(function: Callable[..., Any], name: str, options: dict[str, Any]) -> Any:
+def _dispatcher(function: Callable[..., Any], options: dict[str, Any], *, is_linked: bool = False) -> Any:
     dispatcher = numba.njit(**(_OPTIONS | options))(function)
     folder = cache_folder()
     # an edit of a function from elsewhere, such as a test's, would not be noticed
     if folder is not None and function.__module__.startswith(f"{__package__}."):
-        dispatcher._cache = _Cache(name, folder)
+        name = f"{_name(function)}.linked" if is_linked else _name(function)
+        dispatcher._cache = _Cache(name, folder, is_linked=is_linked)
     return dispatcher
 
 
@@ -153,7 +165,7 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """
     if function is None:
         return lambda function: jit(function, **options)
-    return _dispatcher(function, _name(function), options)
+    return _dispatcher(function, options)
 
 
 def inlined_jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -181,8 +193,7 @@ class _Linked:
 
     @cached_property
     def _dispatcher(self) -> Any:
-        options = self._options | {"no_cpython_wrapper": True}
-        return _dispatcher(self._function, f"{self.name}.linked", options)
+        return _dispatcher(self._function, self._options | {"no_cpython_wrapper": True}, is_linked=True)
 
     def symbol(self, argument_types: tuple[Any, ...]) -> str:
         """Return the symbol for a signature; compile it, or load it from the disk, if it isn't there yet."""
@@ -190,7 +201,8 @@ class _Linked:
         if symbol not in _symbols:
             self._dispatcher.compile(argument_types)
             compiled = self._dispatcher.overloads[argument_types]
-            address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+            engine = compiled.library.codegen._engine
+            address = engine.get_function_address(compiled.fndesc.llvm_func_name)
             llvmlite.binding.add_symbol(symbol, address)
             _symbols[symbol] = self.name, argument_types
         return symbol
