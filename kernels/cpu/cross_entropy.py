@@ -15,7 +15,7 @@ from numba import prange
 
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
 from fastdl.kernels.cpu.reduction import MEAN, NONE, RUN, ordered_sum
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, jit
 
 # Without reassoc: it would turn (logit - greatest) - log_total into logit - (greatest + log_total), which
 # rounds log_total away where the logits are great.
@@ -25,7 +25,7 @@ _STABLE = {"contract", "nsz"}
 _COST = 4
 
 
-@jit
+@inlined_jit
 def _sum_of_row_weights(target, weight, num_classes, ignore_index):
     """Return the sum of the rows' weights and the first row whose label is no class, or -1."""
     total = 0.0
@@ -42,7 +42,7 @@ def _sum_of_row_weights(target, weight, num_classes, ignore_index):
     return total, -1
 
 
-@jit(fastmath=_STABLE)
+@inlined_jit(fastmath=_STABLE)
 def _rows(logits, target, weight, ignore_index, label_smoothing, scale, losses, grad_logits, start, stop):
     num_classes = logits.shape[1]
     zero = logits.dtype.type(0)
@@ -154,7 +154,7 @@ def cross_entropy_forward(
     return -1
 
 
-@jit
+@inlined_jit
 def _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, stop):
     for n in range(start, stop):
         factor = grad_loss[n if grad_loss.size > 1 else 0]

@@ -45,7 +45,7 @@ def panel_of(array):
     return TILE.vectors * (TILE.vector_bytes // array.itemsize)
 
 
-def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate):
+def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate, ways=(False, True)):
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
 
@@ -105,11 +105,19 @@ def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accu
             rows,
             ROW_COUNTS,
             lambda num_rows: vectors.choose(
-                down, [False, True], lambda is_down: write(num_vectors, num_rows, is_down)
+                down, ways, lambda is_down: write(num_vectors, num_rows, is_down)
             ),
         )
 
     vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
+
+
+def _multiply_panels_along(*arguments):
+    _multiply_panels(*arguments, ways=[False])
+
+
+def _multiply_panels_down(*arguments):
+    _multiply_panels(*arguments, ways=[True])
 
 
 def _multiply_nonzero(
@@ -199,7 +207,7 @@ def _dot_panels(vectors, output, a, a_panel, b, b_panel, panels, rows, cols):
     vectors.choose(rows, sorted({1, TILE.dot_rows}), write_cols)
 
 
-@intrinsic
+@intrinsic(prefer_literal=True)
 def multiply_panels(
     typing_context, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
 ):
@@ -209,9 +217,11 @@ def multiply_panels(
     are too, and a's next panel is a_run further; where it is true a's rows are the columns of one panel.
     ``rows`` is one of ``ROW_COUNTS``; of the columns, as many vectors are computed.
     """
-    return call_of(
-        _multiply_panels, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
-    )
+    # a constant, as it usually is, halves what there is to compile
+    write = _multiply_panels
+    if isinstance(down, types.BooleanLiteral):
+        write = _multiply_panels_down if down.literal_value else _multiply_panels_along
+    return call_of(write, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate)
 
 
 @intrinsic

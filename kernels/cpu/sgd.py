@@ -16,14 +16,14 @@ from numba import prange
 
 from fastdl.kernels.cpu.memory import array_at
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, jit
 
 # the columns of the table that tells the kernel where the parameters are
 PARAM, GRAD, BUFFER, SIZE, FIRST_STEP = 0, 1, 2, 3, 4
 NUM_COLUMNS = 5
 
 
-@jit
+@inlined_jit
 def _update(
     param, grad, buffer, first_step, lr, momentum, dampening, weight_decay, nesterov, maximize, start, stop
 ):
@@ -40,7 +40,7 @@ def _update(
         param[i] -= lr * step
 
 
-@jit
+@inlined_jit
 def _update_share(table, like, lr, momentum, dampening, weight_decay, nesterov, maximize, first, last):
     """Update the elements from first to last of all parameters laid end to end."""
     offset = 0
