@@ -11,9 +11,10 @@ import hashlib
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,25 @@ import llvmlite.binding
 import numba
 from numba import types
 from numba.core import cgutils
-from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile, _CacheLocator
+from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
-from numba.extending import lower_builtin
+from numba.extending import lower_builtin, register_jitable
 from platformdirs import user_cache_path
 
 # reassoc lets sums vectorise, contract allows fused multiply-add, nsz drops the sign of zero. NaN and inf
 # keep their meaning: the flags that would lose them (nnan, ninf) stay off.
 FASTMATH = frozenset({"reassoc", "contract", "nsz"})
+
+# Without no_cfunc_wrapper Numba compiles every kernel once more, as C would call it.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": set(FASTMATH),
+    "no_cfunc_wrapper": True,
+}
 
 _PACKAGE = Path(__file__).resolve().parent
 _KEPT_VERSIONS = 4
@@ -40,7 +50,8 @@ _KEPT_VERSIONS = 4
 def source_digest() -> str:
     """Return a digest of every source file under ``kernels/`` and of what else machine code depends on."""
     forced_width = os.environ.get("FASTDL_VECTOR_BITS", "")
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {forced_width}".encode())
+    versions = f"{numba.__version__} {llvmlite.__version__} {sys.implementation.cache_tag}"
+    digest = hashlib.sha256(f"{versions} {forced_width}".encode())
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())
         digest.update(path.read_bytes())
@@ -80,90 +91,70 @@ def _drop_old_versions(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _SignatureFiles(IndexDataCacheFile):
-    """One file per compiled signature, renamed into place, so that processes can start together.
-
-    Numba's own index file maps signatures to numbered files; two processes that compile different
-    signatures at once can each take the same number.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        self._folder = folder
-        self._name = name
-
-    def _path(self, key: Any) -> Path:
-        return self._folder / f"{self._name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}.nbc"
-
-    def load(self, key: Any) -> Any:
-        try:
-            return pickle.loads(self._path(key).read_bytes())
-        except (OSError, EOFError, pickle.UnpicklingError):
-            return None
-
-    def save(self, key: Any, data: Any) -> None:
-        path = self._path(key)
-        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(dumps(data))
-        os.replace(temporary, path)
-
-    def flush(self) -> None:
-        for path in self._folder.glob(f"{self._name}-*.nbc"):
-            path.unlink(missing_ok=True)
-
-
 def _name(function: Callable[..., Any]) -> str:
     return f"{function.__module__.rpartition('kernels.')[2]}.{function.__qualname__}"
 
 
-class _KernelLocator(_CacheLocator):
-    """Tells Numba's cache machinery where the kernels' folder is."""
-
-    @classmethod
-    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _KernelLocator:
-        return cls()
-
-    def get_cache_path(self) -> str:
-        return str(cache_folder())
-
-    def get_source_stamp(self) -> str:
-        return source_digest()
-
-    def get_disambiguator(self) -> str:
-        return ""
+def _digest(*key: object) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:20]
 
 
-class _KernelCacheImpl(CompileResultCacheImpl):
-    _locator_classes: list[type[object]] = [_KernelLocator]  # noqa: RUF012
+class _Cache:
+    """Keeps one kernel's machine code on disk; stands in a dispatcher for Numba's own cache.
 
+    There is a file for each signature, renamed into place, so that processes can start together: Numba's own
+    index file maps signatures to numbered files, and two processes that compile different signatures at once
+    can each take the same number.
+    """
 
-class _KernelCache(FunctionCache):
-    """Numba's function cache with fastdl's folder and files."""
-
-    _impl_class = _KernelCacheImpl
-
-    def __init__(self, py_func: Callable[..., Any], folder: Path):
-        super().__init__(py_func)
-        self._cache_file = _SignatureFiles(folder, _name(py_func))
+    def __init__(self, name: str, folder: Path, *, is_linked: bool):
+        self._name = name
+        self._folder = folder
+        self._is_linked = is_linked
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        links = self._cache_file.load(("links", sig))
-        if links is None:
+        try:
+            links, compiled = pickle.loads(self._path(sig, target_context).read_bytes())
+        except (OSError, EOFError, pickle.UnpicklingError):
             return None
+        # all that machine code needs of Numba; what Numba would load here as well, to compile, takes 0.4 s
+        rtsys.initialize(target_context)
         for name, argument_types in links:
             _linked[name].symbol(argument_types)
-        return super().load_overload(sig, target_context)
+        return CompileResult._rebuild(target_context, *compiled)
 
-    def save_overload(self, sig: Any, data: Any) -> None:
-        # links first: whoever finds the machine code must find what it calls
-        declared = {function.name for function in data.library._final_module.functions}
+    def save_overload(self, sig: Any, compiled: Any) -> None:
+        if compiled.library.has_dynamic_globals:
+            raise RuntimeError(f"{self._name} holds an address, which means nothing to another process")
+        declared = {function.name for function in compiled.library._final_module.functions}
         links = [link for symbol, link in _symbols.items() if symbol in declared]
-        self._cache_file.save(("links", sig), links)
-        super().save_overload(sig, data)
+        (library, kind, (machine_code, bitcode)), *others = compiled._reduce()
+        if self._is_linked:
+            # nobody inlines it, and to read it at each start takes longer than to load the machine code
+            empty = compiled.library.codegen._create_empty_module(library)
+            bitcode = llvmlite.binding.parse_assembly(str(empty)).as_bitcode()
+        path = self._path(sig, compiled.target_context)
+        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=path.stem, suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(dumps((links, ((library, kind, (machine_code, bitcode)), *others))))
+        os.replace(temporary, path)
+
+    def _path(self, sig: Any, target_context: Any) -> Path:
+        return self._folder / f"{self._name}-{_digest(sig, target_context.codegen().magic_tuple())}.nbc"
+
+
+def _dispatcher(function: Callable[..., Any], options: dict[str, Any], *, is_linked: bool = False) -> Any:
+    dispatcher = numba.njit(**(_OPTIONS | options))(function)
+    folder = cache_folder()
+    # an edit of a function from elsewhere, such as a test's, would not be noticed
+    if folder is not None and function.__module__.startswith(f"{__package__}."):
+        name = f"{_name(function)}.linked" if is_linked else _name(function)
+        dispatcher._cache = _Cache(name, folder, is_linked=is_linked)
+    return dispatcher
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """Compile a kernel at its first call, keep the machine code on disk, and release the GIL in it.
+    """Compile a kernel that Python calls: at its first call, kept on disk, with the GIL released.
 
     Parameters
     ----------
@@ -174,30 +165,44 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """
     if function is None:
         return lambda function: jit(function, **options)
-    dispatcher = numba.njit(nogil=True, error_model="numpy", **({"fastmath": set(FASTMATH)} | options))(
-        function
-    )
-    folder = cache_folder()
-    if folder is not None:
-        dispatcher._cache = _KernelCache(function, folder)
-    return dispatcher
+    return _dispatcher(function, options)
+
+
+def inlined_jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """Compile a function as a part of each kernel that calls it; called from Python, it runs as Python.
+
+    This is for the small ones, which the kernels that call them are quicker for.
+    """
+    if function is None:
+        return lambda function: inlined_jit(function, **options)
+    return register_jitable(**(_OPTIONS | options))(function)
 
 
 class _Linked:
     """A kernel's machine code, for each signature once, under a symbol that other kernels call it by."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]):
-        self.dispatcher = jit(function, **options)
         self.name = _name(function)
+        self._function = function
+        self._options = options
+
+    @cached_property
+    def from_python(self) -> Any:
+        """What Python calls."""
+        return jit(self._function, **self._options)
+
+    @cached_property
+    def _dispatcher(self) -> Any:
+        return _dispatcher(self._function, self._options | {"no_cpython_wrapper": True}, is_linked=True)
 
     def symbol(self, argument_types: tuple[Any, ...]) -> str:
         """Return the symbol for a signature; compile it, or load it from the disk, if it isn't there yet."""
-        digest = hashlib.sha256(repr(argument_types).encode()).hexdigest()[:20]
-        symbol = f"fastdl.{self.name}.{digest}"
+        symbol = f"fastdl.{self.name}.{_digest(argument_types)}"
         if symbol not in _symbols:
-            self.dispatcher.compile(argument_types)
-            compiled = self.dispatcher.overloads[argument_types]
-            address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+            self._dispatcher.compile(argument_types)
+            compiled = self._dispatcher.overloads[argument_types]
+            engine = compiled.library.codegen._engine
+            address = engine.get_function_address(compiled.fndesc.llvm_func_name)
             llvmlite.binding.add_symbol(symbol, address)
             _symbols[symbol] = self.name, argument_types
         return symbol
@@ -208,7 +213,7 @@ _symbols: dict[str, tuple[str, tuple[Any, ...]]] = {}
 
 
 def linked_jit(function: Callable[..., None] | None = None, **options: Any) -> Any:
-    """Compile a kernel that returns nothing as ``jit`` does, but never as a part of the kernels that call it.
+    """Compile a function that returns nothing once, whatever number of kernels call it.
 
     Numba copies the code of all that a function calls into the function, and compiles the copy: a kernel
     that has a serial and a parallel branch compiles a helper four times. This is for the large ones.
@@ -220,7 +225,7 @@ def linked_jit(function: Callable[..., None] | None = None, **options: Any) -> A
 
     @wraps(function)
     def call(*arguments: Any) -> None:
-        linked.dispatcher(*arguments)
+        linked.from_python(*arguments)
 
     class _Template(AbstractTemplate):
         key = call

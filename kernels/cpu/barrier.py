@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit
 
 # 64-bit words between the counters that threads write, so that none shares a cache line with another
 LINE = 8
@@ -55,7 +55,7 @@ def _yield_core(typing_context):
     return types.void(), generate
 
 
-@jit
+@inlined_jit
 def wait(counters, num_threads, passed):
     """Return when all threads have called this for the same time.
 

@@ -16,7 +16,7 @@ from numba import prange
 from fastdl.kernels.cpu.exp import exp
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
 from fastdl.kernels.cpu.reduction import MEAN, NONE, RUN, ordered_sum
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 
 # Without reassoc: it would turn (logit - greatest) - log_total into logit - (greatest + log_total), which
 # rounds log_total away where the logits are great.
@@ -33,7 +33,7 @@ _BLOCK_NUMBERS = 1 << 15
 ROW_SUMS = 3
 
 
-@jit
+@inlined_jit
 def _sum_of_row_weights(target, weight, num_classes, ignore_index):
     """Return the sum of the rows' weights and the first row whose label is no class, or -1."""
     total = 0.0
@@ -50,13 +50,13 @@ def _sum_of_row_weights(target, weight, num_classes, ignore_index):
     return total, -1
 
 
-@jit
+@inlined_jit
 def block_rows(num_classes):
     """Return how many rows ``cross_entropy_block`` does at once: as many as stay in L1 or L2."""
     return max(_LEAST_BLOCK, min(_BLOCK, _BLOCK_NUMBERS // max(num_classes, 1)))
 
 
-@jit
+@inlined_jit
 def read_block(source, at, panel, panel_stride, count, columns):
     """Copy rows of logits to columns, class by class.
 
@@ -70,7 +70,7 @@ def read_block(source, at, panel, panel_stride, count, columns):
             column[n] = source[first + n * panel]
 
 
-@jit
+@inlined_jit
 def write_block(columns, count, target, at, panel, panel_stride):
     """Copy columns back to rows, which lie as in ``read_block``."""
     for c in range(columns.shape[0] - ROW_SUMS):
@@ -80,7 +80,7 @@ def write_block(columns, count, target, at, panel, panel_stride):
             target[first + n * panel] = column[n]
 
 
-@jit(fastmath=_STABLE)
+@linked_jit(fastmath=_STABLE)
 def cross_entropy_block(
     columns, count, target, weight, ignore_index, label_smoothing, scale, losses, best, needs_grad
 ):
@@ -115,7 +115,8 @@ def cross_entropy_block(
     # 1: the greatest logit, so that no exponential overflows; a NaN makes its row NaN by its own exponential
     for n in range(count):
         greatest[n] = columns[0, n]
-    best[:] = 0
+    for n in range(best.size):
+        best[n] = 0
     for c in range(1, num_classes):
         logits = columns[c]
         if best.size > 0:
@@ -177,7 +178,7 @@ def cross_entropy_block(
             columns[label, n] -= scale * factor[n]
 
 
-@jit
+@inlined_jit
 def _rows(logits, target, weight, ignore_index, label_smoothing, scale, losses, grad_logits, start, stop):
     num_classes = logits.shape[1]
     block = block_rows(num_classes)
@@ -245,7 +246,7 @@ def cross_entropy_forward(
     return -1
 
 
-@jit
+@inlined_jit
 def _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, stop):
     for n in range(start, stop):
         factor = grad_loss[n if grad_loss.size > 1 else 0]

@@ -32,7 +32,7 @@ from fastdl.kernels.cpu.panels import (
     widen_panel,
 )
 from fastdl.kernels.cpu.sgd import update
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, linked_jit
 
 # the columns of the table of layers
 (
@@ -61,14 +61,14 @@ _VECTORS = TILE.vectors
 _CACHE_LINE = 64
 
 
-@jit
+@inlined_jit
 def _used_vectors(columns, panel):
     """Return how many vectors of a panel are used, where columns are left."""
     lanes = panel // _VECTORS
     return min(_VECTORS, (columns + lanes - 1) // lanes)
 
 
-@jit
+@inlined_jit
 def _add_bias(scratch, at, count, panel, state, bias_at, scale, relu):
     """Turn sums into outputs: ``scale * sum + bias``, then ReLU; NaN stays NaN."""
     outputs = scratch[at : at + count * panel]
@@ -82,7 +82,7 @@ def _add_bias(scratch, at, count, panel, state, bias_at, scale, relu):
             row[i] = low if value <= low else value
 
 
-@jit
+@linked_jit
 def forward(layers, layer, source, source_at, stride, state, scratch, rows, panels, scale):
     """Write some rows, and panels of columns, of a layer's output.
 
@@ -125,7 +125,7 @@ def forward(layers, layer, source, source_at, stride, state, scratch, rows, pane
             _add_bias(scratch, at, block_stop - block, panel, state, bias + j * panel, scale, relu)
 
 
-@jit
+@linked_jit
 def forward_nonzero(layers, values, masks, words, stride, state, scratch, rows, panels, scale):
     """Write some rows, and panels, of the first layer's output, skipping what is 0 in its input.
 
@@ -154,7 +154,7 @@ def forward_nonzero(layers, values, masks, words, stride, state, scratch, rows, 
         _add_bias(scratch, at, rows[1] - rows[0], panel, state, bias + j * panel, scale, relu)
 
 
-@jit
+@inlined_jit
 def _long_row(panels):
     """Return the most panels, of those left, that one row of multiply_nonzero takes."""
     for count in _LONG_ROWS:
@@ -163,7 +163,7 @@ def _long_row(panels):
     return 1
 
 
-@jit
+@inlined_jit
 def _close(scratch, grad_at, output_at, count):
     """Set a gradient to 0 where the output of its ReLU is 0 or less; a NaN output lets it pass."""
     grad = scratch[grad_at : grad_at + count]
@@ -175,7 +175,7 @@ def _close(scratch, grad_at, output_at, count):
         grad[i] = zero if output[i] <= zero else value
 
 
-@jit
+@inlined_jit
 def _transpose_panels(
     source, source_at, source_panel, target, target_at, target_panel, rows, columns, lanes, panel
 ):
@@ -188,7 +188,7 @@ def _transpose_panels(
             )  # fmt: skip
 
 
-@jit
+@linked_jit
 def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
     """Write some rows, and panels, of the gradient of the layer before.
 
@@ -258,7 +258,7 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
                 _close(scratch, before + at, output + at, count * panel)
 
 
-@jit
+@inlined_jit
 def update_part(state, at, buffer_at, is_fresh, options, scratch, grad_at, count, scale):
     """Do the SGD update of some parameters that lie side by side; their gradient is scale times scratch."""
     update(
@@ -271,7 +271,7 @@ def update_part(state, at, buffer_at, is_fresh, options, scratch, grad_at, count
     )  # fmt: skip
 
 
-@jit
+@linked_jit
 def backward_weight(
     layers, layer, source, source_at, stride, state, scratch, work, count, panels, groups, is_first, scale
 ):
@@ -335,7 +335,7 @@ def backward_weight(
                     )  # fmt: skip
 
 
-@jit
+@linked_jit
 def backward_weight_nonzero(
     layers,
     values,
@@ -392,7 +392,7 @@ def backward_weight_nonzero(
         j += used
 
 
-@jit
+@linked_jit
 def backward_bias(layers, layer, stride, state, scratch, work, count, panels, groups, is_first):
     """Update some panels of a layer's bias."""
     if layers[layer, BIAS_GROUP] == NO_GROUP:
@@ -415,44 +415,45 @@ def backward_bias(layers, layer, stride, state, scratch, work, count, panels, gr
         )  # fmt: skip
 
 
-@jit
+@linked_jit
 def gather(X, order, first, rows, words, values, masks):
     """Copy examples, each to a row of ``words * WORD`` numbers, and mark which aren't 0."""
     num_inputs = X.shape[1]
     for n in range(rows[0], rows[1]):
         at = n * words * WORD
-        values[at : at + num_inputs] = X[order[first + n]]
+        example, row = X[order[first + n]], values[at : at + num_inputs]
+        # row[:] = example would compile how Numba writes an error about shapes, for 5 s
+        for i in range(num_inputs):
+            row[i] = example[i]
         for word in range(words):
             masks[n * words + word] = mask_of_nonzero(values, at + word * WORD, WORD)
 
 
-@jit
+@linked_jit
 def gather_panels(X, order, first, rows, stride, scratch, at):
     """Copy examples to panels in the dtype of scratch."""
     num_inputs = X.shape[1]
     panel = panel_of(scratch)
-    examples = X.reshape(-1)
     whole = num_inputs // panel
     for n in range(rows[0], rows[1]):
         example = order[first + n] * num_inputs
         for j in range(whole):
-            widen_panel(examples, example + j * panel, scratch, at + (j * stride + n) * panel)
+            widen_panel(X, example + j * panel, scratch, at + (j * stride + n) * panel)
         for i in range(whole * panel, num_inputs):
-            scratch[at + (whole * stride + n) * panel + i - whole * panel] = examples[example + i]
+            scratch[at + (whole * stride + n) * panel + i - whole * panel] = X[order[first + n], i]
 
 
-@jit
+@inlined_jit
 def prefetch_examples(X, order, start, stop):
     """Ask for examples that are soon to be gathered: they lie anywhere in memory."""
     bytes_of_one = X.shape[1] * X.itemsize
-    examples = X.reshape(-1)
     for n in range(start, min(stop, order.size)):
         example = order[n] * X.shape[1]
         for at in range(0, bytes_of_one, _CACHE_LINE):
-            prefetch(examples, example + at // X.itemsize)
+            prefetch(X, example + at // X.itemsize)
 
 
-@jit
+@inlined_jit
 def _transpose_bytes_of(values, row_words, inputs, count, target, words):
     for k in range(inputs[0], inputs[1], 16):
         for n in range(0, count, 16):
@@ -462,7 +463,7 @@ def _transpose_bytes_of(values, row_words, inputs, count, target, words):
             )  # fmt: skip
 
 
-@jit
+@inlined_jit
 def _transpose_floats_of(values, row_words, inputs, count, target, words):
     lanes = panel_of(values) // _VECTORS
     for k in range(inputs[0], inputs[1], lanes):
@@ -487,7 +488,7 @@ def _choose_transpose_of(values, row_words, inputs, count, target, words):
     return call
 
 
-@jit
+@linked_jit
 def transpose_examples(values, row_words, inputs, count, target, words, masks):
     """Write, for some inputs, a row of all count examples' numbers, and mark which aren't 0.
 

@@ -49,7 +49,7 @@ from fastdl.kernels.cpu.dense import (
 from fastdl.kernels.cpu.intrinsics import TILE
 from fastdl.kernels.cpu.panels import WORD, panel_of
 from fastdl.kernels.cpu.parallel import share
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
 # what counters says: arrivals at the barrier; whether to stop, asked from outside; whether all threads stop;
@@ -68,7 +68,7 @@ _ASKING_PANELS = 2
 _VECTORS = TILE.vectors
 
 
-@jit
+@inlined_jit
 def _read_row(scratch, at, stride, panel, row):
     for j in range(0, row.size, panel):
         length = min(panel, row.size - j)
@@ -78,7 +78,7 @@ def _read_row(scratch, at, stride, panel, row):
             part[i] = source[i]
 
 
-@jit
+@inlined_jit
 def _write_row(row, scratch, at, stride, panel):
     for j in range(0, row.size, panel):
         length = min(panel, row.size - j)
@@ -88,14 +88,14 @@ def _write_row(row, scratch, at, stride, panel):
             target[i] = part[i]
 
 
-@jit
+@inlined_jit
 def _share_of_rows(count, thread, num_threads, lanes):
     """Return a thread's rows: whole blocks of lanes, as blocks are transposed whole."""
     start, stop = share((count + lanes - 1) // lanes, thread, num_threads)
     return start * lanes, min(stop * lanes, count)
 
 
-@jit
+@inlined_jit
 def _total_weight(labels, order, first, count, class_weight, ignore_index):
     """Return what the mean over a batch divides by: the sum of its rows' class weights."""
     total = 0.0
@@ -106,7 +106,7 @@ def _total_weight(labels, order, first, count, class_weight, ignore_index):
     return total
 
 
-@jit
+@linked_jit
 def _loss_rows(
     layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index, smoothing,
     order, first, count, rows, needs_grad, sums,
@@ -311,7 +311,7 @@ def run_epoch(
     return True
 
 
-@jit
+@inlined_jit
 def _read_panels(matrix, state, at, is_thin, panel):
     """Lay a weight, (M, K), out in panels."""
     width, depth = matrix.shape

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit
 
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts; the first has 9 bits, so that n times it is exact
@@ -50,7 +50,7 @@ def _power_of_two(typing_context, exponent):
     return types.float32(types.int32), generate
 
 
-@jit(fastmath={"contract"})
+@inlined_jit(fastmath={"contract"})
 def exp_float32(x):
     """Return exp(x) of a float32, at most 2 units in the last place off; NaN stays NaN."""
     # NaN compares as false both times, so it stays

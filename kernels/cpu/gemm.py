@@ -45,7 +45,7 @@ from fastdl.kernels.cpu.intrinsics import (
 )
 from fastdl.kernels.cpu.panels import multiply_packed, pack_panel, panel_of, panels_of, tile_height
 from fastdl.kernels.cpu.parallel import share
-from fastdl.kernels.jit import jit, linked_jit
+from fastdl.kernels.jit import inlined_jit, linked_jit
 
 # What is packed at a time: so many bytes of a panel of b, which stay in L1 (a step of its depth is one row of
 # the panel); so many rows of a, which stay in L2; and so many columns of b.
@@ -250,7 +250,7 @@ def _multiply_dots(a, b, bias, relu, product, rows, cols):
                 )  # fmt: skip
 
 
-@jit
+@inlined_jit
 def _prefers_dots(rows, cols, depth, lanes):
     """Return whether ``a @ b.T`` takes less time as dot products than packed."""
     vectors = (cols + lanes - 1) // lanes
@@ -258,7 +258,7 @@ def _prefers_dots(rows, cols, depth, lanes):
     return rows * cols * (depth / lanes + SUM_LANES_CYCLES) < packed
 
 
-@jit
+@inlined_jit
 def _block(shape, thread, num_threads):
     """Return a thread's rows and columns: all of the one, a share of the other."""
     rows, cols = shape
@@ -269,7 +269,7 @@ def _block(shape, thread, num_threads):
     return (0, rows), (min(start * LINE, cols), min(stop * LINE, cols))
 
 
-@jit
+@linked_jit
 def _part(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, sums, thread, num_threads):
     """Do one thread's part of ``gemm``."""
     lanes = TILE.vector_bytes // a.itemsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import carray, types
 from numba.extending import intrinsic
 
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit
 
 
 @intrinsic
@@ -18,7 +18,7 @@ def _pointer(typing_context, address, dtype):
     return types.CPointer(dtype.dtype)(types.intp, dtype), generate
 
 
-@jit
+@inlined_jit
 def array_at(address, shape, dtype):
     """Return the C-contiguous array of a shape and dtype whose first element is at the address."""
     return carray(_pointer(address, dtype), shape)

@@ -10,17 +10,17 @@ from numba import prange
 
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
 from fastdl.kernels.cpu.reduction import BLOCK, MEAN, NONE, ordered_sum
-from fastdl.kernels.jit import jit, linked_jit
+from fastdl.kernels.jit import inlined_jit, linked_jit
 
 
-@jit
+@inlined_jit
 def _elements(input, target, loss, start, stop):
     for i in range(start, stop):
         difference = input[i] - target[i]
         loss[i] = difference * difference
 
 
-@jit
+@inlined_jit
 def _block_sums(input, target, sums, start, stop):
     for block in range(start, stop):
         total = 0.0
@@ -54,7 +54,7 @@ def mse_loss_forward(input, target, reduction, loss, num_threads):
     loss[0] = total / input.size if reduction == MEAN else total
 
 
-@jit
+@inlined_jit
 def _backward(grad_loss, input, target, factor, grad_input, start, stop):
     for i in range(start, stop):
         upstream = grad_loss[i if grad_loss.size > 1 else 0]

@@ -24,7 +24,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, Vectors, call_of, write_prefetch
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit
 
 # How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b
 # that are as long must fit L1.
@@ -37,19 +37,19 @@ _INT64 = ir.IntType(64)
 _BIT = ir.IntType(1)
 
 
-@jit
+@inlined_jit
 def panel_of(array):
     """Return how many elements of an array's dtype a row of a panel has."""
     return TILE.vectors * (TILE.vector_bytes // array.itemsize)
 
 
-@jit
+@inlined_jit
 def panels_of(columns, panel):
     """Return how many panels so many columns take."""
     return (columns + panel - 1) // panel
 
 
-@jit
+@inlined_jit
 def tile_height(rows):
     """Return the most rows, of those left, that one tile takes."""
     for count in _ROW_COUNTS:
@@ -100,22 +100,22 @@ def _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vect
     return vectors.loop(depth, panel, [a, b, *sums], run)[2:]
 
 
-def _choose_tile(vectors, used, rows, down, write):
-    """Write ``write(num_vectors, num_rows, is_down)`` for each shape that a tile may have."""
+def _choose_tile(vectors, used, rows, down, ways, write):
+    """Write ``write(num_vectors, num_rows, is_down)`` for each shape that a tile may have, and way of a."""
 
     def write_rows(num_vectors):
         return vectors.choose(
             rows,
             ROW_COUNTS,
             lambda num_rows: vectors.choose(
-                down, [False, True], lambda is_down: write(num_vectors, num_rows, is_down)
+                down, ways, lambda is_down: write(num_vectors, num_rows, is_down)
             ),
         )
 
     vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
 
 
-def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate):
+def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate, ways=(False, True)):
     panel = TILE.vectors * vectors.width
 
     def write(num_vectors, num_rows, is_down):
@@ -134,7 +134,15 @@ def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accu
             vectors.store(total, place)
         return []
 
-    _choose_tile(vectors, used, rows, down, write)
+    _choose_tile(vectors, used, rows, down, ways, write)
+
+
+def _multiply_panels_along(*arguments):
+    _multiply_panels(*arguments, ways=[False])
+
+
+def _multiply_panels_down(*arguments):
+    _multiply_panels(*arguments, ways=[True])
 
 
 def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, rows, cols, bias, start, relu):
@@ -148,7 +156,7 @@ def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, r
         tile.write(sums, bias, start, relu)
         return []
 
-    _choose_tile(vectors, used, rows, down, write)
+    _choose_tile(vectors, used, rows, down, [False, True], write)
 
 
 def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
@@ -266,7 +274,7 @@ def _dot_panels(vectors, output, a, a_panel, b, b_panel, panels, rows, cols):
     vectors.choose(rows, sorted({1, TILE.dot_rows}), write_cols)
 
 
-@intrinsic
+@intrinsic(prefer_literal=True)
 def multiply_panels(
     typing_context, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
 ):
@@ -276,9 +284,11 @@ def multiply_panels(
     are too, and a's next panel is a_run further; where it is true a's rows are the columns of one panel.
     ``rows`` is one of ``ROW_COUNTS``; of the columns, as many vectors are computed.
     """
-    return call_of(
-        _multiply_panels, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
-    )
+    # a constant, as it usually is, halves what there is to compile
+    write = _multiply_panels
+    if isinstance(down, types.BooleanLiteral):
+        write = _multiply_panels_down if down.literal_value else _multiply_panels_along
+    return call_of(write, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate)
 
 
 @intrinsic

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit
 
 # the codes by which a kernel is told the reduction
 NONE, MEAN, SUM = 0, 1, 2
@@ -13,7 +13,7 @@ BLOCK = 4096
 RUN = 128
 
 
-@jit
+@inlined_jit
 def ordered_sum(values):
     """Return the sum of values (n,), in float64, of partial sums over short runs.
 

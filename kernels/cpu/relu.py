@@ -5,10 +5,10 @@ from __future__ import annotations
 from numba import prange
 
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
-from fastdl.kernels.jit import jit, linked_jit
+from fastdl.kernels.jit import inlined_jit, linked_jit
 
 
-@jit
+@inlined_jit
 def _forward(input, output, start, stop):
     zero = input.dtype.type(0)
     for i in range(start, stop):
@@ -28,7 +28,7 @@ def relu_forward(input, output, num_threads):
             _forward(input, output, start, stop)
 
 
-@jit
+@inlined_jit
 def _backward(grad_output, output, grad_input, start, stop):
     zero = output.dtype.type(0)
     for i in range(start, stop):

@@ -16,7 +16,7 @@ from numba import prange
 
 from fastdl.kernels.cpu.memory import array_at
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 
 # the columns of the table that tells the kernel where the parameters are
 PARAM, GRAD, BUFFER, SIZE, FIRST_STEP = 0, 1, 2, 3, 4
@@ -25,7 +25,7 @@ NUM_COLUMNS = 5
 BLOCK = 2048
 
 
-@jit
+@linked_jit
 def update(param, grad, scale, buffer, is_fresh, lr, momentum, dampening, weight_decay, nesterov):
     """Update parameters that lie side by side, in place.
 
@@ -75,7 +75,7 @@ def update(param, grad, scale, buffer, is_fresh, lr, momentum, dampening, weight
             param[i] -= lr * (scale * grad[i] + momentum * buffer[i])
 
 
-@jit
+@inlined_jit
 def _update_share(table, like, lr, momentum, dampening, weight_decay, nesterov, maximize, first, last):
     """Update the elements from first to last of all parameters laid end to end."""
     offset, itemsize = 0, like.itemsize

@@ -27,13 +27,13 @@ from fastdl.kernels.cpu.dense import (
     WEIGHT_IS_FRESH,
     update_part,
 )
-from fastdl.kernels.jit import jit
+from fastdl.kernels.jit import inlined_jit, jit
 
 # so many inputs at most; the first ones are held in registers
 MAX_INPUTS = 4
 
 
-@jit
+@inlined_jit
 def _is_plain(options):
     """Return whether the update is ``param -= lr * grad``."""
     return options[MOMENTUM] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
