@@ -32,6 +32,8 @@ _SAMPLE = 1024
 _PATIENCE = 0.05
 # the options of a parameter group, in the order of the kernels' table
 _OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+# rows of memory between a panel's last row and the next panel
+_PANEL_GAP = 5
 # bytes of a cache line: everything begins at the start of one
 _LINE = 64
 
@@ -149,7 +151,9 @@ class Program:
         dense, epoch = self._kernels.dense, self._kernels.epoch
         lowered, panel = self._lowered, self._panel()
         itemsize = self._dtype.itemsize
-        stride = -(-max(self._batch_size, self._evaluation_rows) // 16) * 16
+        rows = -(-max(self._batch_size, self._evaluation_rows) // 16) * 16
+        # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
+        stride = rows + _PANEL_GAP
         state, scratch = _Layout(itemsize), _Layout(itemsize)
         layers = np.zeros((len(lowered.layers), dense.NUM_COLUMNS), np.int64)
         widest = 0
@@ -172,9 +176,11 @@ class Program:
             widest = max(widest, padded_depth, padded_width)
         num_inputs = int(X.shape[1])
         input_at = 0
-        if not self._nonzero:
+        # a thin layer reads bytes as they are, for a quarter of the memory
+        self._reads_bytes = not self._nonzero and X.dtype == np.uint8 and bool(layers[0, dense.IS_THIN])
+        if not self._nonzero and not self._reads_bytes:
             input_at = scratch.place(-(-num_inputs // panel) * panel * stride)
-        own = self._own_memory(layers, stride, panel)
+        own = self._own_memory(layers, rows, panel)
         work = scratch.place(0)
         for _ in range(self._num_threads):
             scratch.place(own)
@@ -183,12 +189,15 @@ class Program:
         self._layers = layers
         self._state = _aligned(state.size, self._dtype)
         self._scratch = _aligned(scratch.size, self._dtype)
-        words, batch_words = (-(-size // self._kernels.panels.WORD) for size in (num_inputs, stride))
+        words, batch_words = (-(-size // self._kernels.panels.WORD) for size in (num_inputs, rows))
         self._places = (stride, input_at, work, -(-own // 16) * 16, batch_words)
         kind = X.dtype
-        word, examples = self._kernels.panels.WORD, stride if self._nonzero else 0
+        word, examples = self._kernels.panels.WORD, rows if self._nonzero else 0
         own_inputs = -(-num_inputs // (panel * self._num_threads)) * panel + 16 if self._nonzero else 0
-        self._values = _aligned((examples + 1) * words * word, kind)
+        num_values = (examples + 1) * words * word
+        if self._reads_bytes:
+            num_values = -(-num_inputs // panel) * panel * stride
+        self._values = _aligned(num_values, kind)
         self._masks = _aligned(examples * words, np.int64)
         self._transposed = _aligned(self._num_threads * own_inputs * batch_words * word, kind).reshape(
             self._num_threads, -1
@@ -200,10 +209,10 @@ class Program:
         self._counters = _aligned(epoch.NUM_COUNTERS, np.int64)
         self._sums = _aligned(self._num_threads * epoch.NUM_SUMS, np.float64).reshape(self._num_threads, -1)
 
-    def _own_memory(self, layers: NDArray[Any], stride: int, panel: int) -> int:
+    def _own_memory(self, layers: NDArray[Any], rows: int, panel: int) -> int:
         """Return how much memory of its own a thread needs, in elements."""
         dense = self._kernels.dense
-        rows = -(-stride // panel) * panel + panel
+        rows = -(-rows // panel) * panel + panel
         most = 0
         for index, row in enumerate(layers):
             depth, width = (
@@ -346,12 +355,15 @@ class Program:
             )  # fmt: skip
             return Scores(float(self._sums[0, kernels.LOSS]) / len(order))
         self._counters[:] = 0
+        input_mode = kernels.NONZERO if self._nonzero else kernels.DENSE
+        if self._reads_bytes:
+            input_mode = kernels.BYTES
 
         def run(thread: int) -> None:
             kernels.run_epoch(
                 thread, self._num_threads, self._counters, self._layers, self._groups,
                 self._state, self._scratch, self._places,
-                X, kernels.NONZERO if self._nonzero else kernels.DENSE, self._input_scale,
+                X, input_mode, self._input_scale,
                 self._values, self._masks, self._transposed, self._transposed_masks, array(order),
                 batch_size, trains and self._by_columns,
                 kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,

@@ -20,6 +20,7 @@ from fastdl.kernels.cpu.intrinsics import TILE, transpose_block
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     WORD,
+    copy_panel,
     dot_panels,
     mask_of_nonzero,
     multiply_nonzero,
@@ -83,6 +84,26 @@ def _add_bias(scratch, at, count, panel, state, bias_at, scale, relu):
 
 
 @linked_jit
+def forward_thin(layers, layer, source, source_at, stride, state, scratch, rows, scale):
+    """Do what ``forward`` does for a layer of few outputs; source may be of bytes."""
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    relu = layers[layer, HAS_RELU] == 1
+    output, weight, bias = layers[layer, OUTPUT], layers[layer, WEIGHT], layers[layer, BIAS]
+    panel = panel_of(scratch)
+    row = rows[0]
+    while row < rows[1]:
+        height = _DOT_ROWS if row + _DOT_ROWS <= rows[1] else 1
+        for col in range(0, width, _DOT_COLS):
+            dot_panels(
+                scratch, output + row * panel + col, source, source_at + row * panel, stride * panel,
+                state, weight + col * panel, width * panel,
+                panels_of(depth, panel), height, min(_DOT_COLS, width - col),
+            )  # fmt: skip
+        row += height
+    _add_bias(scratch, output + rows[0] * panel, rows[1] - rows[0], panel, state, bias, scale, relu)
+
+
+@linked_jit
 def forward(layers, layer, source, source_at, stride, state, scratch, rows, panels, scale):
     """Write some rows, and panels of columns, of a layer's output.
 
@@ -93,17 +114,7 @@ def forward(layers, layer, source, source_at, stride, state, scratch, rows, pane
     output, weight, bias = layers[layer, OUTPUT], layers[layer, WEIGHT], layers[layer, BIAS]
     panel = panel_of(scratch)
     if layers[layer, IS_THIN]:
-        row = rows[0]
-        while row < rows[1]:
-            height = _DOT_ROWS if row + _DOT_ROWS <= rows[1] else 1
-            for col in range(0, width, _DOT_COLS):
-                dot_panels(
-                    scratch, output + row * panel + col, source, source_at + row * panel, stride * panel,
-                    state, weight + col * panel, width * panel,
-                    panels_of(depth, panel), height, min(_DOT_COLS, width - col),
-                )  # fmt: skip
-            row += height
-        _add_bias(scratch, output + rows[0] * panel, rows[1] - rows[0], panel, state, bias, scale, relu)
+        forward_thin(layers, layer, source, source_at, stride, state, scratch, rows, scale)
         return
     for block in range(rows[0], rows[1], BLOCK_ROWS):
         block_stop = min(block + BLOCK_ROWS, rows[1])
@@ -272,6 +283,33 @@ def update_part(state, at, buffer_at, is_fresh, options, scratch, grad_at, count
 
 
 @linked_jit
+def backward_weight_thin(
+    layers, layer, source, source_at, stride, state, scratch, work, count, panels, groups, is_first, scale
+):
+    """Do what ``backward_weight`` does for a layer of few outputs; source may be of bytes."""
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    weight, buffer, grad = layers[layer, WEIGHT], layers[layer, WEIGHT_BUFFER], layers[layer, GRAD]
+    is_fresh = is_first and layers[layer, WEIGHT_IS_FRESH] == 1
+    options = groups[layers[layer, WEIGHT_GROUP]]
+    panel = panel_of(scratch)
+    for p in range(panels[0], panels[1]):
+        for first in range(0, count, BLOCK_DEPTH):
+            row = 0
+            while row < width:
+                height = tile_height(width - row)
+                multiply_panels(
+                    scratch, work + row * panel,
+                    scratch, grad + first * panel + row, 0, True,
+                    source, source_at + (p * stride + first) * panel,
+                    min(BLOCK_DEPTH, count - first), height, _used_vectors(depth - p * panel, panel),
+                    first > 0,
+                )  # fmt: skip
+                row += height
+        at = p * width * panel
+        update_part(state, weight + at, buffer + at, is_fresh, options, scratch, work, width * panel, scale)
+
+
+@linked_jit
 def backward_weight(
     layers, layer, source, source_at, stride, state, scratch, work, count, panels, groups, is_first, scale
 ):
@@ -282,23 +320,10 @@ def backward_weight(
     options = groups[layers[layer, WEIGHT_GROUP]]
     panel = panel_of(scratch)
     if layers[layer, IS_THIN]:
-        for p in range(panels[0], panels[1]):
-            for first in range(0, count, BLOCK_DEPTH):
-                row = 0
-                while row < width:
-                    height = tile_height(width - row)
-                    multiply_panels(
-                        scratch, work + row * panel,
-                        scratch, grad + first * panel + row, 0, True,
-                        source, source_at + (p * stride + first) * panel,
-                        min(BLOCK_DEPTH, count - first), height, _used_vectors(depth - p * panel, panel),
-                        first > 0,
-                    )  # fmt: skip
-                    row += height
-            at = p * width * panel
-            update_part(
-                state, weight + at, buffer + at, is_fresh, options, scratch, work, width * panel, scale
-            )
+        backward_weight_thin(
+            layers, layer, source, source_at, stride, state, scratch, work, count, panels, groups, is_first,
+            scale,
+        )  # fmt: skip
         return
     group = max(1, BLOCK_INPUTS // panel)
     columns = max(1, BLOCK_COLUMNS // panel)
@@ -441,6 +466,20 @@ def gather_panels(X, order, first, rows, stride, scratch, at):
             widen_panel(X, example + j * panel, scratch, at + (j * stride + n) * panel)
         for i in range(whole * panel, num_inputs):
             scratch[at + (whole * stride + n) * panel + i - whole * panel] = X[order[first + n], i]
+
+
+@linked_jit
+def gather_bytes(X, order, first, rows, stride, like, target):
+    """Copy examples to panels as they are; the panels are as wide as the dtype of like makes them."""
+    num_inputs = X.shape[1]
+    panel = panel_of(like)
+    whole = num_inputs // panel
+    for n in range(rows[0], rows[1]):
+        example = order[first + n] * num_inputs
+        for j in range(whole):
+            copy_panel(X, example + j * panel, target, (j * stride + n) * panel, like)
+        for i in range(whole * panel, num_inputs):
+            target[(whole * stride + n) * panel + i - whole * panel] = X[order[first + n], i]
 
 
 @inlined_jit

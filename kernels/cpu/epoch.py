@@ -38,9 +38,12 @@ from fastdl.kernels.cpu.dense import (
     backward_data,
     backward_weight,
     backward_weight_nonzero,
+    backward_weight_thin,
     forward,
     forward_nonzero,
+    forward_thin,
     gather,
+    gather_bytes,
     gather_panels,
     panels_of,
     prefetch_examples,
@@ -60,8 +63,8 @@ NUM_COUNTERS = 4 * barrier.LINE
 LOSS, CORRECT = 0, 1
 # a thread's sums are a cache line apart
 NUM_SUMS = 8
-# how the first layer reads its input
-DENSE, NONZERO = 0, 1
+# How the first layer reads its input: in the dtype of the net; skipping zeros; as bytes.
+DENSE, NONZERO, BYTES = 0, 1, 2
 # the first layer's weight is done so many panels of inputs at a time
 _ASKING_PANELS = 2
 
@@ -178,12 +181,13 @@ def run_epoch(
         begins, and how much of it each has; words of 64 examples in a row of transposed.
     X : (examples, K), uint8 or the dtype of state
     input_mode : int
-        DENSE or NONZERO.
+        DENSE, NONZERO, or, for a thin first layer and examples of bytes, BYTES.
     input_scale : float
         What a number of X is multiplied by.
     values, masks, transposed, transposed_masks
         Room for a batch of X, as ``dense.gather`` and ``dense.transpose_examples`` write it, where zeros are
-        skipped; transposed is (num_threads, numbers) and its masks are (num_threads, words).
+        skipped, or as ``dense.gather_bytes`` does; transposed is (num_threads, numbers) and its masks are
+        (num_threads, words).
     order : (examples of the epoch,), int64
     batch_size : int
     by_columns : bool
@@ -224,6 +228,8 @@ def run_epoch(
         # 1: the batch
         if input_mode == NONZERO:
             gather(X, order, first, own_rows, words, values, masks)
+        elif input_mode == BYTES:
+            gather_bytes(X, order, first, own_rows, stride, scratch, values)
         else:
             gather_panels(X, order, first, own_rows, stride, scratch, input_at)
         if by_columns:
@@ -240,6 +246,8 @@ def run_epoch(
                     panels = share(num_panels, thread, num_threads)
             if layer == 0 and input_mode == NONZERO:
                 forward_nonzero(layers, values, masks, words, stride, state, scratch, part, panels, scale)
+            elif layer == 0 and input_mode == BYTES:
+                forward_thin(layers, 0, values, 0, stride, state, scratch, part, scale)
             elif layer == 0:
                 forward(layers, 0, scratch, input_at, stride, state, scratch, part, panels, scale)
             else:
@@ -291,10 +299,17 @@ def run_epoch(
                     shares = max(1, (panels[1] - panels[0]) // _ASKING_PANELS)
                     for index in range(shares):
                         start, stop = share(panels[1] - panels[0], index, shares)
-                        backward_weight(
-                            layers, 0, scratch, input_at, stride, state, scratch, work, count,
-                            (panels[0] + start, panels[0] + stop), groups, is_first, scale,
-                        )  # fmt: skip
+                        part = (panels[0] + start, panels[0] + stop)
+                        if input_mode == BYTES:
+                            backward_weight_thin(
+                                layers, 0, values, 0, stride, state, scratch, work, count, part, groups,
+                                is_first, scale,
+                            )  # fmt: skip
+                        else:
+                            backward_weight(
+                                layers, 0, scratch, input_at, stride, state, scratch, work, count, part,
+                                groups, is_first, scale,
+                            )  # fmt: skip
                         start, stop = share(upcoming[3] - upcoming[2], index, shares)
                         prefetch_examples(X, order, upcoming[2] + start, upcoming[2] + stop)
                 else:

@@ -118,7 +118,11 @@ class Vectors:
         return self.builder.gep(pointer, [position])
 
     def load(self, pointer, mask=None, width=None):
-        """Return a vector from memory; 0 where the mask is shut."""
+        """Return a vector from memory, of bytes too; 0 where the mask is shut."""
+        if isinstance(pointer.type.pointee, ir.IntType):
+            kind = ir.VectorType(pointer.type.pointee, self.width)
+            value = self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()), align=1)
+            return self.builder.uitofp(value, self.type)
         kind = ir.VectorType(self.element, width or self.width)
         pointer = self.builder.bitcast(pointer, kind.as_pointer())
         if mask is None:
@@ -332,10 +336,11 @@ def call_of(write, *kinds):
             else:
                 arguments.append(value)
         element = context.get_value_type(signature.args[0].dtype)
+        kinds = [str(value.type.pointee) for value in arguments if value.type.is_pointer]
         function = cgutils.get_or_insert_function(
             builder.module,
             ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]),
-            f"fastdl.{write.__name__}.{element}",
+            f"fastdl.{write.__name__}.{'.'.join(kinds)}",
         )
         if function.is_declaration:
             function.linkage = "internal"

@@ -433,6 +433,23 @@ def widen_panel(typing_context, source, source_at, target, target_at):
 
 
 @intrinsic
+def copy_panel(typing_context, source, source_at, target, target_at, like):
+    """Copy one row of a panel, as wide as the dtype of like makes it, as it is."""
+
+    def generate(context, builder, signature, arguments):
+        width = TILE.vectors * (TILE.vector_bytes // (like.dtype.bitwidth // 8))
+        kind = ir.VectorType(context.get_value_type(source.dtype), width)
+        places = []
+        for array, values, at in ((source, arguments[0], arguments[1]), (target, arguments[2], arguments[3])):
+            data = context.make_array(array)(context, builder, values).data
+            places.append(builder.bitcast(builder.gep(data, [at]), kind.as_pointer()))
+        builder.store(builder.load(places[0], align=1), places[1], align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp, like), generate
+
+
+@intrinsic
 def prefetch(typing_context, array, at):
     """Ask for the cache line of one element, which is soon to be read."""
 
