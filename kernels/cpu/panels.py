@@ -19,6 +19,8 @@ Positions and strides are in elements. Nothing here checks a bound.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -45,7 +47,9 @@ def panel_of(array):
     return TILE.vectors * (TILE.vector_bytes // array.itemsize)
 
 
-def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate, ways=(False, True)):
+def _multiply_panels(
+    vectors, output, a, a_run, down, b, depth, rows, used, accumulate, *, ways=(False, True)
+):
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
 
@@ -218,7 +222,7 @@ def multiply_panels(
     ``rows`` is one of ``ROW_COUNTS``; of the columns, as many vectors are computed.
     """
     # a constant, as it usually is, halves what there is to compile
-    write = _multiply_panels
+    write: Callable[..., None] = _multiply_panels
     if isinstance(down, types.BooleanLiteral):
         write = _multiply_panels_down if down.literal_value else _multiply_panels_along
     return call_of(write, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate)
