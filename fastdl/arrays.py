@@ -8,9 +8,6 @@ autocast, a dispatch mode) goes to torch instead.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +18,7 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from fastdl import cuda_arrays
+from fastdl.kernels.garbage import collector_paused
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -117,24 +115,11 @@ def _traced_are_plain(*tensors: Tensor | None) -> bool:
     return cuda_arrays.usable(device) if first.is_cuda else first.is_cpu
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Keep Python from searching for garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 @cache
 def cpu_kernels() -> ModuleType:
     """Import the CPU kernels (nothing compiles yet), leaving torch's thread count as it was."""
     num_threads = torch.get_num_threads()
-    # Numba's import makes so many objects that Python would search through all of torch's, for 0.2 s.
-    with _no_collection():
+    with collector_paused():
         from fastdl.kernels import cpu
 
     # Numba's first threads may set the thread count of an OpenMP library that torch shares.

@@ -30,6 +30,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import lower_builtin, register_jitable
 from platformdirs import user_cache_path
 
+from fastdl.kernels.garbage import collector_paused
+
 # reassoc lets sums vectorise, contract allows fused multiply-add, nsz drops the sign of zero. NaN and inf
 # keep their meaning: the flags that would lose them (nnan, ninf) stay off.
 FASTMATH = frozenset({"reassoc", "contract", "nsz"})
@@ -112,6 +114,7 @@ class _Cache:
         self._folder = folder
         self._is_linked = is_linked
 
+    @collector_paused()
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             links, compiled = pickle.loads(self._path(sig, target_context).read_bytes())

@@ -19,6 +19,8 @@ Positions and strides are in elements. Nothing here checks a bound.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -115,7 +117,9 @@ def _choose_tile(vectors, used, rows, down, ways, write):
     vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
 
 
-def _multiply_panels(vectors, output, a, a_run, down, b, depth, rows, used, accumulate, ways=(False, True)):
+def _multiply_panels(
+    vectors, output, a, a_run, down, b, depth, rows, used, accumulate, *, ways=(False, True)
+):
     panel = TILE.vectors * vectors.width
 
     def write(num_vectors, num_rows, is_down):
@@ -285,7 +289,7 @@ def multiply_panels(
     ``rows`` is one of ``ROW_COUNTS``; of the columns, as many vectors are computed.
     """
     # a constant, as it usually is, halves what there is to compile
-    write = _multiply_panels
+    write: Callable[..., None] = _multiply_panels
     if isinstance(down, types.BooleanLiteral):
         write = _multiply_panels_down if down.literal_value else _multiply_panels_along
     return call_of(write, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate)

@@ -25,6 +25,31 @@ from fastdl.kernels.jit import cache_folder
 print(out.tolist(), "compiled" if compiled else "loaded", cache_folder())
 """
 
+_FIT = """
+import torch, fastdl
+from torch import nn
+from numba.core import event
+compiled = []
+class Listener(event.Listener):
+    def on_start(self, e): compiled.append(e.data["dispatcher"].py_func.__name__)
+    def on_end(self, e): pass
+torch.manual_seed(0)
+net = nn.Sequential(nn.Linear(20, 5), nn.ReLU(), nn.Linear(5, 3))
+X, y = torch.randn(30, 20), torch.randint(3, (30,))
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+with event.install_listener("numba:compile", Listener()):
+    history = fastdl.fit(net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=2, batch_size=8, progress=False)
+print(history.train_loss, *compiled)
+"""
+_ELSEWHERE = """
+from fastdl.kernels.jit import cache_folder, jit
+@jit
+def kernel_from_elsewhere(x):
+    return x + 1
+assert kernel_from_elsewhere(1) == 2
+print(cache_folder())
+"""
+
 
 def _install(folder: Path) -> Path:
     """Copy the package to a folder of its own, so that a test may edit it."""
@@ -38,9 +63,9 @@ def _environment(install: Path, **variables: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(install), "PYTHONDONTWRITEBYTECODE": "1"} | variables
 
 
-def _run(install: Path, **variables: str) -> str:
+def _run(install: Path, program: str = _PROGRAM, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM],
+        [sys.executable, "-c", program],
         env=_environment(install, **variables),
         cwd=install,
         capture_output=True,
@@ -108,3 +133,25 @@ def test_a_damaged_file_is_compiled_anew(tmp_path):
         file.write_bytes(b"damaged")
     assert _run(install).startswith("[0.0, 2.0] compiled")
     assert _run(install).startswith("[0.0, 2.0] loaded")
+
+
+def test_a_second_fit_compiles_nothing_and_a_missing_part_alone_is_compiled_anew(tmp_path):
+    # the package is where it is: only the machine code has a folder of its own
+    root = Path(fastdl.__file__).parents[1]
+    variables = {"FASTDL_CACHE_DIR": str(tmp_path)}
+    losses, _, compiled = _run(root, _FIT, **variables).partition("] ")
+    assert {"run_epoch", "forward", "backward_weight", "update"} <= set(compiled.split())
+    assert _run(root, _FIT, **variables) == f"{losses}]"
+    (part,) = tmp_path.glob("*/cpu.dense.forward.linked-*.nbc")
+    part.unlink()
+    losses_again, _, compiled = _run(root, _FIT, **variables).partition("] ")
+    assert losses_again == losses
+    assert "forward" in compiled.split()
+    assert not {"run_epoch", "backward_weight"} & set(compiled.split())
+    assert _run(root, _FIT, **variables) == f"{losses}]"
+
+
+def test_a_kernel_from_elsewhere_whose_edits_nobody_would_notice_is_not_kept(tmp_path):
+    root = Path(fastdl.__file__).parents[1]
+    assert str(tmp_path) in _run(root, _ELSEWHERE, FASTDL_CACHE_DIR=str(tmp_path))
+    assert list(tmp_path.glob("*/*kernel_from_elsewhere*")) == []

@@ -207,7 +207,7 @@ def test_a_new_process_links_what_an_old_one_compiled_and_compiles_what_is_missi
     first, second = (_python("-c", _PROGRAM, FASTDL_CACHE_DIR=str(tmp_path)) for _ in range(2))
     assert {"linear_forward", "gemm", "_multiply_packed"} <= set(first.stdout.split()), first.stderr
     assert second.stdout.split() == ["41.0", "41.0"], second.stderr
-    for path in tmp_path.glob("*/cpu.gemm._pack_b-*"):
+    for path in tmp_path.glob("*/cpu.gemm._pack_b.linked-*"):
         path.unlink()
     third = _python("-c", _PROGRAM, FASTDL_CACHE_DIR=str(tmp_path))
     compiled, result = set(third.stdout.split()[:-2]), third.stdout.split()[-2:]
