@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdl.arrays import accepts
-from fastdl.ops.cross_entropy import CrossEntropyFunction, LinearCrossEntropyFunction
-from fastdl.ops.linear import LinearFunction
-from fastdl.ops.mse_loss import MSELossFunction
-from fastdl.ops.relu import ReLUFunction
+from fastdl.ops.cross_entropy import apply_cross_entropy, apply_linear_cross_entropy
+from fastdl.ops.linear import apply_linear
+from fastdl.ops.mse_loss import apply_mse_loss
+from fastdl.ops.relu import apply_relu
 
 __all__ = ["cross_entropy", "linear", "linear_cross_entropy", "linear_relu", "mse_loss", "relu"]
 
@@ -43,7 +43,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> T
             f"shape {tuple(weight_shape)} takes {num_inputs}: the last dimension of both must be the same"
         )
     rows = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), num_inputs)
-    output: Tensor = LinearFunction.apply(
+    output: Tensor = apply_linear(
         rows.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), relu
     )
     return output if len(shape) == 2 else output.reshape(*shape[:-1], num_outputs)
@@ -109,7 +109,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """
     if inplace or not accepts(input):
         return F.relu(input, inplace)
-    output: Tensor = ReLUFunction.apply(input.contiguous())
+    output: Tensor = apply_relu(input.contiguous())
     return output
 
 
@@ -195,7 +195,8 @@ def cross_entropy(
     logits = (
         input if input.dim() == 2 else input.movedim(min(1, input.dim() - 1), -1).reshape(-1, num_classes)
     )
-    loss: Tensor = CrossEntropyFunction.apply(
+    loss: Tensor
+    loss, _ = apply_cross_entropy(
         logits.contiguous(),
         (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
         None if weight is None else weight.contiguous(),
@@ -285,7 +286,8 @@ def linear_cross_entropy(
         and target.device == input.device
         and _takes_class_indices(logits_shape, target, weight, reduction, label_smoothing)
     ):
-        loss: Tensor = LinearCrossEntropyFunction.apply(
+        loss: Tensor
+        loss, _ = apply_linear_cross_entropy(
             input.contiguous(),
             linear_weight.contiguous(),
             None if linear_bias is None else linear_bias.contiguous(),
@@ -382,5 +384,5 @@ def mse_loss(
         or input.shape != target.shape
     ):
         return F.mse_loss(input, target, size_average, reduce, reduction, weight)
-    loss: Tensor = MSELossFunction.apply(input.contiguous(), target.contiguous(), reduction)
+    loss: Tensor = apply_mse_loss(input.contiguous(), target.contiguous(), reduction)
     return loss
