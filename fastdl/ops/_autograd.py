@@ -32,8 +32,8 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
 
     # torch's own setup_context is the mark of a forward that takes the context
     methods = {"forward": staticmethod(forward), "setup_context": staticmethod(Function.setup_context)}
-    twin = type(function)(function.__name__, (function,), methods | {"__module__": function.__module__})
-    apply_twin = twin.apply
+    twin = type(function.__name__, (function,), methods | {"__module__": function.__module__})
+    apply_twin = twin.apply  # type: ignore[attr-defined]
 
     def apply(*inputs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
