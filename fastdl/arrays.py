@@ -34,8 +34,11 @@ def are_plain(*tensors: Tensor | None) -> bool:
     CUDA kernels can use, float16 and bfloat16 as well. None stands for an argument left out; the first may
     not be.
     """
-    dtype = tensors[0].dtype  # type: ignore[union-attr]
-    if dtype not in _DTYPES or not tensors[0].is_cpu:  # type: ignore[union-attr]
+    first = tensors[0]
+    if first is None or type(first) not in _PLAIN_TYPES:
+        return False
+    dtype = first.dtype
+    if dtype not in _DTYPES or not first.is_cpu:
         return _are_plain_on_cuda(*tensors)
     for tensor in tensors:
         if tensor is not None and (
@@ -99,7 +102,9 @@ def accepts(*tensors: Tensor | None) -> bool:
 def _traced_are_plain(*tensors: Tensor | None) -> bool:
     """Return :func:`are_plain` by what a compiler knows of a tensor."""
     first = tensors[0]
-    if first is None or first.dtype not in (cuda_arrays.DTYPES if first.is_cuda else _DTYPES):
+    if first is None or type(first) not in _PLAIN_TYPES:
+        return False
+    if first.dtype not in (cuda_arrays.DTYPES if first.is_cuda else _DTYPES):
         return False
     device = first.get_device()
     for tensor in tensors:

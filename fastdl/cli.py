@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from copy import deepcopy
@@ -34,8 +35,9 @@ app = typer.Typer(
 )
 train_app = typer.Typer(help="Train a model with the textbook's settings, or your own.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
-console = Console()
-_notes = Console(stderr=True)
+# no markup: a folder's name, and numbers in brackets, are printed as they are
+console = Console(markup=False)
+_notes = Console(stderr=True, markup=False)
 
 
 class _Impl(StrEnum):
@@ -69,17 +71,38 @@ _ImplOption = Annotated[
         "--impl", help="From the formulas; with torch.nn; with fastdl's ops; fastdl's compiled epochs."
     ),
 ]
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def _seed(value: int) -> int:
+    try:
+        torch.Generator().manual_seed(value)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise typer.BadParameter(f"{value} is no seed of torch, which has 64 bits") from error
+    return value
+
+
 _Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")]
-_Lr = Annotated[float, typer.Option("--lr", min=0.0, help="Learning rate.")]
+_Lr = Annotated[float, typer.Option("--lr", min=0.0, callback=_finite, help="Learning rate.")]
 _BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a mini-batch.")]
 _Hiddens = Annotated[int, typer.Option("--hidden-units", min=1, help="Width of the hidden layer.")]
-_Momentum = Annotated[float, typer.Option("--momentum", min=0.0, help="Momentum of SGD.")]
-_WeightDecay = Annotated[float, typer.Option("--weight-decay", min=0.0, help="L2 penalty of SGD.")]
+_Momentum = Annotated[float, typer.Option("--momentum", min=0.0, callback=_finite, help="Momentum of SGD.")]
+_WeightDecay = Annotated[
+    float, typer.Option("--weight-decay", min=0.0, callback=_finite, help="L2 penalty of SGD.")
+]
 _Seed = Annotated[
-    int, typer.Option("--seed", help="Of the start and the order, the same in every implementation.")
+    int,
+    typer.Option(
+        "--seed", callback=_seed, help="Of the start and the order, the same in every implementation."
+    ),
 ]
 _Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; torch's default without.")
+    int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads; torch's default without.")
 ]
 _DataOption = Annotated[
     _Data, typer.Option("--data", help="auto: Fashion-MNIST where it is or can be had, else garments.")
@@ -189,7 +212,7 @@ def mlp(
 
 
 def _note(line: str) -> None:
-    _notes.print(line, highlight=False, markup=False, soft_wrap=True)
+    _notes.print(line, highlight=False, soft_wrap=True)
 
 
 def _prepare(model: Model, impl: _Impl, momentum: float, weight_decay: float, threads: int | None) -> None:
@@ -302,7 +325,9 @@ def reproduce_command(
     epochs: Annotated[
         int | None, typer.Option("--epochs", min=1, help="Passes over the data; 3 or 10, as in the textbook.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the data, the start and the order.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", callback=_seed, help="Of the data, the start and the order.")
+    ] = 0,
     threads: _Threads = None,
     data_name: _DataOption = _Data.AUTO,
     data_root: _DataRoot = None,

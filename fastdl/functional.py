@@ -9,21 +9,20 @@ tensor subclasses, tracing, and the rarer forms that each docstring names. So th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdl.arrays import accepts
-from fastdl.ops.cross_entropy import CrossEntropyFunction, LinearCrossEntropyFunction
-from fastdl.ops.linear import LinearFunction
-from fastdl.ops.mse_loss import MSELossFunction
-from fastdl.ops.relu import ReLUFunction
+from fastdl.ops.cross_entropy import apply_cross_entropy, apply_linear_cross_entropy
+from fastdl.ops.linear import apply_linear
+from fastdl.ops.mse_loss import apply_mse_loss
+from fastdl.ops.relu import apply_relu
 
 __all__ = ["cross_entropy", "linear", "linear_cross_entropy", "linear_relu", "mse_loss", "relu"]
 
-_REDUCTIONS = frozenset({"none", "mean", "sum"})
+_REDUCTIONS = ("none", "mean", "sum")
 
 
 def _wants_grad(*tensors: Tensor | None) -> bool:
@@ -32,7 +31,7 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor | None:
     """Return the kernel's result, or None for a form that is torch's."""
-    if not accepts(input, weight, bias):
+    if weight is None or not accepts(input, weight, bias):
         return None
     shape, weight_shape = input.shape, weight.shape
     if len(weight_shape) != 2 or not shape or (bias is not None and bias.shape != weight_shape[:1]):
@@ -44,7 +43,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> T
             f"shape {tuple(weight_shape)} takes {num_inputs}: the last dimension of both must be the same"
         )
     rows = input if len(shape) == 2 else input.reshape(math.prod(shape[:-1]), num_inputs)
-    output: Tensor = LinearFunction.apply(
+    output: Tensor = apply_linear(
         rows.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), relu
     )
     return output if len(shape) == 2 else output.reshape(*shape[:-1], num_outputs)
@@ -100,6 +99,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     Parameters
     ----------
     input : Tensor, any shape
+        One that isn't contiguous is handed to torch, which keeps its memory format.
     inplace : bool
         Writing over the input is torch's.
 
@@ -108,9 +108,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> relu(torch.tensor([-1.0, 2.0]))
     tensor([0., 2.])
     """
-    if inplace or not accepts(input):
+    if inplace or not accepts(input) or not input.is_contiguous():
         return F.relu(input, inplace)
-    output: Tensor = ReLUFunction.apply(input.contiguous())
+    output: Tensor = apply_relu(input)
     return output
 
 
@@ -118,11 +118,12 @@ def _takes_class_indices(
     logits_shape: tuple[int, ...],
     target: Tensor,
     weight: Tensor | None,
+    ignore_index: int,
     reduction: str,
     label_smoothing: float,
 ) -> bool:
     """Return whether the loss is of the form the kernel knows; torch has the rest, and the errors."""
-    if not logits_shape or target.dtype != torch.int64 or type(target) is not Tensor:
+    if not logits_shape or type(target) is not Tensor or target.dtype != torch.int64:
         return False
     class_dimension = 0 if len(logits_shape) == 1 else 1
     num_classes = logits_shape[class_dimension]
@@ -131,6 +132,9 @@ def _takes_class_indices(
         and tuple(target.shape) == logits_shape[:class_dimension] + logits_shape[class_dimension + 1 :]
         and (weight is None or (weight.shape == (num_classes,) and not weight.requires_grad))
         and reduction in _REDUCTIONS
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and type(label_smoothing) in (float, int)
         and 0.0 <= label_smoothing <= 1.0
     )
 
@@ -186,8 +190,10 @@ def cross_entropy(
         size_average is not None
         or reduce is not None
         or not accepts(input, weight)
+        or not _takes_class_indices(
+            tuple(input.shape), target, weight, ignore_index, reduction, label_smoothing
+        )
         or target.device != input.device
-        or not _takes_class_indices(tuple(input.shape), target, weight, reduction, label_smoothing)
     ):
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -196,12 +202,13 @@ def cross_entropy(
     logits = (
         input if input.dim() == 2 else input.movedim(min(1, input.dim() - 1), -1).reshape(-1, num_classes)
     )
-    loss: Tensor = CrossEntropyFunction.apply(
+    loss: Tensor
+    loss, _ = apply_cross_entropy(
         logits.contiguous(),
         (target if target.dim() == 1 else target.reshape(-1)).contiguous(),
         None if weight is None else weight.contiguous(),
         ignore_index,
-        label_smoothing,
+        float(label_smoothing),
         reduction,
         _wants_grad(input),
     )
@@ -227,6 +234,8 @@ def linear_cross_entropy(
     Parameters
     ----------
     input : Tensor, (K,) or (N, K)
+        Input, linear_weight and linear_bias are saved for backward, so changing them in place before it is an
+        error.
     linear_weight : Tensor, (C, K) or (C, d1, ..., K)
         With more than two dimensions the linear layer and the loss run as two ops.
     target : Tensor, () or (N,), int64; (N, d1, ...) for the K-dimensional loss
@@ -257,12 +266,18 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(torch.ones(2, 3), torch.zeros(4, 3), torch.tensor([0, 3]))
     tensor(1.3863)
     """
-    if options is not None:
-        if not hasattr(F, "linear_cross_entropy"):
-            raise RuntimeError(
-                f"options {options} ask for torch's chunked linear_cross_entropy, which torch "
-                f"{torch.__version__} doesn't have: leave them out, or install torch 2.13 or newer"
-            )
+    has_torchs = hasattr(F, "linear_cross_entropy")
+    if options is not None and not has_torchs:
+        raise RuntimeError(
+            f"options {options} ask for torch's chunked linear_cross_entropy, which torch "
+            f"{torch.__version__} doesn't have: leave them out, or install torch 2.13 or newer"
+        )
+    is_accepted = (
+        linear_weight is not None
+        and isinstance(target, Tensor)
+        and accepts(input, linear_weight, linear_bias, weight)
+    )
+    if options is not None or (has_torchs and not is_accepted):
         return F.linear_cross_entropy(
             input,
             linear_weight,
@@ -282,18 +297,19 @@ def linear_cross_entropy(
     if (
         input.dim() == 2
         and not out_features
-        and accepts(input, linear_weight, linear_bias, weight)
+        and is_accepted
+        and _takes_class_indices(logits_shape, target, weight, ignore_index, reduction, label_smoothing)
         and target.device == input.device
-        and _takes_class_indices(logits_shape, target, weight, reduction, label_smoothing)
     ):
-        loss: Tensor = LinearCrossEntropyFunction.apply(
+        loss: Tensor
+        loss, _ = apply_linear_cross_entropy(
             input.contiguous(),
             linear_weight.contiguous(),
             None if linear_bias is None else linear_bias.contiguous(),
             target.contiguous(),
             None if weight is None else weight.contiguous(),
             ignore_index,
-            label_smoothing,
+            float(label_smoothing),
             reduction,
             _wants_grad(input, linear_weight, linear_bias),
         )
@@ -356,6 +372,7 @@ def mse_loss(
     size_average, reduce : bool, optional
         Deprecated in torch, and handed to it.
     reduction : {"mean", "sum", "none"}
+        ``"none"`` of tensors that aren't contiguous is handed to torch, which keeps their memory format.
     weight : Tensor, optional
         A weight for each element: handed to torch.
 
@@ -381,9 +398,10 @@ def mse_loss(
         or reduction not in _REDUCTIONS
         or not accepts(input, target)
         or input.shape != target.shape
+        or (reduction == "none" and not (input.is_contiguous() and target.is_contiguous()))
     ):
-        # some releases' type stub lacks the weight
-        torchs: Callable[..., Tensor] = F.mse_loss
-        return torchs(input, target, size_average, reduce, reduction, weight)
-    loss: Tensor = MSELossFunction.apply(input.contiguous(), target.contiguous(), reduction)
+        # the type stubs of torch 2.14 and older know no weight
+        options = {} if weight is None else {"weight": weight}
+        return F.mse_loss(input, target, size_average, reduce, reduction, **options)
+    loss: Tensor = apply_mse_loss(input.contiguous(), target.contiguous(), reduction)
     return loss

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -18,14 +19,22 @@ __all__ = ["MLP", "LinearRegression", "SoftmaxRegression"]
 WEIGHT_STD = 0.01
 
 
-def _start(net: nn.Sequential) -> None:
-    for module in net:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=WEIGHT_STD)
-            nn.init.zeros_(module.bias)
+class _Model(nn.Sequential):
+    """Layers with the textbook's start."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        for module in self:
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=WEIGHT_STD)
+                nn.init.zeros_(module.bias)
+
+    def __getitem__(self, idx: Any) -> Any:
+        # torch would call the constructor of the subclass with a slice's layers
+        return nn.Sequential(*self)[idx] if isinstance(idx, slice) else super().__getitem__(idx)
 
 
-class LinearRegression(nn.Sequential):
+class LinearRegression(_Model):
     """Linear regression: ``Linear(num_inputs, num_outputs)``, weights normal(0, 0.01), bias 0.
 
     Parameters
@@ -42,10 +51,9 @@ class LinearRegression(nn.Sequential):
 
     def __init__(self, num_inputs: int = 2, num_outputs: int = 1) -> None:
         super().__init__(Linear(num_inputs, num_outputs))
-        _start(self)
 
 
-class SoftmaxRegression(nn.Sequential):
+class SoftmaxRegression(_Model):
     """Softmax regression: ``Flatten, Linear(num_inputs, num_outputs)``, weights normal(0, 0.01), bias 0.
 
     Returns logits; the softmax is part of the loss.
@@ -57,10 +65,9 @@ class SoftmaxRegression(nn.Sequential):
 
     def __init__(self, num_inputs: int = 784, num_outputs: int = 10) -> None:
         super().__init__(nn.Flatten(), Linear(num_inputs, num_outputs))
-        _start(self)
 
 
-class MLP(nn.Sequential):
+class MLP(_Model):
     """The multilayer perceptron: ``Flatten``, hidden layers with ReLU, and a last linear layer.
 
     Weights normal(0, 0.01), biases 0. Returns logits. An Identity stands where the model of ``torch.nn``
@@ -81,4 +88,3 @@ class MLP(nn.Sequential):
         for num_in, num_out in pairwise(widths):
             layers += [LinearReLU(num_in, num_out), nn.Identity()]
         super().__init__(*layers, Linear(widths[-1], num_outputs))
-        _start(self)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -75,11 +75,17 @@ class MSELoss(nn.MSELoss):
         return functional.mse_loss(input, target, reduction=self.reduction)
 
 
-class LinearCrossEntropyLoss(nn.Module):
+if TYPE_CHECKING:
+    from torch.nn import Module as _TorchsLinearCrossEntropyLoss
+else:
+    _TorchsLinearCrossEntropyLoss = getattr(nn, "LinearCrossEntropyLoss", nn.Module)
+
+
+class LinearCrossEntropyLoss(_TorchsLinearCrossEntropyLoss):
     """The last linear layer and the loss as one op; see :func:`fastdl.functional.linear_cross_entropy`.
 
-    Signature, parameters and state_dict are those of the newest torch's ``LinearCrossEntropyLoss``; it is
-    defined on older ones too, which is why it is no subclass.
+    Signature, parameters and state_dict are those of ``torch.nn.LinearCrossEntropyLoss``. It is a subclass of
+    it where torch has it, from 2.13 on, and is defined on older ones too.
 
     Parameters
     ----------
@@ -121,11 +127,12 @@ class LinearCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         options: object | None = None,
     ) -> None:
-        super().__init__()
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if not 0.0 <= label_smoothing <= 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        # not torch's own, which makes the linear layer of torch.nn and isn't there in every version
+        nn.Module.__init__(self)
         self.register_buffer("weight", weight)
         self.reduction = reduction
         self.num_classes = num_classes
@@ -157,6 +164,15 @@ class LinearCrossEntropyLoss(nn.Module):
             options=self.options,
         )
 
+    def extra_repr(self) -> str:
+        """Return the arguments, as torch shows them."""
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={self.linear.bias is not None}, "
+            f"reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}, options={self.options}"
+        )
+
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -166,6 +182,8 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.MSELoss: MSELoss,
 }
+if hasattr(nn, "LinearCrossEntropyLoss"):
+    _SWAPS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -205,11 +223,12 @@ def _why_left(module: nn.Module, num_places: int) -> str | None:
 def accelerate(module: ModuleT, *, report: Callable[[Acceleration], object] | None = print) -> ModuleT:
     """Swap the kernels into a model that stands, in place.
 
-    ``nn.Linear``, ``nn.ReLU``, ``nn.CrossEntropyLoss`` and ``nn.MSELoss`` become their counterparts here.
-    They stay the same objects with the same parameters, so optimizers and state_dict keys stay valid. A
-    Linear with a ReLU right behind it in an ``nn.Sequential`` becomes a :class:`LinearReLU`, and an
-    ``nn.Identity`` takes the ReLU's place. What is hooked, shared (it stands in more than one place) or
-    of a subclass is left as it is.
+    ``nn.Linear``, ``nn.ReLU``, ``nn.MSELoss``, ``nn.CrossEntropyLoss`` and ``nn.LinearCrossEntropyLoss``
+    become their counterparts here. They stay the same objects with the same parameters, so optimizers and
+    state_dict keys stay valid. A Linear with a ReLU right behind it in an ``nn.Sequential`` becomes a
+    :class:`LinearReLU`, and an ``nn.Identity`` takes the ReLU's place; whoever runs such layers one by one
+    meets the ReLU's result behind the Linear already. What is hooked, shared (it stands in more than one
+    place) or of a subclass is left as it is.
 
     Parameters
     ----------
@@ -223,6 +242,11 @@ def accelerate(module: ModuleT, *, report: Callable[[Acceleration], object] | No
     nn.Module
         The same module.
 
+    Raises
+    ------
+    TypeError
+        If `module` is no nn.Module.
+
     Examples
     --------
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -231,6 +255,8 @@ def accelerate(module: ModuleT, *, report: Callable[[Acceleration], object] | No
     swapped 2: ReLU -> Identity, merged into 1
     swapped 3: Linear -> Linear of fastdl
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"accelerate takes an nn.Module, not a {type(module).__name__}: {module!r}")
     acceleration = Acceleration()
     places: dict[nn.Module, int] = {}
     for _, found in module.named_modules(remove_duplicate=False):

@@ -123,10 +123,27 @@ def test_scratch_says_that_it_has_only_the_plain_update(model, option, tmp_path)
         ["train", "mlp", "--impl", "magic"],
         ["train", "linear", "--hidden-units", "3"],
         ["reproduce", "cnn"],
+        ["train", "linear", "--lr", "nan"],
+        ["train", "linear", "--lr", "inf"],
+        ["train", "linear", "--momentum", "inf"],
+        ["train", "linear", "--weight-decay", "inf"],
+        ["train", "linear", "--seed", str(2**70)],
+        ["reproduce", "linear", "--seed", str(2**70)],
+        # torch starts as many threads as it is told to, and the process dies of them
+        ["train", "linear", "--threads", "100000"],
     ],
 )
 def test_wrong_usage_exits_with_two(arguments):
     assert invoke(*arguments).exit_code == 2
+
+
+def test_a_run_that_diverges_says_so_and_is_saved(tmp_path):
+    folder = tmp_path / "[a folder]"
+    result = invoke("train", "linear", "--impl", "fused", "--lr", 1e6, "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert "true_w - w: [nan, nan]" in result.stdout
+    assert f"Saved to {folder}: history.json" in result.stdout
 
 
 def test_ctrl_c_leaves_the_epochs_done_so_far(tmp_path):

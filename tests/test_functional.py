@@ -358,3 +358,63 @@ def test_a_parameter_that_was_stepped_since_the_forward_is_an_error():
     SGD([weight], lr=0.1).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("value", [None, 1.0, [1.0, 2.0], "x"])
+def test_what_is_no_tensor_is_torchs_type_error(value):
+    tensor, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    calls = [
+        (functional.relu, F.relu, (value,)),
+        (functional.linear, F.linear, (value, tensor)),
+        (functional.linear, F.linear, (tensor, value)),
+        (functional.cross_entropy, F.cross_entropy, (value, target)),
+        (functional.cross_entropy, F.cross_entropy, (tensor, value)),
+        (functional.cross_entropy, F.cross_entropy, (tensor, target, [1.0] * 4)),
+        (functional.mse_loss, F.mse_loss, (value, tensor)),
+        (functional.mse_loss, F.mse_loss, (tensor, value)),
+    ]
+    for ours, theirs, arguments in calls:
+        with pytest.raises(Exception) as expected:  # noqa: PT011
+            theirs(*arguments)
+        with pytest.raises(type(expected.value)) as error:
+            ours(*arguments)
+        assert type(error.value) is type(expected.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_index": 1.0},
+        {"ignore_index": None},
+        {"ignore_index": 2**70},
+        {"ignore_index": torch.tensor(1)},
+        {"ignore_index": True},
+        {"label_smoothing": 1},
+        {"label_smoothing": "much"},
+        {"label_smoothing": float("nan")},
+        {"reduction": ["mean"]},
+        {"reduction": None},
+    ],
+)
+def test_options_of_another_type_do_what_they_do_in_torch(options):
+    logits, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+
+    def outcome(function):
+        try:
+            return function(logits, target, **options)
+        except Exception as error:
+            return type(error)
+
+    ours, theirs = outcome(functional.cross_entropy), outcome(F.cross_entropy)
+    if isinstance(theirs, torch.Tensor):
+        torch.testing.assert_close(ours, theirs)
+    else:
+        assert ours is theirs
+
+
+def test_elementwise_results_keep_the_memory_format_as_torchs_do():
+    images = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for input in (images, torch.randn(3, 4).t()):
+        assert functional.relu(input).stride() == F.relu(input).stride()
+        ours, theirs = (f(input, input + 1, reduction="none") for f in (functional.mse_loss, F.mse_loss))
+        assert ours.stride() == theirs.stride()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -61,6 +62,15 @@ def test_linear_cross_entropy_loss_is_the_linear_layer_and_the_loss(out_features
     if hasattr(nn, "LinearCrossEntropyLoss"):
         theirs = nn.LinearCrossEntropyLoss(6, 4, out_features=out_features, weight=module.weight)
         assert set(theirs.state_dict()) <= set(module.state_dict())
+        assert isinstance(module, nn.LinearCrossEntropyLoss)
+        theirs = nn.LinearCrossEntropyLoss(
+            6, 4, out_features=out_features, bias=True, weight=module.weight, label_smoothing=0.1
+        )
+        plain = copy.deepcopy(theirs)
+        swapped = fastdl.accelerate(theirs, report=None)
+        assert type(swapped) is fastdl_nn.LinearCrossEntropyLoss
+        torch.testing.assert_close(swapped(input, target), plain(input, target))
+        assert repr(swapped) == repr(plain)
     with pytest.raises(RuntimeError, match="weight shape"):
         fastdl_nn.LinearCrossEntropyLoss(6, 4, weight=torch.rand(5))
     with pytest.raises(RuntimeError, match="label_smoothing"):
@@ -140,15 +150,22 @@ def test_accelerate_takes_a_bare_layer_a_loss_and_its_own_work(capsys):
     assert capsys.readouterr().out.strip() == "nothing to swap"
 
 
+def test_accelerate_refuses_what_is_no_module():
+    with pytest.raises(TypeError, match="str"):
+        fastdl.accelerate("a model")
+
+
 def test_an_accelerated_model_can_be_copied_pickled_and_trained():
     net = fastdl.accelerate(_mlp(), report=None)
-    twin = copy.deepcopy(net)
     input, target = torch.randn(9, 12), torch.randint(3, (9,))
-    for model in (net, twin):
+    twins = [copy.deepcopy(net), pickle.loads(pickle.dumps(net))]
+    for model in (net, *twins):
         nn.functional.cross_entropy(model(input), target).backward()
-    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
-        assert a is not b
-        assert torch.equal(a.grad, b.grad)
+    for twin in twins:
+        assert [type(module) for module in twin] == [type(module) for module in net]
+        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+            assert a is not b
+            assert torch.equal(a.grad, b.grad)
 
 
 @pytest.mark.parametrize(
@@ -171,3 +188,12 @@ def test_models_have_the_state_dict_and_results_of_torchs(ours, theirs, shape):
     weights = torch.cat([p.flatten() for name, p in ours.named_parameters() if name.endswith("weight")])
     assert 0.0 < weights.std() < 0.03
     assert all(not p.any() for name, p in ours.named_parameters() if name.endswith("bias"))
+
+
+def test_a_part_of_a_model_is_a_sequential_of_its_layers():
+    net = models.MLP(12, 3, 8)
+    hidden = net[:-1]
+    assert type(hidden) is nn.Sequential
+    assert hidden[1] is net[1]
+    input = torch.randn(5, 12)
+    torch.testing.assert_close(net[-1](hidden(input)), net(input))

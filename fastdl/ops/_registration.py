@@ -1,14 +1,12 @@
-"""How an op reaches torch's dispatcher, and how its backward stays differentiable."""
+"""How an op reaches torch's dispatcher."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from fastdl.arrays import are_plain
 
 _LIBRARY = torch.library.Library("fastdl", "DEF")
 
@@ -54,36 +52,3 @@ def register(
     call.__name__ = name
     call.__doc__ = implementation.__doc__
     return call
-
-
-def must_be_differentiable(grad: Tensor) -> bool:
-    """Return whether a backward pass has to be made of differentiable torch ops.
-
-    So it is where the graph of the gradient itself is wanted (``create_graph=True``, a gradient penalty),
-    and where a transform such as vmap or a dispatch mode runs over the backward pass.
-    """
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    return torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0 or not are_plain(grad)
-
-
-def reference_grads(
-    reference: Callable[..., Tensor],
-    inputs: Sequence[Tensor | None],
-    needs_grad: Sequence[bool],
-    grad_output: Tensor,
-) -> list[Tensor | None]:
-    """Return the gradients of ``reference(*inputs)``, themselves differentiable where grad mode is on."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # an alias each, so that a tensor that stands in two places keeps two gradients
-        aliases = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        wanted = [
-            alias for alias, needed in zip(aliases, needs_grad, strict=True) if needed and alias is not None
-        ]
-        output = reference(*aliases)
-        grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
-    return [
-        next(grads) if needed and alias is not None else None
-        for alias, needed in zip(aliases, needs_grad, strict=True)
-    ]

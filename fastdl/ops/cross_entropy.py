@@ -10,7 +10,8 @@ from torch.autograd import Function
 
 from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.ops._autograd import apply_of, must_be_differentiable, reference_grads
+from fastdl.ops._registration import register
 from fastdl.ops.linear import linear_backward, linear_forward
 from fastdl.reference import ops as reference
 
@@ -97,12 +98,19 @@ cross_entropy_backward = register(
 )
 
 
+def _keep_grad_logits(ctx: Any, output: tuple[Tensor, Tensor], *inputs: Tensor | None) -> None:
+    _, grad_logits = output
+    ctx.save_for_backward(*inputs, grad_logits)
+    # an output only so that it can be saved: no gradient flows into it, not even zeros
+    ctx.mark_non_differentiable(grad_logits)
+    ctx.set_materialize_grads(False)
+
+
 class CrossEntropyFunction(Function):
     """The op for autograd: logits (N, C), target (N,), all contiguous."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         target: Tensor,
         weight: Tensor | None,
@@ -110,20 +118,24 @@ class CrossEntropyFunction(Function):
         label_smoothing: float,
         reduction: str,
         need_grad: bool,
-    ) -> Tensor:
-        """Return the loss, and keep its gradient where it is wanted."""
-        loss: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, and its gradient with respect to the logits, empty where it isn't wanted."""
         loss, grad_logits = cross_entropy_forward(
             logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
         )
-        ctx.options = ignore_index, label_smoothing, reduction
-        # the inputs are for a gradient of the gradient
-        ctx.save_for_backward(logits, target, weight, grad_logits)
-        return loss
+        return loss, grad_logits
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep grad_logits, and the inputs for a gradient of the gradient."""
+        logits, target, weight, *ctx.options, _ = inputs
+        _keep_grad_logits(ctx, output, logits, target, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Return ``grad_loss * grad_logits``."""
+        if grad_loss is None:
+            return (None,) * 7
         logits, target, weight, grad_logits = ctx.saved_tensors
         ignore_index, label_smoothing, reduction = ctx.options
         if must_be_differentiable(grad_loss):
@@ -149,7 +161,6 @@ class LinearCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         input: Tensor,
         linear_weight: Tensor,
         linear_bias: Tensor | None,
@@ -159,20 +170,25 @@ class LinearCrossEntropyFunction(Function):
         label_smoothing: float,
         reduction: str,
         need_grad: bool,
-    ) -> Tensor:
-        """Return the loss, and keep its gradient with respect to the logits where a gradient is wanted."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss, and its gradient with respect to the logits, empty where none is wanted."""
         logits = linear_forward(input, linear_weight, linear_bias, False)
-        loss: Tensor
         loss, grad_logits = cross_entropy_forward(
             logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
         )
-        ctx.options = ignore_index, label_smoothing, reduction
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, grad_logits)
-        return loss
+        return loss, grad_logits
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep grad_logits and the inputs."""
+        input, linear_weight, linear_bias, target, weight, *ctx.options, _ = inputs
+        _keep_grad_logits(ctx, output, input, linear_weight, linear_bias, target, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         """Return the gradients that are wanted of input, linear_weight and linear_bias."""
+        if grad_loss is None:
+            return (None,) * 9
         input, linear_weight, linear_bias, target, weight, grad_logits = ctx.saved_tensors
         ignore_index, label_smoothing, reduction = ctx.options
         needs_grad = ctx.needs_input_grad[:3]
@@ -194,3 +210,7 @@ class LinearCrossEntropyFunction(Function):
             return *reference_grads(forward, inputs, needs_grad, grad_loss), *(None,) * 6
         grad_logits = cross_entropy_backward(grad_loss.contiguous(), grad_logits, target, ignore_index)
         return *linear_backward(grad_logits, None, input, linear_weight, needs_grad), *(None,) * 6
+
+
+apply_cross_entropy = apply_of(CrossEntropyFunction)
+apply_linear_cross_entropy = apply_of(LinearCrossEntropyFunction)

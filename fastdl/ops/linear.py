@@ -9,7 +9,8 @@ from torch.autograd import Function
 
 from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.ops._autograd import apply_of, must_be_differentiable
+from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
@@ -106,8 +107,8 @@ linear_grad_weight = register(
 def linear_backward(
     grad_output: Tensor,
     output: Tensor | None,
-    input: Tensor,
-    weight: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the wanted ones of grad_input, grad_weight and grad_bias, the others as None.
@@ -119,7 +120,9 @@ def linear_backward(
     output : (N, M) or None
         The forward's result where it had a ReLU: a gradient passes where ``not output <= 0``.
     input : (N, K)
+        Needed for grad_weight alone.
     weight : (M, K)
+        Needed for grad_input alone.
     needs_grad
         Whether the gradient of input, weight and bias is wanted.
     """
@@ -130,7 +133,8 @@ def linear_backward(
         grad_input = linear_grad_input(grad_output, output, weight)
     if need_weight or need_bias:
         # grad_weight = (grad_output * mask).T @ input, grad_bias = (grad_output * mask).sum(0)
-        grad_weight, grad_bias = linear_grad_weight(grad_output, output, input, need_weight, need_bias)
+        rows = grad_output.new_empty(grad_output.shape[0], 0) if input is None else input
+        grad_weight, grad_bias = linear_grad_weight(grad_output, output, rows, need_weight, need_bias)
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None
 
 
@@ -141,19 +145,28 @@ class LinearFunction(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        """Return relu(input @ weight.T + bias), and keep what the gradients are made of."""
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Return relu(input @ weight.T + bias)."""
         output: Tensor = linear_forward(input, weight, bias, relu)
-        ctx.relu = relu
-        ctx.save_for_backward(input, weight, bias, output if relu else None)
         return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the wanted gradients are made of, as torch does; the rest may be changed in place."""
+        input, weight, _, relu = inputs
+        need_input, need_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            input if need_weight else None, weight if need_input else None, output if relu else None
+        )
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are wanted."""
-        input, weight, bias, output = ctx.saved_tensors
+        input, weight, output = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[:3]
         if must_be_differentiable(grad_output):
-            forward = reference.linear_relu if ctx.relu else reference.linear
-            return *reference_grads(forward, (input, weight, bias), needs_grad, grad_output), None
+            return *reference.linear_backward(grad_output, output, input, weight, needs_grad), None
         return *linear_backward(grad_output.contiguous(), output, input, weight, needs_grad), None
+
+
+apply_linear = apply_of(LinearFunction)

@@ -11,7 +11,8 @@ from torch.autograd import Function
 
 from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.ops._autograd import apply_of, must_be_differentiable, reference_grads
+from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
@@ -72,12 +73,16 @@ class MSELossFunction(Function):
     """The op for autograd: input and target of one shape, contiguous."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, target: Tensor, reduction: str) -> Tensor:
+    def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
         """Return (input - target) ** 2, reduced."""
-        ctx.reduction = reduction
-        ctx.save_for_backward(input, target)
         loss: Tensor = mse_loss_forward(input, target, reduction)
         return loss
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep input and target."""
+        input, target, ctx.reduction = inputs
+        ctx.save_for_backward(input, target)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -91,3 +96,6 @@ class MSELossFunction(Function):
         # the target stands in the difference with a minus
         grad_target = torch.neg(grad_input) if need_target else None
         return grad_input if need_input else None, grad_target, None
+
+
+apply_mse_loss = apply_of(MSELossFunction)

@@ -10,7 +10,8 @@ from torch.autograd import Function
 
 from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._registration import must_be_differentiable, reference_grads, register
+from fastdl.ops._autograd import apply_of, must_be_differentiable, reference_grads
+from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
@@ -54,14 +55,15 @@ class ReLUFunction(Function):
     """The op for autograd, for a contiguous input of any shape."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
-        """Return max(input, 0); NaN stays NaN.
-
-        The output is kept, as torch does: its sign is the mask, and the input may be changed in place.
-        """
+    def forward(input: Tensor) -> Tensor:
+        """Return max(input, 0); NaN stays NaN."""
         output: Tensor = relu_forward(input)
-        ctx.save_for_backward(output)
         return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep the output, as torch does: its sign is the mask, and the input may be changed in place."""
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
@@ -72,3 +74,6 @@ class ReLUFunction(Function):
             return reference_grads(reference.relu, (output,), (True,), grad_output)[0]
         grad_input: Tensor = relu_backward(grad_output.contiguous(), output)
         return grad_input
+
+
+apply_relu = apply_of(ReLUFunction)

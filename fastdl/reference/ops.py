@@ -21,6 +21,28 @@ def relu(input: Tensor) -> Tensor:
     return torch.where(input <= 0, torch.zeros_like(input), input)
 
 
+def linear_backward(
+    grad_output: Tensor,
+    output: Tensor | None,
+    input: Tensor | None,
+    weight: Tensor | None,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the wanted ones of grad_input, grad_weight and grad_bias, themselves differentiable.
+
+    ``output`` is the forward's result where it had a ReLU. ``input`` is needed for grad_weight alone, and
+    ``weight`` for grad_input.
+    """
+    if output is not None:
+        grad_output = torch.where(output <= 0, torch.zeros_like(grad_output), grad_output)
+    need_input, need_weight, need_bias = needs_grad
+    return (
+        grad_output @ weight if need_input and weight is not None else None,
+        grad_output.T @ input if need_weight and input is not None else None,
+        grad_output.sum(dim=0) if need_bias else None,
+    )
+
+
 def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``relu(linear(input, weight, bias))``."""
     return relu(linear(input, weight, bias))

@@ -6,7 +6,12 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from fastdl.ops.cross_entropy import CrossEntropyFunction, LinearCrossEntropyFunction
+from fastdl.ops.linear import LinearFunction
+from fastdl.ops.mse_loss import MSELossFunction
+from fastdl.ops.relu import ReLUFunction
 from tests.ops.cases import CASES, IDS
 from tests.parity import assert_as_accurate_as_torch
 
@@ -182,3 +187,92 @@ def test_a_tensor_subclass_meets_its_torch_function(case):
     output = case.ours(*inputs)
     assert isinstance(output, Logged)
     assert Logged.seen
+
+
+FUNCTIONS = {
+    "linear": lambda x, w, b, y: LinearFunction.apply(x, w, b, False),
+    "linear_relu": lambda x, w, b, y: LinearFunction.apply(x, w, b, True),
+    "relu": lambda x, w, b, y: ReLUFunction.apply(x),
+    "cross_entropy": lambda x, w, b, y: CrossEntropyFunction.apply(x, y, None, -100, 0.1, "mean", True)[0],
+    "linear_cross_entropy": lambda x, w, b, y: LinearCrossEntropyFunction.apply(
+        x, w, b, y, None, -100, 0.1, "mean", True
+    )[0],
+    "mse_loss": lambda x, w, b, y: MSELossFunction.apply(x, x.detach() + 1, "mean"),
+}
+TORCHS = {
+    "linear": lambda x, w, b, y: F.linear(x, w, b),
+    "linear_relu": lambda x, w, b, y: F.relu(F.linear(x, w, b)),
+    "relu": lambda x, w, b, y: F.relu(x),
+    "cross_entropy": lambda x, w, b, y: F.cross_entropy(x, y, label_smoothing=0.1),
+    "linear_cross_entropy": lambda x, w, b, y: F.cross_entropy(F.linear(x, w, b), y, label_smoothing=0.1),
+    "mse_loss": lambda x, w, b, y: F.mse_loss(x, x.detach() + 1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_itself_can_be_differentiated_by_torch_func(name):
+    x, w, b = (torch.randn(shape, dtype=torch.float64) for shape in ((4, 3), (5, 3), (5,)))
+    y = torch.tensor([0, 2, -100, 1])
+
+    def grad(functions):
+        return torch.func.grad(lambda x: functions[name](x, w, b, y).pow(2).sum())
+
+    def grad_of_grad(functions):
+        return torch.func.grad(lambda x: grad(functions)(x).pow(2).sum())
+
+    for transform in (grad, grad_of_grad):
+        torch.testing.assert_close(transform(FUNCTIONS)(x), transform(TORCHS)(x))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_and_its_call_in_eager_mode_are_one_op(name):
+    from fastdl import functional
+
+    x, w, b = (torch.randn(shape, requires_grad=True) for shape in ((4, 3), (5, 3), (5,)))
+    y = torch.tensor([0, 2, -100, 1])
+    calls = {
+        "linear": lambda: functional.linear(x, w, b),
+        "linear_relu": lambda: functional.linear_relu(x, w, b),
+        "relu": lambda: functional.relu(x),
+        "cross_entropy": lambda: functional.cross_entropy(x, y, label_smoothing=0.1),
+        "linear_cross_entropy": lambda: functional.linear_cross_entropy(
+            x, w, y, linear_bias=b, label_smoothing=0.1
+        ),
+        "mse_loss": lambda: functional.mse_loss(x, x.detach() + 1),
+    }
+    output, called = FUNCTIONS[name](x, w, b, y), calls[name]()
+    assert type(output.grad_fn).__name__ == type(called.grad_fn).__name__
+    upstream = torch.randn_like(output)
+    for tensors in zip(
+        (output, *torch.autograd.grad(output, (x, w, b), upstream, allow_unused=True)),
+        (called, *torch.autograd.grad(called, (x, w, b), upstream, allow_unused=True)),
+        strict=True,
+    ):
+        torch.testing.assert_close(*tensors, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("needs", [n for n in product([False, True], repeat=3) if any(n)])
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_linear_layer_keeps_only_what_torch_keeps(relu, needs, changed):
+    from fastdl import functional
+
+    def succeeds(function):
+        tensors = [
+            # times 1, so that none is a leaf and all may be changed in place
+            torch.randn(shape).requires_grad_(need) * 1
+            for shape, need in zip(((4, 3), (5, 3), (5,)), needs, strict=True)
+        ]
+        output = function(*tensors)
+        with torch.no_grad():
+            tensors[changed].add_(1)
+        try:
+            output.sum().backward()
+        except RuntimeError:
+            return False
+        return True
+
+    if relu:
+        assert succeeds(functional.linear_relu) == succeeds(lambda *layer: F.relu(F.linear(*layer)))
+    else:
+        assert succeeds(functional.linear) == succeeds(F.linear)

@@ -1,0 +1,76 @@
+"""How an op's torch.autograd.Function is called, and how its backward stays differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from fastdl.arrays import are_plain
+
+
+def apply_of(function: type[Function]) -> Callable[..., Any]:
+    """Return ``function.apply`` for a Function with a ``setup_context``, without its cost in eager mode.
+
+    Before torch calls such a Function it binds the arguments to forward's signature, which takes 40 us.
+    A Function whose forward takes the context is called at once, so in eager mode a twin of that kind runs
+    the same two methods. A compiler sees the Function itself.
+
+    Parameters
+    ----------
+    function
+        Takes positional arguments only.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    # torch's own setup_context is the mark of a forward that takes the context
+    methods = {"forward": staticmethod(forward), "setup_context": staticmethod(Function.setup_context)}
+    twin = type(function.__name__, (function,), methods | {"__module__": function.__module__})
+    apply_twin = twin.apply  # type: ignore[attr-defined]
+
+    def apply(*inputs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return function.apply(*inputs)
+        return apply_twin(*inputs)
+
+    return apply
+
+
+def must_be_differentiable(grad: Tensor) -> bool:
+    """Return whether a backward pass has to be made of differentiable torch ops.
+
+    So it is where the graph of the gradient itself is wanted (``create_graph=True``, a gradient penalty),
+    and where a transform such as vmap or a dispatch mode runs over the backward pass.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    return torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0 or not are_plain(grad)
+
+
+def reference_grads(
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+    grad_output: Tensor,
+) -> list[Tensor | None]:
+    """Return the gradients of ``reference(*inputs)``, themselves differentiable where grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # an alias each, so that a tensor that stands in two places keeps two gradients
+        aliases = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        wanted = [
+            alias for alias, needed in zip(aliases, needs_grad, strict=True) if needed and alias is not None
+        ]
+        output = reference(*aliases)
+        grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=create_graph))
+    return [
+        next(grads) if needed and alias is not None else None
+        for alias, needed in zip(aliases, needs_grad, strict=True)
+    ]
