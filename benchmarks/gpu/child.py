@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--into", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--flops", type=float)
     parser.add_argument("--green", nargs="*", default=[])
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
@@ -59,6 +60,7 @@ def main() -> int:
             deadline=deadline,
             green=frozenset(options.green),
             save=lambda section: write(section, options.into),
+            flops=options.flops,
         )
         measure = importlib.import_module(f"benchmarks.gpu.sections.{options.section}").measure
         settings.save(measure(settings))

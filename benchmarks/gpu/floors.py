@@ -65,3 +65,8 @@ def peak_flops(num_multiprocessors: int, capability: tuple[int, int], hertz: flo
     """Return the float32 FLOPs a second of a GPU whose multiprocessors run at a clock."""
     lanes = _LANES.get(capability, _LANES_OF_OTHERS)
     return float(_FLOPS_PER_MULTIPLY_ADD * num_multiprocessors * lanes * hertz)
+
+
+def floor_of_products(num_multiply_adds: int, flops: float) -> float:
+    """Return the seconds that so many multiply-adds take at least."""
+    return _FLOPS_PER_MULTIPLY_ADD * num_multiply_adds / flops

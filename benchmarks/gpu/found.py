@@ -17,13 +17,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.floors import peak_flops
+
 # the packages without which fastdl's kernels can't run on a GPU, by the name that they are installed under
-NEEDED = ("torch", "numpy", "numba", "numba-cuda", "cuda-core", "platformdirs", "torchvision", "matplotlib")
+NEEDED = ("torch", "numpy", "numba", "numba-cuda", "cuda-core", "platformdirs")
 # and those that a part of the visit needs, with what is left out without them
 USEFUL: Mapping[str, str] = {
     "pytest": "the tests",
     "jax": "JAX as a peer",
     "triton": "torch.compile as a peer",
+    "matplotlib": "the pictures",
 }
 _SECONDS = 60.0
 _SANITIZERS = ("/usr/local/cuda/bin/compute-sanitizer", "/usr/local/cuda/compute-sanitizer/compute-sanitizer")
@@ -81,6 +84,14 @@ class Found:
         return bool(self.gpu.get("name"))
 
     @property
+    def flops(self) -> float | None:
+        """The float32 FLOPs a second that the GPU can do by its clock, where that is known."""
+        if not self.gpu.get("clock"):
+            return None
+        major, minor = self.gpu["capability"]
+        return peak_flops(self.gpu["multiprocessors"], (major, minor), self.gpu["clock"])
+
+    @property
     def title(self) -> str:
         """The GPU, its driver and the versions, for tables and pictures."""
         name = self.gpu.get("name") or "no GPU"
@@ -132,6 +143,12 @@ def _installed(name: str) -> str:
         return "missing"
 
 
+def sanitizer() -> str | None:
+    """Return the path of compute-sanitizer, or None without it."""
+    candidates = (shutil.which("compute-sanitizer"), *_SANITIZERS)
+    return next((path for path in candidates if path and Path(path).exists()), None)
+
+
 def find(root: Path, run: Callable[[list[str], Path], Any] = _run) -> Found:
     """Look at the machine.
 
@@ -161,8 +178,7 @@ def find(root: Path, run: Callable[[list[str], Path], Any] = _run) -> Found:
     if found.versions["torch"] != "missing":
         _ask_torch(found, run([sys.executable, "-c", _PROBE], root))
     _ask_the_driver(found, root, run)
-    candidates = (shutil.which("compute-sanitizer"), *_SANITIZERS)
-    found.sanitizer = next((path for path in candidates if path and Path(path).exists()), None)
+    found.sanitizer = sanitizer()
     if found.sanitizer is None:
         found.left_out.append("memcheck and racecheck: compute-sanitizer isn't there")
     if found.versions["jax"] != "missing":

@@ -24,6 +24,8 @@ class Settings:
         When the section's time is over, by ``time.monotonic``.
     green : frozenset of str
         Which ops have parity in which precision, as `key` writes it.
+    flops : float or None
+        The float32 FLOPs a second that the GPU can do by its clock, where that is known.
     save : callable
         Takes the section as it is so far. What it has taken is kept if the section is cut off.
     """
@@ -33,6 +35,7 @@ class Settings:
     deadline: float
     green: frozenset[str]
     save: Callable[[Section], None]
+    flops: float | None = None
 
     @property
     def budget(self) -> float:

@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from fastdl import data
 from fastdl.programs import RECIPES, Model
-from fastdl.reproduce import Examples
 
 Loader = Callable[[int, torch.Generator], DataLoader[object]]
 
@@ -95,6 +94,22 @@ class Problem:
     def order(self) -> torch.Generator:
         """Return where the order of each epoch comes from, the same for every program."""
         return torch.Generator().manual_seed(self.seed)
+
+
+class Examples(Protocol):
+    """What a model trains on."""
+
+    @property
+    def X(self) -> Tensor:
+        """The examples."""
+
+    @property
+    def y(self) -> Tensor:
+        """The labels."""
+
+    @property
+    def loader(self) -> Loader | None:
+        """What makes the textbook's DataLoader of the same, if anything does."""
 
 
 class Trainer(Protocol):

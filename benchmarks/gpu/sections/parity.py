@@ -1,0 +1,187 @@
+"""Every op beside torch, against float64, in each precision: what has no parity gets no time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu import precision
+from benchmarks.gpu.precision import Precision
+from benchmarks.gpu.settings import Settings, key
+from benchmarks.results import Section, Table
+from fastdl import functional, optim
+from fastdl.reference.parity import TIMES_TORCH, Check
+
+LINEAR, RELU, CROSS_ENTROPY, MSE_LOSS, SGD = "linear", "relu", "cross_entropy", "mse_loss", "sgd"
+# (rows, inputs, outputs): the models' own, ragged ones, and ones that are torch's
+_LAYERS = ((10, 2, 1), (256, 784, 10), (256, 784, 256), (1000, 17, 130), (2048, 512, 1024))
+_LOGITS = ((256, 10), (1000, 130), (300, 5000))
+_SIZES = (10, 1001, 1_000_000)
+_QUICK_LAYERS, _QUICK_LOGITS, _QUICK_SIZES = ((10, 2, 1), (33, 65, 31)), ((33, 10),), (1001,)
+_NUM_STEPS = 3
+
+Results = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One op on one set of inputs, by fastdl and by torch: results to compare, one by one."""
+
+    op: str
+    size: str
+    names: tuple[str, ...]
+    ours: Callable[[Sequence[Tensor]], Results]
+    torchs: Callable[[Sequence[Tensor]], Results]
+    inputs: tuple[Tensor, ...]
+
+
+def measure(settings: Settings) -> Section:
+    """Compare every op in every precision."""
+    section = Section(
+        "Parity of the ops",
+        "norm(result - truth) / norm(truth) of outputs and gradients, the truth in float64 from the same inputs. "
+        "Allowed are the precision's own bound and 4 times torch's error, of which the lower counts; torch's may "
+        "be 0 by luck, so that a rounding is added to it.",
+    )
+    green: list[str] = []
+    rows: list[list[str]] = []
+    failed: list[str] = []
+    precisions = precision.ALL if settings.device.name == "cuda" else (precision.FLOAT32,)
+    for block in precisions:
+        with block.active():
+            for op in (LINEAR, RELU, CROSS_ENTROPY, MSE_LOSS, SGD):
+                worst, torchs, own_failed = _compare(op, block, settings)
+                failed += own_failed
+                if not own_failed:
+                    green.append(key(op, block))
+                verdict = "FAIL" if own_failed else "pass"
+                rows.append([block.name, op, f"{worst:.1e}", f"{torchs:.1e}", f"{block.error:.0e}", verdict])
+        section.figures |= {"green": green, "failed": failed}
+        section.failures = failed
+        section.tables = [Table("", ["precision", "op", "worst error", "torch's worst", "at most", ""], rows)]
+        settings.save(section)
+    return section
+
+
+def _compare(op: str, block: Precision, settings: Settings) -> tuple[float, float, list[str]]:
+    """Return the worst error of an op, torch's worst, and a line for each result that is off."""
+    worst, torchs_worst, failed = 0.0, 0.0, []
+    try:
+        for case in _cases(op, block, settings):
+            truths = case.torchs([_double(tensor) for tensor in case.inputs])
+            results = zip(case.names, case.ours(case.inputs), case.torchs(case.inputs), truths, strict=True)
+            for name, actual, expected, truth in results:
+                error, torchs = (relative_error(result, truth) for result in (actual, expected))
+                check = Check(f"{block.name}, {op} {case.size}, {name}", error, allowed(torchs, block))
+                if not check.passes:
+                    failed.append(str(check))
+                # max() of Python would pass a NaN over
+                worst = error if math.isnan(error) or error > worst else worst
+                torchs_worst = max(torchs_worst, torchs)
+    # an op that raises has no parity, and the others are looked at nevertheless
+    except Exception as error:
+        failed.append(f"{block.name}, {op}: {type(error).__name__}: {error}".splitlines()[0])
+    return worst, torchs_worst, failed
+
+
+def allowed(torchs_error: float, block: Precision) -> float:
+    """Return how large an error may be."""
+    if block is precision.TF32:
+        # fastdl may compute such a product in float32, or torch may
+        return block.error
+    return min(block.error, TIMES_TORCH * torchs_error + torch.finfo(block.dtype).eps)
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """Return norm(result - truth) / norm(truth), in float64."""
+    norm = float(truth.double().norm())
+    error = float((result.double() - truth.double()).norm())
+    return error / norm if norm else error
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _cases(op: str, block: Precision, settings: Settings) -> Iterator[_Case]:
+    quick = settings.quick
+    generator = torch.Generator(settings.device.name).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=settings.device.name).to(block.dtype)
+
+    if op == LINEAR:
+        for n, k, m in _QUICK_LAYERS if quick else _LAYERS:
+            layer, upstream = (normal(n, k), normal(m, k), normal(m)), normal(n, m)
+            yield _differentiated(
+                op,
+                f"{n} x {k} x {m}",
+                ("output", "grad_input", "grad_weight", "grad_bias"),
+                functional.linear_relu,
+                lambda *layer: F.relu(F.linear(*layer)),
+                layer,
+                upstream,
+            )
+    elif op == CROSS_ENTROPY:
+        for n, c in _QUICK_LOGITS if quick else _LOGITS:
+            target = torch.randint(c, (n,), generator=generator, device=settings.device.name)
+            target[::7] = -100
+            weight = normal(c).abs()
+            functions = (
+                lambda logits, f=f, target=target, weight=weight: f(
+                    logits, target, weight.to(logits.dtype), label_smoothing=0.1
+                )
+                for f in (functional.cross_entropy, F.cross_entropy)
+            )
+            names = ("loss", "grad_logits")
+            yield _differentiated(op, f"{n} x {c}", names, *functions, (normal(n, c),), normal(1)[0])
+    elif op == SGD:
+        for size in _QUICK_SIZES if quick else _SIZES:
+            inputs = (normal(size), *(normal(size) for _ in range(_NUM_STEPS)))
+            yield _Case(op, f"{size}", ("parameter",), _updated(optim.SGD), _updated(torch.optim.SGD), inputs)
+    else:
+        for size in _QUICK_SIZES if quick else _SIZES:
+            if op == RELU:
+                functions, inputs, upstream = (functional.relu, F.relu), (normal(size),), normal(size)
+                names = ("output", "grad_input")
+            else:
+                functions, inputs = (functional.mse_loss, F.mse_loss), (normal(size), normal(size))
+                names, upstream = ("loss", "grad_input", "grad_target"), normal(1)[0]
+            yield _differentiated(op, f"{size}", names, *functions, inputs, upstream)
+
+
+def _differentiated(
+    op: str,
+    size: str,
+    names: tuple[str, ...],
+    ours: Callable[..., Tensor],
+    torchs: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    upstream: Tensor,
+) -> _Case:
+    def results(function: Callable[..., Tensor]) -> Callable[[Sequence[Tensor]], Results]:
+        def call(inputs: Sequence[Tensor]) -> Results:
+            leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+            output = function(*leaves)
+            return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(output.dtype))]
+
+        return call
+
+    return _Case(op, size, names, results(ours), results(torchs), inputs)
+
+
+def _updated(optimizer: Callable[..., torch.optim.Optimizer]) -> Callable[[Sequence[Tensor]], Results]:
+    def call(inputs: Sequence[Tensor]) -> Results:
+        parameter = torch.nn.Parameter(inputs[0].detach().clone())
+        update = optimizer([parameter], lr=0.1, momentum=0.9, weight_decay=0.01)
+        for gradient in inputs[1:]:
+            parameter.grad = gradient.clone()
+            update.step()
+        return [parameter.detach()]
+
+    return call
