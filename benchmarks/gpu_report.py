@@ -1,12 +1,12 @@
 """A whole visit to a GPU in one command and less than eight minutes: ``python -m benchmarks.gpu_report``.
 
-It says what the machine has, runs the tests that need a GPU, compute-sanitizer, and parity against float64, and,
-where that is green, times the CUDA half beside its peers. After each section it writes a JSON and a Markdown
-file, so that a visit that is cut off keeps what it has.
+It says what the machine has, runs the tests that need a GPU, compute-sanitizer, and parity against float64,
+and, where that is green, times the CUDA half beside its peers. After each section it writes a JSON and a
+Markdown file, so that a visit that is cut off keeps what it has.
 
-It exits with 0 when all went well; 1 when a test, a check or a section failed; 2 on wrong usage; 3 when something
-is missing that the kernels can't do without, after running what needs no GPU. It needs the standard library
-alone; the sections need what they measure.
+It exits with 0 when all went well; 1 when a test, a check or a section failed; 2 on wrong usage; 3 when
+something is missing that the kernels can't do without, after running what needs no GPU. It needs the standard
+library alone; the sections need what they measure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from benchmarks.gpu.visit import NAMES, TOTAL_SECONDS, Visit, in_process  # noqa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Visit the GPU; return what the process exits with."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", action="append", choices=NAMES, default=[], help="may be repeated")
     parser.add_argument("--quick", action="store_true", help="see that everything runs; no figure counts")
     parser.add_argument("--rehearse", action="store_true", help="a quick run with the CPU in the GPU's place")

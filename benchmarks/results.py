@@ -138,7 +138,7 @@ def show(console: Console, table: Table) -> None:
 
 
 def goals_table(goals: Sequence[Goal], colors: Mapping[str, str] = _COLORS) -> Table:
-    """Return the table of what was reached, each verdict in its color, for `show`; with no colors, as text."""
+    """Return the table of what was reached, each verdict in its color, for `show`."""
     rows = [goal.cells() for goal in goals]
     for row in rows:
         if row[3] in colors:

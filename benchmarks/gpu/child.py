@@ -51,9 +51,14 @@ def main() -> int:
     if options.device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:
+        import torch
+
         from benchmarks.gpu.device import device
         from benchmarks.gpu.settings import Settings
 
+        if options.device == "cpu":
+            # threads that wait for a core would take most of a rehearsal's time
+            torch.set_num_threads(1)
         settings = Settings(
             device=device(options.device),
             quick=options.quick,

@@ -31,7 +31,7 @@ class Device(Protocol):
         """Wait for all work."""
 
     def timed(self, program: Program) -> float:
-        """Return the seconds from the start of a program's first work on the device to the end of its last."""
+        """Return the seconds from a program's start to the end of its last work on the device."""
 
     def captured(self, step: Callable[[], _T], warm_up_calls: int = WARM_UP_CALLS) -> Callable[[], _T]:
         """Run a step some times, record its work, and return what does the work again, in the same memory."""
@@ -54,7 +54,8 @@ class Cuda:
         program()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
 
     def captured(self, step: Callable[[], _T], warm_up_calls: int = WARM_UP_CALLS) -> Callable[[], _T]:
         """Run a step on a side stream, capture it in a graph, and return the graph's replay."""

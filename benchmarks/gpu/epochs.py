@@ -26,7 +26,7 @@ from fastdl.reference.parity import Check
 from fastdl.training.lower import UnsupportedError
 
 MODELS: tuple[Model, ...] = ("mlp", "softmax", "linear")
-# Epochs of a call of fit, besides the one whose time is taken off: so many that they take tens of milliseconds.
+# of a call of fit, besides the one whose time is taken off: they take tens of milliseconds
 _MORE_EPOCHS: Mapping[str, int] = {"mlp": 20, "softmax": 20, "linear": 200}
 _QUICK_EPOCHS, _QUICK_EXAMPLES = 2, 512
 _ROUNDS = 5
@@ -70,7 +70,11 @@ def problem(model: Model, images: Data, settings: Settings) -> Problem:
     if model == "linear":
         examples = points(100 if settings.quick else 1000)
     else:
-        examples = images if not settings.quick else replace(images, X=images.X[:_QUICK_EXAMPLES], y=images.y[:_QUICK_EXAMPLES])
+        examples = (
+            images
+            if not settings.quick
+            else replace(images, X=images.X[:_QUICK_EXAMPLES], y=images.y[:_QUICK_EXAMPLES])
+        )
     found = textbook_problem(model, examples)
     whole = len(found.X) // found.batch_size * found.batch_size
     return replace(found, X=found.X[:whole], y=found.y[:whole]).on(settings.device.name)
@@ -181,4 +185,3 @@ def made(
         except Exception as error:
             failures.append(f"{what}, {name}: {type(error).__name__}: {error}".splitlines()[0])
     return trainers, [name for name in makes if name not in trainers]
-

@@ -50,7 +50,9 @@ def exercise(device: str) -> list[str]:
     return refused
 
 
-def _layer(num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+def _layer(
+    num_rows: int, num_inputs: int, num_outputs: int, dtype: torch.dtype, device: str
+) -> tuple[Tensor, ...]:
     shapes = ((num_rows, num_inputs), (num_outputs, num_inputs), (num_outputs,))
     return tuple(torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
 

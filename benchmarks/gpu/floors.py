@@ -1,4 +1,4 @@
-"""The least time that a kernel can take: its bytes at the speed of a copy, its arithmetic at the GPU's peak."""
+"""The least time of a kernel: its bytes at the speed of a copy, its arithmetic at the GPU's peak."""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ class Found:
         name = self.gpu.get("name") or "no GPU"
         driver = f", driver {self.gpu['driver']}" if self.gpu.get("driver") else ""
         names = ("torch", "numba", "numba-cuda", "cuda-core", "jax")
-        kept = [f"{key} {self.versions[key]}" for key in names if self.versions.get(key, "missing") != "missing"]
+        kept = [
+            f"{key} {self.versions[key]}" for key in names if self.versions.get(key, "missing") != "missing"
+        ]
         return f"{name}{driver}; Python {self.versions.get('Python', '')}, {', '.join(kept)}"
 
     def lines(self) -> list[str]:
@@ -115,8 +117,8 @@ class Found:
         major, minor = self.gpu["capability"]
         return (
             f"{self.gpu['name']}, compute capability {major}.{minor}, {self.gpu['multiprocessors']} "
-            f"multiprocessors, {self.gpu['memory'] / 2**30:.0f} GiB, driver {self.gpu.get('driver', 'unknown')}, "
-            f"{self.gpu.get('clock', 0) / 1e6:.0f} MHz at most"
+            f"multiprocessors, {self.gpu['memory'] / 2**30:.0f} GiB, {self.gpu.get('clock', 0) / 1e6:.0f} MHz at "
+            f"most, driver {self.gpu.get('driver', 'unknown')}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -126,7 +128,9 @@ class Found:
 
 def _run(command: list[str], root: Path) -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, cwd=root, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_SECONDS, cwd=root, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.results import Goal, duration
 
 _BLOCK = "float32"
-# of a model's epoch: times the best peer, microseconds of a step of fit (of the kernel, for linear regression)
+# of a model's epoch: times the best peer, microseconds of a step (of the kernel, for linear regression)
 _EPOCHS = {
     "mlp": ("MLP", 2.0, 15.0),
     "softmax": ("softmax regression", 2.5, 8.0),
@@ -104,4 +104,6 @@ def _memory_goals(figures: Figures) -> Iterator[Goal]:
         worst = min(shares, key=shares.__getitem__, default=None)
         figure = None if worst is None else 100 * shares[worst]
         note = _NOT_THERE if worst is None else worst
-        yield Goal(f"{title} at large sizes: share of the copy's bandwidth", figure, _OF_THE_COPY, "%", note=note)
+        yield Goal(
+            f"{title} at large sizes: share of the copy's bandwidth", figure, _OF_THE_COPY, "%", note=note
+        )

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -62,8 +63,8 @@ class Spec:
     needs_parity: bool = False
 
 
-# Groups in order. The sections of a group run side by side, and so are none that measure time. First come those
-# that have a goal, and the others as long as there is time.
+# Groups in order. The sections of a group run side by side, so they are none that measure time. Those that have
+# a goal come before the others.
 PLAN: Sequence[Sequence[Spec]] = (
     (Spec("compile", 90, needs_gpu=False),),
     (Spec("tests", 120, needs_gpu=False), Spec("sanitizer", 120)),
@@ -279,7 +280,7 @@ class Visit:
 
 
 def in_process(spec: Spec, seconds: float, arguments: Sequence[str]) -> Outcome:
-    """Run a section in a process of its own, and end that and all that it has started when its time is over."""
+    """Run a section in a process of its own, and end all that it has started when its time is over."""
     with tempfile.TemporaryDirectory() as folder:
         into, log = Path(folder, "section.json"), Path(folder, "log")
         command = [sys.executable, "-m", "benchmarks.gpu.child", spec.name, "--into", str(into)]
@@ -302,8 +303,6 @@ def in_process(spec: Spec, seconds: float, arguments: Sequence[str]) -> Outcome:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process and those that it has started, which are of its session."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

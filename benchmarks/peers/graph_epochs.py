@@ -24,14 +24,20 @@ class GraphTrainer(EagerTrainer):
         What captures.
     whole_epoch : bool
         One graph of an epoch, else of a step; a last batch that is smaller then is an eager step.
-    **options
-        Of ``torch.optim.SGD``: foreach, fused.
+    fused : bool, optional
+        Of ``torch.optim.SGD``.
     """
 
     def __init__(
-        self, problem: Problem, dtype: torch.dtype, *, device: Device, whole_epoch: bool, **options: bool
+        self,
+        problem: Problem,
+        dtype: torch.dtype,
+        *,
+        device: Device,
+        whole_epoch: bool,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(problem, dtype, **options)
+        super().__init__(problem, dtype, fused=fused)
         self.whole_epoch = whole_epoch
         start = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
         # the graph reads the order from here

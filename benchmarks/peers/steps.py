@@ -55,7 +55,13 @@ def all_models(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[
     for _, plain, ours, _, _ in nets:
         plain.load_state_dict(ours.state_dict())
     return [
-        Model(name, plain.to(device, dtype), ours.to(device, dtype), (X.to(device, dtype), _to(y, device, dtype)), lr)
+        Model(
+            name,
+            plain.to(device, dtype),
+            ours.to(device, dtype),
+            (X.to(device, dtype), _to(y, device, dtype)),
+            lr,
+        )
         for name, plain, ours, (X, y), lr in nets
     ]
 

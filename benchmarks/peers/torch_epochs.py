@@ -26,8 +26,8 @@ class EagerTrainer:
     dtype : torch.dtype
     row_order : torch.Generator, optional
         Shuffles the rows within each batch, which changes nothing but the rounding.
-    **options
-        Of ``torch.optim.SGD``: foreach, fused.
+    foreach, fused : bool, optional
+        Of ``torch.optim.SGD``.
     """
 
     def __init__(
@@ -36,13 +36,14 @@ class EagerTrainer:
         dtype: torch.dtype,
         *,
         row_order: torch.Generator | None = None,
-        **options: bool,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         self.X, self.y = problem.rows(dtype), problem.labels(dtype)
         self.batch_size = problem.batch_size
         self.net = problem.net(dtype)
         self.loss = problem.loss()
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr, **options)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr, foreach=foreach, fused=fused)
         self.order = problem.order()
         self.row_order = row_order
         self.one_order = data.order(len(self.X), problem.order()).to(self.X.device)

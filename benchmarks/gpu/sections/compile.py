@@ -25,8 +25,8 @@ def measure(settings: Settings) -> Section:
     architecture = _architecture(settings)
     section = Section(
         "Compiling the kernels",
-        f"From Python to machine code for {architecture}, or from the disk where it lies from an earlier run, "
-        f"in {num_cores()} processes.",
+        f"From Python to machine code for {architecture}, or from the disk where an earlier run has left it, in "
+        f"{num_cores()} processes.",
     )
     names = list(KERNELS)[: _QUICK_KERNELS if settings.quick else None]
     started = time.perf_counter()
@@ -43,7 +43,11 @@ def measure(settings: Settings) -> Section:
     whole = time.perf_counter() - started
     section.figures |= {"architecture": architecture, "seconds of each": seconds, "seconds in all": whole}
     slowest = max(seconds, key=seconds.__getitem__, default="")
-    row = [f"{len(seconds)} of {len(names)}", duration(whole), f"{slowest} {duration(seconds.get(slowest, 0.0))}"]
+    row = [
+        f"{len(seconds)} of {len(names)}",
+        duration(whole),
+        f"{slowest} {duration(seconds.get(slowest, 0.0))}",
+    ]
     section.tables.append(Table("", ["kernels", "in all", "slowest"], [row]))
     return section
 

@@ -24,8 +24,8 @@ def measure(settings: Settings) -> Section:
     images = epochs.load(settings.quick)
     section = Section(
         "Epochs of torch.compile",
-        "The whole step as a function (torch.func.grad_and_value), compiled; conditions as in the section of epochs. "
-        "They have a process and a time of their own, as compiling takes long.",
+        "The whole step as a function (torch.func.grad_and_value), compiled; conditions as in the section of "
+        "epochs. They have a process and a time of their own, as compiling takes long.",
     )
     for block in (FLOAT32, TF32) if settings.device.name == "cuda" else (FLOAT32,):
         section.figures[block.name] = {}
@@ -48,7 +48,9 @@ def _measure_mode(
     title = f"{block.name}, {RECIPES[model].title}"
     found = epochs.problem(model, images, settings)
     name = f"torch.compile, {mode}"
-    trainers, _ = epochs.made({name: partial(CompiledGraphTrainer, mode=mode)}, found, section.failures, title)
+    trainers, _ = epochs.made(
+        {name: partial(CompiledGraphTrainer, mode=mode)}, found, section.failures, title
+    )
     times = epochs.peer_epochs(settings.device, trainers, budget=settings.budget)
     figures = section.figures[block.name].setdefault(model, {"steps": epochs.num_steps(found), "peers": {}})
     figures["peers"] |= {key: timing.as_json() for key, timing in times.items()}

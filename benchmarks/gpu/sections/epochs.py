@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,18 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.measuring import timed
 from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer
 from benchmarks.peers.graph_epochs import GraphTrainer
-from benchmarks.peers.problem import Problem
+from benchmarks.peers.problem import Problem, textbook_problem
 from benchmarks.peers.roster import EAGER, FIT, JAX
 from benchmarks.peers.torch_epochs import EagerTrainer
 from benchmarks.results import Section, Table, duration, number
 from fastdl import fit
 from fastdl.programs import RECIPES, Model
 
-DROP_IN, GRAPH_OF_STEP, GRAPH_OF_EPOCH = "fastdl drop-in loop", "torch graph of a step", "torch graph of an epoch"
+DROP_IN, GRAPH_OF_STEP, GRAPH_OF_EPOCH = (
+    "fastdl drop-in loop",
+    "torch graph of a step",
+    "torch graph of an epoch",
+)
 # of linear regression: two sizes, whose difference is the kernel's alone
 _FEW_EXAMPLES, _MANY_EXAMPLES = 10_000, 1_000_000
 _QUICK_FEW, _QUICK_MANY = 100, 200
@@ -36,10 +41,11 @@ def measure(settings: Settings) -> Section:
     section = Section(
         "Epochs of the three models",
         f"Images: {images.name}, whole batches only, uint8 for fit and floating point for the peers. fit as "
-        "called, a call with many epochs less one with one epoch, so that what a call does once is not counted; "
-        "it draws each epoch's order and counts the accuracy. The peers train in one order that lies on the GPU "
-        "already and count no accuracy. Medians of rounds in turn. The gate of fit: torch's losses and parameters "
-        "in float64 and float32 by the rule of fastdl.reference.parity; the peers': the loss of the first epoch.",
+        "called, a call with many epochs less one with one epoch, so that what a call does once is not "
+        "counted; it draws each epoch's order and counts the accuracy. The peers train in one order that lies "
+        "on the GPU already and count no accuracy. Medians of rounds in turn. The gate of fit: torch's losses "
+        "and parameters in float64 and float32, by the rule of fastdl.reference.parity; the gate of the peers: "
+        "the loss of the first epoch.",
     )
     section.figures["images"] = images.name
     for block in (FLOAT32, TF32) if settings.device.name == "cuda" else (FLOAT32,):
@@ -95,16 +101,22 @@ def _fit(
         one_call = settings.device.timed(partial(trainer.train, 1))
     # the peers are timed without it
     except Exception as error:
-        section.failures.append(f"{title}, {FIT} is not available: {type(error).__name__}: {error}".splitlines()[0])
+        section.failures.append(
+            f"{title}, {FIT} is not available: {type(error).__name__}: {error}".splitlines()[0]
+        )
         return None
-    return {"epoch": timing.as_json(), "first call, seconds": first, "one call of one epoch, seconds": one_call}
+    return {
+        "epoch": timing.as_json(),
+        "first call, seconds": first,
+        "one call of one epoch, seconds": one_call,
+    }
 
 
 def _peers(device: Device, block: Precision) -> Mapping[str, epochs.Make]:
     makes: dict[str, epochs.Make] = {DROP_IN: DropInTrainer}
-    for name, options in (("SGD", {}), ("fused SGD", {"fused": True})):
-        makes[f"{EAGER}, {name}"] = partial(EagerTrainer, **options)
-        graph = partial(GraphTrainer, device=device, **options)
+    for name, fused in (("SGD", None), ("fused SGD", True)):
+        makes[f"{EAGER}, {name}"] = partial(EagerTrainer, fused=fused)
+        graph = partial(GraphTrainer, device=device, fused=fused)
         makes[f"{GRAPH_OF_STEP}, {name}"] = partial(graph, whole_epoch=False)
         makes[f"{GRAPH_OF_EPOCH}, {name}"] = partial(graph, whole_epoch=True)
     makes |= _jax(device, block)
@@ -130,10 +142,10 @@ def _jax(device: Device, block: Precision) -> dict[str, epochs.Make]:
 
 
 def _kernel_step(settings: Settings) -> float:
-    """Return the seconds of one step of linear regression, from the difference of a long and a short epoch."""
+    """Return the seconds of a step of linear regression, by the difference of a long and a short epoch."""
     seconds, steps = [], []
     for count in (_QUICK_FEW, _QUICK_MANY) if settings.quick else (_FEW_EXAMPLES, _MANY_EXAMPLES):
-        found = epochs.textbook_problem("linear", epochs.points(count)).on(settings.device.name)
+        found = textbook_problem("linear", epochs.points(count)).on(settings.device.name)
         net, loss = found.net(torch.float32), found.loss()
         train = partial(
             fit,
@@ -158,7 +170,7 @@ def _kernel_step(settings: Settings) -> float:
 def _half(images: epochs.Data, settings: Settings, section: Section) -> None:
     """Say whether fit trains a net in half precision."""
     found = epochs.problem("softmax", images, settings)
-    found = epochs.replace(found, X=found.X[: found.batch_size], y=found.y[: found.batch_size])
+    found = replace(found, X=found.X[: found.batch_size], y=found.y[: found.batch_size])
     try:
         FitTrainer(found, BFLOAT16.dtype).train(1)
         section.figures[BFLOAT16.name] = "fit trains such a net; its time is not measured yet"
@@ -179,9 +191,13 @@ def epoch_table(title: str, found: Problem, figures: Mapping[str, Any]) -> Table
         ratio = number(seconds / times[FIT]) if fitted is not None else ""
         rows.append([name, duration(seconds), duration(seconds / steps), ratio])
     if "floor_s" in figures:
-        rows.append(["arithmetic floor", duration(figures["floor_s"]), duration(figures["floor_s"] / steps), ""])
+        rows.append(
+            ["arithmetic floor", duration(figures["floor_s"]), duration(figures["floor_s"] / steps), ""]
+        )
     if fitted is not None:
-        rows.append([f"{FIT}, a call of one epoch", duration(fitted["one call of one epoch, seconds"]), "", ""])
+        rows.append(
+            [f"{FIT}, a call of one epoch", duration(fitted["one call of one epoch, seconds"]), "", ""]
+        )
         rows.append([f"{FIT}, the process's first call", duration(fitted["first call, seconds"]), "", ""])
     if "kernel, seconds a step" in figures:
         rows.append(["fit's kernel alone", "", duration(figures["kernel, seconds a step"]), ""])

@@ -35,9 +35,9 @@ def measure(settings: Settings) -> Section:
     """Train each cell's net by each program, compare the losses, and time a step."""
     section = Section(
         "Other sizes",
-        f"Time of a step in float32 of an MLP with {_NUM_INPUTS} inputs, one hidden layer, {_NUM_CLASSES} outputs; "
-        "normal float inputs on the GPU. fit and the peers as in the section of epochs, torch with its fused SGD. A "
-        "cell's gate: the loss of the first epoch is torch eager's within 1e-3.",
+        f"Time of a step in float32 of an MLP with {_NUM_INPUTS} inputs, one hidden layer, {_NUM_CLASSES} "
+        "outputs; normal float inputs on the GPU. fit and the peers as in the section of epochs, torch with its "
+        "fused SGD. A cell's gate: the loss of the first epoch is torch eager's within 1e-3.",
     )
     rows = _QUICK_ROWS if settings.quick else _MOST_ROWS
     generator = torch.Generator(settings.device.name).manual_seed(0)
@@ -78,7 +78,9 @@ def _measure_cell(found: Problem, settings: Settings, failures: list[str]) -> di
             more = _QUICK_EPOCHS if settings.quick else _MORE_EPOCHS
             medians[FIT] = epochs.fit_epoch(settings.device, trainer, more, rounds=3).median
         else:
-            failures.append(f"{found.name}, {FIT}: a loss of {losses[FIT]:.6g}, torch's is {losses[EAGER]:.6g}")
+            failures.append(
+                f"{found.name}, {FIT}: a loss of {losses[FIT]:.6g}, torch's is {losses[EAGER]:.6g}"
+            )
     # the peers' times stand without it
     except Exception as error:
         failures.append(f"{found.name}, {FIT}: {type(error).__name__}: {error}".splitlines()[0])

@@ -54,11 +54,11 @@ def measure(settings: Settings) -> Section:
     bandwidth = copy_bandwidth(settings.device, large, settings.budget)
     section = Section(
         "Kernels beside their floors",
-        f"Device time of a call in float32, many in one CUDA graph. A copy of {large * 4 / 2**20:.0f} MiB moved "
-        f"{bandwidth / 1e9:.0f} GB/s here, read and written together; the peak by the clock is "
+        f"Device time of a call in float32, many in one CUDA graph. A copy of {large * 4 / 2**20:.0f} MiB "
+        f"moved {bandwidth / 1e9:.0f} GB/s here, read and written together; the peak by the clock is "
         + (f"{settings.flops / 1e12:.1f} TFLOP/s" if settings.flops else "unknown")
-        + ". The floor is the larger of bytes by that and FLOPs by that. Small arrays lie in the GPU's cache, "
-        "and can be read faster than a copy; each of them also has a start of about 2 us.",
+        + ". The floor is the larger of bytes by that and FLOPs by that. Small arrays lie in the GPU's cache "
+        "and can be read faster than a copy, and a kernel's own start is more than their floor.",
     )
     section.figures |= {"copy, bytes a second": bandwidth, "peak, FLOP/s": settings.flops}
     settings.save(section)

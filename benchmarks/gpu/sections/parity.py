@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ _QUICK_LAYERS, _QUICK_LOGITS, _QUICK_SIZES = ((10, 2, 1), (33, 65, 31)), ((33, 1
 _NUM_STEPS = 3
 
 Results = Sequence[Tensor]
+# makes a tensor of a shape, normally distributed
+Normal = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ def measure(settings: Settings) -> Section:
     """Compare every op in every precision."""
     section = Section(
         "Parity of the ops",
-        "norm(result - truth) / norm(truth) of outputs and gradients, the truth in float64 from the same inputs. "
-        "Allowed are the precision's own bound and 4 times torch's error, of which the lower counts; torch's may "
-        "be 0 by luck, so that a rounding is added to it.",
+        "norm(result - truth) / norm(truth) of outputs and gradients, the truth in float64 from the same "
+        "inputs. Allowed are the precision's own bound and 4 times torch's error, of which the lower counts; "
+        "torch's may be 0 by luck, so that a rounding is added to it.",
     )
     green: list[str] = []
     rows: list[list[str]] = []
@@ -109,50 +112,68 @@ def _double(tensor: Tensor) -> Tensor:
 
 
 def _cases(op: str, block: Precision, settings: Settings) -> Iterator[_Case]:
-    quick = settings.quick
+    make = {
+        LINEAR: _linear,
+        RELU: _relu,
+        CROSS_ENTROPY: _cross_entropy,
+        MSE_LOSS: _mse_loss,
+        SGD: _sgd,
+    }[op]
     generator = torch.Generator(settings.device.name).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=settings.device.name).to(block.dtype)
 
-    if op == LINEAR:
-        for n, k, m in _QUICK_LAYERS if quick else _LAYERS:
-            layer, upstream = (normal(n, k), normal(m, k), normal(m)), normal(n, m)
-            yield _differentiated(
-                op,
-                f"{n} x {k} x {m}",
-                ("output", "grad_input", "grad_weight", "grad_bias"),
-                functional.linear_relu,
-                lambda *layer: F.relu(F.linear(*layer)),
-                layer,
-                upstream,
-            )
-    elif op == CROSS_ENTROPY:
-        for n, c in _QUICK_LOGITS if quick else _LOGITS:
-            target = torch.randint(c, (n,), generator=generator, device=settings.device.name)
-            target[::7] = -100
-            weight = normal(c).abs()
-            functions = (
-                lambda logits, f=f, target=target, weight=weight: f(
-                    logits, target, weight.to(logits.dtype), label_smoothing=0.1
-                )
-                for f in (functional.cross_entropy, F.cross_entropy)
-            )
-            names = ("loss", "grad_logits")
-            yield _differentiated(op, f"{n} x {c}", names, *functions, (normal(n, c),), normal(1)[0])
-    elif op == SGD:
-        for size in _QUICK_SIZES if quick else _SIZES:
-            inputs = (normal(size), *(normal(size) for _ in range(_NUM_STEPS)))
-            yield _Case(op, f"{size}", ("parameter",), _updated(optim.SGD), _updated(torch.optim.SGD), inputs)
-    else:
-        for size in _QUICK_SIZES if quick else _SIZES:
-            if op == RELU:
-                functions, inputs, upstream = (functional.relu, F.relu), (normal(size),), normal(size)
-                names = ("output", "grad_input")
-            else:
-                functions, inputs = (functional.mse_loss, F.mse_loss), (normal(size), normal(size))
-                names, upstream = ("loss", "grad_input", "grad_target"), normal(1)[0]
-            yield _differentiated(op, f"{size}", names, *functions, inputs, upstream)
+    return make(normal, settings.quick)
+
+
+def _linear(normal: Normal, quick: bool) -> Iterator[_Case]:
+    for n, k, m in _QUICK_LAYERS if quick else _LAYERS:
+        yield _differentiated(
+            LINEAR,
+            f"{n} x {k} x {m}",
+            ("output", "grad_input", "grad_weight", "grad_bias"),
+            functional.linear_relu,
+            lambda *layer: F.relu(F.linear(*layer)),
+            (normal(n, k), normal(m, k), normal(m)),
+            normal(n, m),
+        )
+
+
+def _relu(normal: Normal, quick: bool) -> Iterator[_Case]:
+    for size in _QUICK_SIZES if quick else _SIZES:
+        names, upstream = ("output", "grad_input"), normal(size)
+        yield _differentiated(RELU, f"{size}", names, functional.relu, F.relu, (normal(size),), upstream)
+
+
+def _cross_entropy(normal: Normal, quick: bool) -> Iterator[_Case]:
+    for n, c in _QUICK_LOGITS if quick else _LOGITS:
+        weight = normal(c).abs()
+        target = torch.arange(n, device=weight.device) * 7 % c
+        target[::5] = -100
+
+        def loss(
+            function: Callable[..., Tensor], logits: Tensor, target: Tensor = target, weight: Tensor = weight
+        ) -> Tensor:
+            return function(logits, target, weight.to(logits.dtype), label_smoothing=0.1)
+
+        functions = partial(loss, functional.cross_entropy), partial(loss, F.cross_entropy)
+        names = ("loss", "grad_logits")
+        yield _differentiated(CROSS_ENTROPY, f"{n} x {c}", names, *functions, (normal(n, c),), normal(1)[0])
+
+
+def _mse_loss(normal: Normal, quick: bool) -> Iterator[_Case]:
+    for size in _QUICK_SIZES if quick else _SIZES:
+        names, inputs = ("loss", "grad_input", "grad_target"), (normal(size), normal(size))
+        functions = functional.mse_loss, F.mse_loss
+        yield _differentiated(MSE_LOSS, f"{size}", names, *functions, inputs, normal(1)[0])
+
+
+def _sgd(normal: Normal, quick: bool) -> Iterator[_Case]:
+    for size in _QUICK_SIZES if quick else _SIZES:
+        # the parameter, and the gradient of each step
+        inputs = tuple(normal(size) for _ in range(1 + _NUM_STEPS))
+        yield _Case(SGD, f"{size}", ("parameter",), _updated(optim.SGD), _updated(torch.optim.SGD), inputs)
 
 
 def _differentiated(

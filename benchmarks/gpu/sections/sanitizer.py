@@ -19,7 +19,9 @@ from benchmarks.results import Section, Table
 ROOT = Path(__file__).resolve().parents[3]
 # the call of an API that fails is torch's way to find out what there is
 _TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
-_SUMMARY = re.compile(r"=+ (?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error)")
+_SUMMARY = re.compile(
+    r"=+ (?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error)"
+)
 _KEPT_CHARACTERS = 6000
 _MARGIN_SECONDS = 3.0
 
@@ -44,7 +46,7 @@ def measure(settings: Settings) -> Section:
     """Run both tools side by side."""
     section = Section(
         "compute-sanitizer",
-        "memcheck, without torch's cache of memory, and racecheck, over every kernel at small and ragged sizes.",
+        "memcheck, without torch's cache of memory, and racecheck, over all kernels at small, ragged sizes.",
     )
     path = sanitizer()
     if path is None:

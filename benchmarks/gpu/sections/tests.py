@@ -23,7 +23,18 @@ def measure(settings: Settings) -> Section:
     """Run ``pytest -m gpu`` on the files that have such tests."""
     section = Section("The tests that need a GPU", "pytest -m gpu, on the files that have such tests.")
     files = marked_files(ROOT / "tests")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--no-header", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "gpu",
+        "-v",
+        "--tb=short",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+    ]
     # the project's own options want plugins that need not be here
     command += ["-o", "addopts=", "-W", "ignore::pytest.PytestConfigWarning"]
     if settings.quick:
@@ -31,7 +42,9 @@ def measure(settings: Settings) -> Section:
     command += [str(path.relative_to(ROOT)) for path in files]
     seconds = max(1.0, settings.deadline - time.monotonic() - _MARGIN_SECONDS)
     try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+        result = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False
+        )
         output, code = result.stdout + result.stderr, result.returncode
     except subprocess.TimeoutExpired as error:
         # the bytes so far, even where text was asked for
