@@ -105,7 +105,7 @@ def gate_checks(model: Model, images: Data, settings: Settings, make: Make = Fit
 
 
 def fit_epoch(device: Device, trainer: FitTrainer, more_epochs: int, rounds: int = _ROUNDS) -> Timing:
-    """Return what an epoch of a long call of ``fit`` takes: the time of a call less that of one with one epoch.
+    """Return what an epoch of a long call of ``fit`` takes: a call's time less that of one of one epoch.
 
     Parameters
     ----------

@@ -117,8 +117,8 @@ class Found:
         major, minor = self.gpu["capability"]
         return (
             f"{self.gpu['name']}, compute capability {major}.{minor}, {self.gpu['multiprocessors']} "
-            f"multiprocessors, {self.gpu['memory'] / 2**30:.0f} GiB, {self.gpu.get('clock', 0) / 1e6:.0f} MHz at "
-            f"most, driver {self.gpu.get('driver', 'unknown')}"
+            f"multiprocessors, {self.gpu['memory'] / 2**30:.0f} GiB, "
+            f"{self.gpu.get('clock', 0) / 1e6:.0f} MHz at most, driver {self.gpu.get('driver', 'unknown')}"
         )
 
     def as_json(self) -> dict[str, Any]:

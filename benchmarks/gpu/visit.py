@@ -63,8 +63,8 @@ class Spec:
     needs_parity: bool = False
 
 
-# Groups in order. The sections of a group run side by side, so they are none that measure time. Those that have
-# a goal come before the others.
+# Groups in order. The sections of a group run side by side, so they are none that measure time. Those with a
+# goal come before the others.
 PLAN: Sequence[Sequence[Spec]] = (
     (Spec("compile", 90, needs_gpu=False),),
     (Spec("tests", 120, needs_gpu=False), Spec("sanitizer", 120)),

@@ -25,8 +25,8 @@ def measure(settings: Settings) -> Section:
     architecture = _architecture(settings)
     section = Section(
         "Compiling the kernels",
-        f"From Python to machine code for {architecture}, or from the disk where an earlier run has left it, in "
-        f"{num_cores()} processes.",
+        f"From Python to machine code for {architecture}, or from the disk where an earlier run left it, "
+        f"in {num_cores()} processes.",
     )
     names = list(KERNELS)[: _QUICK_KERNELS if settings.quick else None]
     started = time.perf_counter()

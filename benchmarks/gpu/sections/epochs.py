@@ -42,10 +42,10 @@ def measure(settings: Settings) -> Section:
         "Epochs of the three models",
         f"Images: {images.name}, whole batches only, uint8 for fit and floating point for the peers. fit as "
         "called, a call with many epochs less one with one epoch, so that what a call does once is not "
-        "counted; it draws each epoch's order and counts the accuracy. The peers train in one order that lies "
-        "on the GPU already and count no accuracy. Medians of rounds in turn. The gate of fit: torch's losses "
-        "and parameters in float64 and float32, by the rule of fastdl.reference.parity; the gate of the peers: "
-        "the loss of the first epoch.",
+        "counted; it draws each epoch's order and counts the accuracy. The peers train in one order that "
+        "lies on the GPU already and count no accuracy. Medians of rounds in turn. The gate of fit: torch's "
+        "losses and parameters in float64 and float32, by the rule of fastdl.reference.parity; the gate of "
+        "the peers: the loss of the first epoch.",
     )
     section.figures["images"] = images.name
     for block in (FLOAT32, TF32) if settings.device.name == "cuda" else (FLOAT32,):

@@ -36,8 +36,8 @@ def measure(settings: Settings) -> Section:
     section = Section(
         "Other sizes",
         f"Time of a step in float32 of an MLP with {_NUM_INPUTS} inputs, one hidden layer, {_NUM_CLASSES} "
-        "outputs; normal float inputs on the GPU. fit and the peers as in the section of epochs, torch with its "
-        "fused SGD. A cell's gate: the loss of the first epoch is torch eager's within 1e-3.",
+        "outputs; normal float inputs on the GPU. fit and the peers as in the section of epochs, torch with "
+        "its fused SGD. A cell's gate: the loss of the first epoch is torch eager's within 1e-3.",
     )
     rows = _QUICK_ROWS if settings.quick else _MOST_ROWS
     generator = torch.Generator(settings.device.name).manual_seed(0)

@@ -24,8 +24,8 @@ def measure(settings: Settings) -> Section:
     """Time the host at calls whose device work is next to nothing."""
     section = Section(
         "Host time of a call",
-        f"Time to issue one of {_CALLS} calls in a row that nobody waits for, float32; medians. The arrays are "
-        "so small that the GPU keeps up.",
+        f"Time to issue one of {_CALLS} calls in a row that nobody waits for, float32; medians. The arrays "
+        "are so small that the GPU keeps up.",
     )
     rows = []
     with FLOAT32.active():

@@ -47,10 +47,10 @@ def measure(settings: Settings) -> Section:
     section = Section(
         "Products beside cuBLAS",
         "Device time of (batch, width) by (width, width): forward with bias and ReLU, grad_input with the "
-        "ReLU's mask, grad_weight with the mask and grad_bias. 'kernel' is fastdl's own at any size, 'cuBLAS + "
-        "epilogue' torch's product with fastdl's kernels around it, 'op' what the op chooses by size, and "
-        "'cuBLAS' torch's bare product, which adds at most the bias. The share is cuBLAS's time over the op's. "
-        f"A cell's gate: the results are torch's within {_TIMES_ERROR:g} times the precision's bound.",
+        "ReLU's mask, grad_weight with the mask and grad_bias. 'kernel' is fastdl's own at any size, 'cuBLAS "
+        "+ epilogue' torch's product with fastdl's kernels around it, 'op' what the op chooses by size, and "
+        "'cuBLAS' torch's bare product, which adds at most the bias. The share is cuBLAS's time over the "
+        f"op's. A cell's gate: the results are torch's within {_TIMES_ERROR:g} times the precision's bound.",
     )
     precisions = precision.TIMED if settings.device.name == "cuda" else (FLOAT32,)
     cells: list[dict[str, Any]] = []
@@ -141,7 +141,7 @@ def _limited(most_products: int, program: Program) -> object:
 
 
 def slower_choices(cells: list[dict[str, Any]]) -> list[str]:
-    """Return the cells in which the op takes the slower of its two ways, and what the faster one would give."""
+    """Return the cells in which the op takes the slower of its two ways, and by how much."""
     found = []
     for cell in cells:
         faster = min((KERNEL, HANDED_OVER), key=lambda name: float(cell["times"][name]))

@@ -30,9 +30,9 @@ def measure(settings: Settings) -> Section:
     section = Section(
         "The drop-in step",
         "One training step in a Python loop: zero_grad, forward, loss, backward, update, on one batch on the "
-        "GPU; many steps between two events, so that the host's time counts where it is the longer. Beside it "
-        f"the same step captured in a CUDA graph. The gate: the losses of the first {COMPARED_STEPS} steps are "
-        "torch's, within 1e-3 or 10 roundings. torch.compile is in the section of compiled peers.",
+        "GPU; many steps between two events, so that the host's time counts where it is the longer. Beside "
+        "it the same step captured in a CUDA graph. The gate: the losses of the first "
+        f"{COMPARED_STEPS} steps are torch's, within 1e-3 or 10 roundings. torch.compile is in the section of compiled peers.",
     )
     precisions = precision.TIMED if settings.device.name == "cuda" else (FLOAT32,)
     for block in precisions:
