@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import measuring
 from benchmarks.gate import Gate, same_epoch_loss
 from benchmarks.gpu.device import Device, Program
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.measuring import Timing
 from benchmarks.peers.fastdl_epochs import FitTrainer
 from benchmarks.peers.problem import Loader, Problem, Trainer, textbook_problem
@@ -150,9 +150,7 @@ def peer_epochs(device: Device, trainers: Mapping[str, Any], *, budget: float) -
     return {name: timing / counts[name] for name, timing in timings.items()}
 
 
-def made(
-    makes: Mapping[str, Make], found: Problem, failures: list[str], what: str
-) -> tuple[dict[str, Any], list[str]]:
+def made(makes: Mapping[str, Make], found: Problem, failures: list[str], what: str) -> dict[str, Any]:
     """Make the peers of a problem and train each for an epoch, whose loss must be torch eager's.
 
     Parameters
@@ -166,22 +164,17 @@ def made(
 
     Returns
     -------
-    trainers : dict of str to Trainer
+    dict of str to Trainer
         Those that may be timed.
-    left_out : list of str
-        The others' names.
     """
     expected = EagerTrainer(found, torch.float32).train(1)[0]
     trainers: dict[str, Any] = {}
     for name, make in makes.items():
-        try:
+        with attempt(failures, f"{what}, {name}"):
             trainer = make(found, torch.float32)
             loss = trainer.train(1)[0]
             if same_epoch_loss({EAGER: expected, name: loss}, EAGER)[name]:
                 trainers[name] = trainer
             else:
                 failures.append(f"{what}, {name}: a loss of {loss:.6g}, and torch eager's is {expected:.6g}")
-        # the other peers are timed without it
-        except Exception as error:
-            failures.append(f"{what}, {name}: {type(error).__name__}: {error}".splitlines()[0])
-    return trainers, [name for name in makes if name not in trainers]
+    return trainers

@@ -172,7 +172,9 @@ def find(root: Path, run: Callable[[list[str], Path], Any] = _run) -> Found:
     found.versions["Python"] = platform.python_version()
     found.versions |= {name: _installed(name) for name in (*NEEDED, *USEFUL)}
     found.missing += [
-        f"the package {name} isn't installed" for name in NEEDED if found.versions[name] == "missing"
+        f"the package {name} isn't installed, which fastdl[cu13] brings"
+        for name in NEEDED
+        if found.versions[name] == "missing"
     ]
     found.left_out += [
         f"{what}: the package {name} isn't installed"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from benchmarks.gpu.device import Device
@@ -49,6 +50,16 @@ class Settings:
     def lacks_parity(self, precision: Precision, *ops: str) -> list[str]:
         """Return which of the ops have no parity in a precision."""
         return [op for op in ops if key(op, precision) not in self.green]
+
+
+@contextmanager
+def attempt(failures: list[str], what: str) -> Iterator[None]:
+    """Make a line of an error in the block, so that what follows is measured nevertheless."""
+    try:
+        yield
+    # whatever it is: a visit is too short to end at the first
+    except Exception as error:
+        failures.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])
 
 
 def key(op: str, precision: Precision) -> str:

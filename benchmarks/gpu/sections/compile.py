@@ -9,7 +9,7 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.results import Section, Table, duration
 from fastdl.machine import num_cores
 
@@ -35,11 +35,8 @@ def measure(settings: Settings) -> Section:
         futures = {pool.submit(_compile, name, architecture): name for name in names}
         for future in as_completed(futures):
             name = futures[future]
-            try:
+            with attempt(section.failures, name):
                 seconds[name] = future.result()
-            # one kernel that a compiler refuses leaves the others
-            except Exception as error:
-                section.failures.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
     whole = time.perf_counter() - started
     section.figures |= {"architecture": architecture, "seconds of each": seconds, "seconds in all": whole}
     slowest = max(seconds, key=seconds.__getitem__, default="")

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu import epochs
 from benchmarks.gpu.precision import FLOAT32, TF32, Precision
 from benchmarks.gpu.sections.epochs import epoch_table
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.peers.graph_epochs import CompiledGraphTrainer
 from benchmarks.results import Section
 from fastdl.programs import RECIPES, Model
@@ -36,7 +36,7 @@ def measure(settings: Settings) -> Section:
                 if not settings.has_time(_LEAST_SECONDS * (not settings.quick)):
                     section.failures.append(f"{block.name}, {model}, {mode}: no time was left")
                     continue
-                with block.active():
+                with block.active(), attempt(section.failures, f"{block.name}, {model}, {mode}"):
                     _measure_mode(model, mode, block, images, settings, section)
                 settings.save(section)
     return section
@@ -47,10 +47,8 @@ def _measure_mode(
 ) -> None:
     title = f"{block.name}, {RECIPES[model].title}"
     found = epochs.problem(model, images, settings)
-    name = f"torch.compile, {mode}"
-    trainers, _ = epochs.made(
-        {name: partial(CompiledGraphTrainer, mode=mode)}, found, section.failures, title
-    )
+    name = f"torch.compile {mode}"
+    trainers = epochs.made({name: partial(CompiledGraphTrainer, mode=mode)}, found, section.failures, title)
     times = epochs.peer_epochs(settings.device, trainers, budget=settings.budget)
     figures = section.figures[block.name].setdefault(model, {"steps": epochs.num_steps(found), "peers": {}})
     figures["peers"] |= {key: timing.as_json() for key, timing in times.items()}

@@ -12,7 +12,7 @@ from benchmarks.gate import same_epoch_loss
 from benchmarks.gpu import epochs
 from benchmarks.gpu.precision import FLOAT32
 from benchmarks.gpu.sections.epochs import DROP_IN, GRAPH_OF_STEP
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer
 from benchmarks.peers.graph_epochs import GraphTrainer
 from benchmarks.peers.problem import Problem, dense_problem
@@ -53,8 +53,9 @@ def measure(settings: Settings) -> Section:
                     continue
                 steps = max(_LEAST_STEPS, min(_MOST_STEPS, rows // batch))
                 found = dense_problem(width, batch, 1, X[: steps * batch], y[: steps * batch])
-                times = _measure_cell(found, settings, section.failures)
-                cells.append({"width": width, "batch": batch, "steps": steps, "seconds of a step": times})
+                with attempt(section.failures, found.name):
+                    times = _measure_cell(found, settings, section.failures)
+                    cells.append({"width": width, "batch": batch, "steps": steps, "seconds of a step": times})
                 section.tables = [_table(cells)]
                 settings.save(section)
     return section
@@ -68,10 +69,10 @@ def _measure_cell(found: Problem, settings: Settings, failures: list[str]) -> di
         EAGER: partial(EagerTrainer, fused=True),
         GRAPH_OF_STEP: partial(GraphTrainer, device=settings.device, whole_epoch=False, fused=True),
     }
-    trainers, _ = epochs.made(makes, found, failures, found.name)
+    trainers = epochs.made(makes, found, failures, found.name)
     times = epochs.peer_epochs(settings.device, trainers, budget=settings.budget / 4)
     medians = {name: timing.median for name, timing in times.items()}
-    try:
+    with attempt(failures, f"{found.name}, {FIT}"):
         trainer = FitTrainer(found, torch.float32)
         losses = {FIT: trainer.train(1)[0], EAGER: EagerTrainer(found, torch.float32).train(1)[0]}
         if same_epoch_loss(losses, EAGER)[FIT]:
@@ -81,9 +82,6 @@ def _measure_cell(found: Problem, settings: Settings, failures: list[str]) -> di
             failures.append(
                 f"{found.name}, {FIT}: a loss of {losses[FIT]:.6g}, torch's is {losses[EAGER]:.6g}"
             )
-    # the peers' times stand without it
-    except Exception as error:
-        failures.append(f"{found.name}, {FIT}: {type(error).__name__}: {error}".splitlines()[0])
     return {name: seconds / steps for name, seconds in medians.items()}
 
 

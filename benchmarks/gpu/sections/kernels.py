@@ -15,7 +15,7 @@ from benchmarks.gpu.device import Device, Program, kernel_times_of, times_of
 from benchmarks.gpu.floors import Work
 from benchmarks.gpu.precision import FLOAT32
 from benchmarks.gpu.sections import parity
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.results import Section, Table, duration, number
 from fastdl import functional, optim
 from fastdl.ops.cross_entropy import cross_entropy_forward
@@ -79,21 +79,22 @@ def _block(
         if settings.lacks_parity(FLOAT32, kernel.op):
             section.failures.append(f"{kernel.name}: no time, as {kernel.op} has no parity")
             continue
-        programs = {"fastdl": kernel.ours} | ({"torch": kernel.torchs} if kernel.torchs else {})
-        for program in programs.values():
-            program()
-        times = kernel_times_of(settings.device, programs, budget=settings.budget / 3)
-        floor = kernel.work.floor(bandwidth, settings.flops)
-        ours = times["fastdl"].median
-        figures[kernel.name] = {
-            "op": kernel.op,
-            "floor_s": floor,
-            "share": floor / ours,
-            "share of the copy": kernel.work.num_bytes / bandwidth / ours,
-            "times": {name: timing.as_json() for name, timing in times.items()},
-        }
-        torchs = duration(times["torch"].median) if "torch" in times else ""
-        rows.append([kernel.name, duration(ours), duration(floor), f"{number(100 * floor / ours)} %", torchs])
+        with attempt(section.failures, kernel.name):
+            programs = {"fastdl": kernel.ours} | ({"torch": kernel.torchs} if kernel.torchs else {})
+            for program in programs.values():
+                program()
+            times = kernel_times_of(settings.device, programs, budget=settings.budget / 3)
+            floor, ours = kernel.work.floor(bandwidth, settings.flops), times["fastdl"].median
+            figures[kernel.name] = {
+                "op": kernel.op,
+                "floor_s": floor,
+                "share": floor / ours,
+                "share of the copy": kernel.work.num_bytes / bandwidth / ours,
+                "times": {name: timing.as_json() for name, timing in times.items()},
+            }
+            torchs = duration(times["torch"].median) if "torch" in times else ""
+            share = f"{number(100 * floor / ours)} %"
+            rows.append([kernel.name, duration(ours), duration(floor), share, torchs])
         settings.save(section)
 
 

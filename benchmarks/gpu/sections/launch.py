@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.device import Program, host_time_of, repeat
 from benchmarks.gpu.precision import FLOAT32
 from benchmarks.gpu.sections import parity
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.measuring import Timing
 from benchmarks.results import Section, Table, duration
 from fastdl import cuda_arrays, functional, models, optim
@@ -33,12 +33,15 @@ def measure(settings: Settings) -> Section:
             if settings.lacks_parity(FLOAT32, *ops):
                 section.failures.append(f"{what}: no time, as {', '.join(ops)} has no parity")
                 continue
-            times = {"fastdl": _time(settings, ours)} | (
-                {"torch": _time(settings, torchs)} if torchs is not None else {}
-            )
-            section.figures[what] = {name: timing.as_json() for name, timing in times.items()}
-            cells = [duration(times[name].median) if name in times else "" for name in ("fastdl", "torch")]
-            rows.append([what, *cells])
+            with attempt(section.failures, what):
+                times = {"fastdl": _time(settings, ours)} | (
+                    {"torch": _time(settings, torchs)} if torchs is not None else {}
+                )
+                section.figures[what] = {name: timing.as_json() for name, timing in times.items()}
+                cells = [
+                    duration(times[name].median) if name in times else "" for name in ("fastdl", "torch")
+                ]
+                rows.append([what, *cells])
     section.tables.append(Table("", ["call", "fastdl", "torch"], rows))
     return section
 

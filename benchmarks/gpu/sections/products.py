@@ -15,7 +15,7 @@ from benchmarks.gpu import precision
 from benchmarks.gpu.device import Program, kernel_times_of
 from benchmarks.gpu.precision import FLOAT32, Precision
 from benchmarks.gpu.sections import parity
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.results import Section, Table, duration, number
 from fastdl.ops import _cuda
 from fastdl.ops.linear import linear_forward, linear_grad_input, linear_grad_weight
@@ -65,9 +65,10 @@ def measure(settings: Settings) -> Section:
                     if not settings.has_time(_CELL_SECONDS * (not settings.quick)):
                         section.failures.append(f"{block.name}, {batch} x {width}: no time was left")
                         continue
-                    found = _measure_cell(width, batch, block, settings)
-                    section.failures += [cell["failure"] for cell in found if "failure" in cell]
-                    cells += [cell for cell in found if "failure" not in cell]
+                    with attempt(section.failures, f"{block.name}, {batch} x {width}"):
+                        found = _measure_cell(width, batch, block, settings)
+                        section.failures += [cell["failure"] for cell in found if "failure" in cell]
+                        cells += [cell for cell in found if "failure" not in cell]
                     section.tables = [_table(cells, name.name) for name in precisions]
                     settings.save(section)
     section.figures["chose the slower way"] = slower_choices(cells)

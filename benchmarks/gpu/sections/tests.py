@@ -57,11 +57,16 @@ def measure(settings: Settings) -> Section:
     if code not in (None, 0) and not failed:
         section.failures.append(f"pytest ended with {code}: {output.strip().splitlines()[-1:]}")
     counts = Counter(outcomes.values())
+    # of a quick run, which starts none
+    collected = re.search(r"^(\d+)(?:/\d+)? tests collected", output, re.MULTILINE)
     section.figures |= {"counts": dict(counts), "exit code": code}
     if section.failures:
         section.figures["end of the output"] = output[-_KEPT_CHARACTERS:]
     headings = ["tests", "passed", "failed", "error", "skipped"]
-    row = [f"{len(outcomes)}", *(f"{counts[heading.upper()]}" for heading in headings[1:])]
+    row = [
+        collected.group(1) if collected else f"{len(outcomes)}",
+        *(f"{counts[heading.upper()]}" for heading in headings[1:]),
+    ]
     section.tables.append(Table("", headings, [row]))
     return section
 
