@@ -53,9 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _draw(visit)
     visit.write()
     _say(visit.goals_text())
-    _say(
-        f"Saved {output} and {output.with_suffix('.md').name} after {time.monotonic() - end + TOTAL_SECONDS:.0f} s."
-    )
+    seconds = time.monotonic() - end + TOTAL_SECONDS
+    _say(f"Saved {output} and {output.with_suffix('.md').name} after {seconds:.0f} s.")
     return int(code)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import measuring
 from benchmarks.gate import Gate, same_epoch_loss
 from benchmarks.gpu.device import Device, Program
+from benchmarks.gpu.precision import FLOAT32, TF32, Precision
 from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.measuring import Timing
 from benchmarks.peers.fastdl_epochs import FitTrainer
@@ -25,7 +26,15 @@ from fastdl.programs import Model
 from fastdl.reference.parity import Check
 from fastdl.training.lower import UnsupportedError
 
-MODELS: tuple[Model, ...] = ("mlp", "softmax", "linear")
+# What is timed, in the order of its worth. Linear regression has no product that TF32 would change.
+_PARTS: tuple[tuple[Precision, Model], ...] = (
+    (FLOAT32, "mlp"),
+    (FLOAT32, "softmax"),
+    (FLOAT32, "linear"),
+    (TF32, "mlp"),
+    (TF32, "softmax"),
+)
+_QUICK_PARTS: tuple[tuple[Precision, Model], ...] = ((FLOAT32, "linear"), (TF32, "softmax"))
 # of a call of fit, besides the one whose time is taken off: they take tens of milliseconds
 _MORE_EPOCHS: Mapping[str, int] = {"mlp": 20, "softmax": 20, "linear": 200}
 _QUICK_EPOCHS, _QUICK_EXAMPLES = 2, 512
@@ -47,6 +56,11 @@ class Data:
     y: Tensor
     name: str
     loader: Loader | None = None
+
+
+def parts(settings: Settings) -> tuple[tuple[Precision, Model], ...]:
+    """Return the models, each in a precision, in the order in which they are timed."""
+    return _QUICK_PARTS if settings.quick else _PARTS
 
 
 def load(quick: bool) -> Data:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from benchmarks.gpu import epochs
-from benchmarks.gpu.precision import FLOAT32, TF32, Precision
+from benchmarks.gpu.precision import Precision
 from benchmarks.gpu.sections.epochs import epoch_table
 from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.peers.graph_epochs import CompiledGraphTrainer
@@ -27,18 +27,14 @@ def measure(settings: Settings) -> Section:
         "The whole step as a function (torch.func.grad_and_value), compiled; conditions as in the section of "
         "epochs. They have a process and a time of their own, as compiling takes long.",
     )
-    for block in (FLOAT32, TF32) if settings.device.name == "cuda" else (FLOAT32,):
-        section.figures[block.name] = {}
-        for model in epochs.MODELS:
-            if block is TF32 and model == "linear":
+    for block, model in epochs.parts(settings)[-1:] if settings.quick else epochs.parts(settings):
+        for mode in MODES[:1] if settings.quick else MODES:
+            if not settings.has_time(_LEAST_SECONDS * (not settings.quick)):
+                section.failures.append(f"{block.name}, {model}, {mode}: no time was left")
                 continue
-            for mode in MODES[:1] if settings.quick else MODES:
-                if not settings.has_time(_LEAST_SECONDS * (not settings.quick)):
-                    section.failures.append(f"{block.name}, {model}, {mode}: no time was left")
-                    continue
-                with block.active(), attempt(section.failures, f"{block.name}, {model}, {mode}"):
-                    _measure_mode(model, mode, block, images, settings, section)
-                settings.save(section)
+            with block.active(), attempt(section.failures, f"{block.name}, {model}, {mode}"):
+                _measure_mode(model, mode, block, images, settings, section)
+            settings.save(section)
     return section
 
 
@@ -50,7 +46,9 @@ def _measure_mode(
     name = f"torch.compile {mode}"
     trainers = epochs.made({name: partial(CompiledGraphTrainer, mode=mode)}, found, section.failures, title)
     times = epochs.peer_epochs(settings.device, trainers, budget=settings.budget)
-    figures = section.figures[block.name].setdefault(model, {"steps": epochs.num_steps(found), "peers": {}})
+    figures = section.figures.setdefault(block.name, {}).setdefault(
+        model, {"steps": epochs.num_steps(found), "peers": {}}
+    )
     figures["peers"] |= {key: timing.as_json() for key, timing in times.items()}
     # a graph that torch gives up on leaves a count here
     skips = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu import epochs, floors
 from benchmarks.gpu.device import Device
-from benchmarks.gpu.precision import BFLOAT16, FLOAT32, TF32, Precision
+from benchmarks.gpu.precision import BFLOAT16, Precision
 from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.measuring import timed
 from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer
@@ -48,17 +48,13 @@ def measure(settings: Settings) -> Section:
         "the peers: the loss of the first epoch.",
     )
     section.figures["images"] = images.name
-    for block in (FLOAT32, TF32) if settings.device.name == "cuda" else (FLOAT32,):
-        with block.active():
-            for model in epochs.MODELS:
-                if block is TF32 and model == "linear":
-                    continue
-                if not settings.has_time(_LEAST_SECONDS * (not settings.quick)):
-                    section.failures.append(f"{block.name}, {model}: no time was left")
-                    continue
-                with attempt(section.failures, f"{block.name}, {model}"):
-                    _measure_model(model, block, images, settings, section)
-                settings.save(section)
+    for block, model in epochs.parts(settings):
+        if not settings.has_time(_LEAST_SECONDS * (not settings.quick)):
+            section.failures.append(f"{block.name}, {model}: no time was left")
+            continue
+        with block.active(), attempt(section.failures, f"{block.name}, {model}"):
+            _measure_model(model, block, images, settings, section)
+        settings.save(section)
     _half(images, settings, section)
     return section
 
@@ -80,7 +76,7 @@ def _measure_model(
     trainers = epochs.made(_peers(settings.device, block), found, section.failures, title)
     times = epochs.peer_epochs(settings.device, trainers, budget=settings.budget)
     figures["peers"] = {name: timing.as_json() for name, timing in times.items()}
-    if fitted is not None and model == "linear" and block is FLOAT32:
+    if fitted is not None and model == "linear":
         with attempt(section.failures, f"{title}, fit's kernel alone"):
             figures["kernel, seconds a step"] = _kernel_step(settings)
     section.tables.append(epoch_table(title, found, figures))

@@ -69,8 +69,7 @@ def measure(settings: Settings) -> Section:
     green: list[str] = []
     rows: list[list[str]] = []
     failed: list[str] = []
-    precisions = precision.ALL if settings.device.name == "cuda" else (precision.FLOAT32,)
-    for block in precisions:
+    for block in precision.ALL:
         with block.active():
             for op in (LINEAR, RELU, CROSS_ENTROPY, MSE_LOSS, SGD):
                 worst, torchs, own_failed = _compare(op, block, settings)

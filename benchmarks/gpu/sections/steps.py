@@ -33,8 +33,7 @@ def measure(settings: Settings) -> Section:
         f"{COMPARED_STEPS} steps are torch's, within 1e-3, or 10 times the bound of a precision that rounds "
         "more. torch.compile is in the section of compiled peers.",
     )
-    precisions = precision.TIMED if settings.device.name == "cuda" else (FLOAT32,)
-    for block in precisions:
+    for block in precision.TIMED:
         section.figures[block.name] = {}
         section.tables.append(Table(block.name, ["model", *_NAMES, "times torch eager"], []))
         with block.active():
