@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from benchmarks.gpu.found import sanitizer
+from benchmarks.gpu.processes import run
 from benchmarks.gpu.settings import Settings
 from benchmarks.results import Section, Table
 
-ROOT = Path(__file__).resolve().parents[3]
 # the call of an API that fails is torch's way to find out what there is
 _TOOLS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 _SUMMARY = re.compile(
@@ -74,13 +72,7 @@ def _outcome(path: str, device: str, seconds: float, tool: str) -> Outcome:
     command = [path, "--tool", tool, *_TOOLS[tool], sys.executable, "-m", "benchmarks.gpu.exercise", device]
     # memory of its own for each tensor, so that an access outside of it is one
     environment = dict(os.environ) | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {})
-    try:
-        result = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
-        output = result.stdout + result.stderr
-    except subprocess.TimeoutExpired as error:
-        output = (error.stdout or b"").decode(errors="replace") + f"\nnot finished after {seconds:.0f} s"
+    output, _ = run(command, seconds, environment)
     return Outcome(tool, num_errors_in(output), output)
 
 
