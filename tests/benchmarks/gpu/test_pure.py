@@ -14,9 +14,9 @@ from benchmarks.gpu import child, floors, found
 from benchmarks.gpu.goals import best_peer, goals
 from benchmarks.gpu.pictures import draw
 from benchmarks.gpu.precision import BFLOAT16, FLOAT32, TF32
+from benchmarks.gpu.processes import ROOT, run
 from benchmarks.gpu.sections import grid, parity, products
 from benchmarks.gpu.sections.sanitizer import num_errors_in
-from benchmarks.gpu.processes import ROOT, run
 from benchmarks.gpu.sections.tests import marked_files, outcomes_of
 from benchmarks.results import Goal, Section, Table, goals_table, markdown
 
