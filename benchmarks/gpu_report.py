@@ -4,8 +4,8 @@ It says what the machine has, runs the tests that need a GPU, compute-sanitizer,
 and, where that is green, times the CUDA half beside its peers. After each section it writes a JSON and a
 Markdown file, so that a visit that is cut off keeps what it has.
 
-It exits with 0 when all went well; 1 when a test, a check or a section failed; 2 on wrong usage; 3 when
-something is missing that the kernels can't do without, after running what needs no GPU. It needs the standard
+It exits with 0 when all went well; 1 when a test, a check or a section failed, or time ran out; 2 on wrong
+usage; 3 when something is missing that the kernels can't do without, after running what needs no GPU. It needs the standard
 library alone; the sections need what they measure.
 """
 

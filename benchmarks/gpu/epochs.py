@@ -36,7 +36,7 @@ _PARTS: tuple[tuple[Precision, Model], ...] = (
 )
 _QUICK_PARTS: tuple[tuple[Precision, Model], ...] = ((FLOAT32, "linear"), (TF32, "softmax"))
 # of a call of fit, besides the one whose time is taken off: they take tens of milliseconds
-_MORE_EPOCHS: Mapping[str, int] = {"mlp": 20, "softmax": 20, "linear": 200}
+_MORE_EPOCHS: Mapping[str, int] = {"mlp": 20, "softmax": 20, "linear": 1000}
 _QUICK_EPOCHS, _QUICK_EXAMPLES = 2, 512
 _ROUNDS = 5
 _TIMED_SECONDS, _MOST_EPOCHS = 0.03, 200
