@@ -5,8 +5,8 @@ and, where that is green, times the CUDA half beside its peers. After each secti
 Markdown file, so that a visit that is cut off keeps what it has.
 
 It exits with 0 when all went well; 1 when a test, a check or a section failed, or time ran out; 2 on wrong
-usage; 3 when something is missing that the kernels can't do without, after running what needs no GPU. It needs the standard
-library alone; the sections need what they measure.
+usage; 3 when something is missing that the kernels can't do without, after running what needs no GPU. It
+needs the standard library alone; the sections need what they measure.
 """
 
 from __future__ import annotations
