@@ -84,6 +84,11 @@ class Found:
         return bool(self.gpu.get("name"))
 
     @property
+    def has_packages(self) -> bool:
+        """Whether every package that the kernels can't do without is installed."""
+        return not any(self.versions.get(name) == "missing" for name in NEEDED)
+
+    @property
     def flops(self) -> float | None:
         """The float32 FLOPs a second that the GPU can do by its clock, where that is known."""
         if not self.gpu.get("clock"):

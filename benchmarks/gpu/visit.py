@@ -182,6 +182,8 @@ class Visit:
     def _reason_against(self, spec: Spec) -> str | None:
         if spec.needs_gpu and self.found.missing and not self.rehearsal:
             return self.found.missing[0]
+        if spec.name == "compile" and not self.found.has_packages:
+            return self.found.missing[0]
         if spec.name == "tests" and self.found.versions.get("pytest") == "missing":
             return "the package pytest isn't installed"
         if spec.name == "sanitizer" and self.found.sanitizer is None:

@@ -130,6 +130,15 @@ def test_without_a_gpu_only_what_needs_none_runs(visited):
     assert {goal["met"] for goal in content["goals"]} == {None}
 
 
+def test_without_a_package_that_the_kernels_need_none_is_compiled(visited):
+    missing = ["the package numba-cuda isn't installed, which fastdl[cu13] brings"]
+    runs = Runs()
+    _, code, _, content = visited(runs, machine(missing=missing, versions={"numba-cuda": "missing"}))
+    assert code == Exit.NO_GPU
+    assert tuple(runs.calls) == ("tests",)
+    assert content["sections"]["compile"]["state"] == f"left out: {missing[0]}"
+
+
 def test_without_a_gpu_a_failure_still_shows(visited):
     found = machine(gpu={}, missing=["torch finds no NVIDIA GPU"])
     runs = Runs(outcomes={"compile": Outcome("ended after its 90 s")})
