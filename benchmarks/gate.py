@@ -20,6 +20,8 @@ from fastdl.reference import parity
 from fastdl.reference.parity import Check, Errors
 
 Make = Callable[[Problem, torch.dtype], Trainer]
+# of a step in a Python loop
+COMPARED_STEPS = 20
 Epochs = list[tuple[float, Tensor]]
 
 
@@ -82,6 +84,15 @@ class Gate:
         worst = _errors(epochs, self._truth).loss_max
         checks.append(Check("float32, loss of any epoch", worst, parity.EPOCH_LOSS))
         return checks
+
+
+def differing_steps(
+    ours: Callable[[], Tensor], torchs: Callable[[], Tensor], allowed: float = parity.EPOCH_LOSS
+) -> list[int]:
+    """Take the first steps of two programs; return the numbers, from 1, of those whose losses differ."""
+    pairs = [(ours().item(), torchs().item()) for _ in range(COMPARED_STEPS)]
+    # a NaN compares as False
+    return [number for number, (a, b) in enumerate(pairs, 1) if not abs(a - b) <= allowed]
 
 
 def same_epoch_loss(losses: dict[str, float], reference: str) -> dict[str, bool]:

@@ -70,7 +70,13 @@ def timed(program: Callable[[], object]) -> float:
 
 
 def interleaved(
-    programs: Mapping[str, Callable[[], object]], *, budget: float, least: int = 3, most: int = 31
+    programs: Mapping[str, Callable[[], object]],
+    *,
+    budget: float,
+    least: int = 3,
+    most: int = 31,
+    timer: Callable[[Callable[[], object]], float] = timed,
+    settle: float = _SETTLE_SECONDS,
 ) -> dict[str, Timing]:
     """Time programs in turn, so that a busy moment of the machine meets them all.
 
@@ -82,6 +88,10 @@ def interleaved(
         Seconds after which a program has had enough rounds.
     least, most : int
         Rounds of each program, whatever the budget.
+    timer : callable
+        Runs a program and returns its seconds.
+    settle : float
+        Seconds to wait before each run.
 
     Returns
     -------
@@ -94,10 +104,10 @@ def interleaved(
                 past = seconds[name]
                 if len(past) >= least and sum(past) >= budget:
                     continue
-                time.sleep(_SETTLE_SECONDS)
+                time.sleep(settle)
                 if not past or past[-1] < _QUICK_SECONDS:
                     program()
-                past.append(timed(program))
+                past.append(timer(program))
     return {name: Timing(tuple(past)) for name, past in seconds.items()}
 
 

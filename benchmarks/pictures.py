@@ -18,8 +18,9 @@ from fastdl import plots
 from fastdl.files import replacing
 from fastdl.programs import RECIPES
 
-_BLUE, _ORANGE, _GREY, _BLACK = "#0072b2", "#e69f00", "#8c8c8c", "#222222"
-_STYLE: dict[Any, Any] = {
+GREY = "#8c8c8c"
+_BLUE, _ORANGE, _BLACK = "#0072b2", "#e69f00", "#222222"
+STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -27,7 +28,7 @@ _STYLE: dict[Any, Any] = {
     "grid.color": "#dddddd",
     "legend.frameon": False,
 }
-_DOTS_PER_INCH = 130
+DOTS_PER_INCH = 130
 
 
 def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -48,12 +49,12 @@ def draw(content: Mapping[str, Any], folder: Path) -> list[Path]:
     sections = content["sections"]
     for name, picture in (("epochs", _epochs), ("products", _products)):
         if name in sections:
-            with rc_context(_STYLE):
+            with rc_context(STYLE):
                 figure = picture(sections[name]["figures"], _note(content))
             if figure is not None:
                 path = folder / f"{name}.png"
                 with replacing(path) as temporary:
-                    figure.savefig(temporary, dpi=_DOTS_PER_INCH)
+                    figure.savefig(temporary, dpi=DOTS_PER_INCH)
                 drawn.append(path)
     return drawn
 
@@ -74,22 +75,33 @@ def _epochs(figures: Mapping[str, Any], note: str) -> Figure | None:
         times = {name: item["epoch"]["median_s"] for name, item in programs.items() if "epoch" in item}
         if times:
             models[recipe.title] = times, figures[model]["floor_s"]
-    if not models:
-        return None
+    return bars_of_models(models, note) if models else None
+
+
+def bars_of_models(models: Mapping[str, tuple[Mapping[str, float], float | None]], note: str) -> Figure:
+    """Draw what an epoch takes by each program, the fastest first.
+
+    Parameters
+    ----------
+    models : mapping of str to (times, floor)
+        For each title the seconds by program, `FIT` among them, and the arithmetic floor's where it is known.
+    note : str
+        What it was measured on.
+    """
     heights = [len(times) + 1 for times, _ in models.values()]
     figure = Figure(figsize=(9, 0.36 * sum(heights) + 1.2), layout="constrained")
     panels = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, (times, floor)) in zip(panels, models.items(), strict=True):
         _bars(axes, title, times, floor)
     panels[-1].set_xlabel("time of an epoch, log scale; x: times as long as fastdl's fit")
-    figure.supxlabel(note, fontsize=8, color=_GREY)
+    figure.supxlabel(note, fontsize=8, color=GREY)
     return figure
 
 
-def _bars(axes: Axes, title: str, times: Mapping[str, float], floor: float) -> None:
+def _bars(axes: Axes, title: str, times: Mapping[str, float], floor: float | None) -> None:
     ordered = dict(sorted(times.items(), key=lambda item: item[1]))
     fit = times[FIT]
-    colors = [_BLUE if name == FIT else "#7fb8d8" if name.startswith(FIT) else _GREY for name in ordered]
+    colors = [_BLUE if name == FIT else "#7fb8d8" if name.startswith(FIT) else GREY for name in ordered]
     bars = axes.barh(list(ordered), list(ordered.values()), color=colors, height=0.7)
     labels = [
         f" {duration(value)}" + ("" if name == FIT else f", {plots.times(value / fit)} x")
@@ -97,6 +109,21 @@ def _bars(axes: Axes, title: str, times: Mapping[str, float], floor: float) -> N
     ]
     axes.bar_label(bars, labels, padding=2, fontsize=10)
     axes.invert_yaxis()
+    shown = list(ordered.values())
+    if floor is not None:
+        shown.append(floor)
+        _mark_floor(axes, floor)
+    axes.set_xscale("log")
+    low, high = min(shown), max(shown)
+    # room for the numbers on the right
+    axes.set_xlim(low / 1.5, high * (high / low) ** 0.4)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="x")
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=18)
+
+
+def _mark_floor(axes: Axes, floor: float) -> None:
     axes.axvline(floor, color=_ORANGE, linewidth=2)
     axes.annotate(
         f"arithmetic floor, {duration(floor)}",
@@ -108,14 +135,6 @@ def _bars(axes: Axes, title: str, times: Mapping[str, float], floor: float) -> N
         fontsize=10,
         va="bottom",
     )
-    axes.set_xscale("log")
-    low, high = min(floor, *ordered.values()), max(ordered.values())
-    # room for the numbers on the right
-    axes.set_xlim(low / 1.5, high * (high / low) ** 0.4)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="x")
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", pad=18)
 
 
 def _tick(seconds: float) -> str:
@@ -139,7 +158,7 @@ def _products(figures: Mapping[str, Any], note: str) -> Figure | None:
     panels[0].set_ylabel("GFLOP/s")
     panels[0].legend(loc="lower right")
     figure.suptitle(f"({BATCH}, width) by (width, width), float32", fontsize=12)
-    figure.supxlabel(note, fontsize=8, color=_GREY)
+    figure.supxlabel(note, fontsize=8, color=GREY)
     return figure
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_COLORS = {"met": "green", "missed": "red", "not measured": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,16 @@ class Goal:
             "note": self.note,
         }
 
+    @property
+    def verdict(self) -> str:
+        """Whether the goal is reached, in words."""
+        return {True: "met", False: "missed", None: "not measured"}[self.met]
+
     def cells(self) -> list[str]:
         """Return a row of the table of goals."""
-        verdict = {True: "[green]met[/]", False: "[red]missed[/]", None: "[yellow]not measured[/]"}[self.met]
         figure = "" if self.met is None else f"{number(self.figure or 0.0)} {self.unit}"
         goal = f"{'>=' if self.at_least else '<'} {self.goal:g} {self.unit}"
-        return [self.what, figure, goal, verdict, self.note]
+        return [self.what, figure, goal, self.verdict, self.note]
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,24 @@ def show(console: Console, table: Table) -> None:
     console.print(drawn)
 
 
-def goals_table(goals: Sequence[Goal]) -> Table:
-    """Return the table of what was reached."""
-    return Table("", ["what", "figure", "goal", "", "beside"], [goal.cells() for goal in goals])
+def goals_table(goals: Sequence[Goal], colors: Mapping[str, str] = _COLORS) -> Table:
+    """Return the table of what was reached, each verdict in its color, for `show`."""
+    rows = [goal.cells() for goal in goals]
+    for row in rows:
+        if row[3] in colors:
+            row[3] = f"[{colors[row[3]]}]{row[3]}[/]"
+    return Table("", ["what", "figure", "goal", "", "beside"], rows)
+
+
+def markdown(table: Table) -> str:
+    """Return a table in Markdown, under its title."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    alignment = ["---", *["--:"] * (len(table.headings) - 1)]
+    lines = [line(table.headings), line(alignment), *(line(row) for row in table.rows)]
+    return "\n".join([f"**{table.title}**", ""] * bool(table.title) + lines) + "\n"
 
 
 def finite(value: Any) -> Any:

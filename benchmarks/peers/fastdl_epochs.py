@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.problem import Problem, vector
-from fastdl import data, fit
+from benchmarks.peers.torch_epochs import EagerTrainer
+from fastdl import accelerate, data, fit
+from fastdl import nn as fastdl_nn
+from fastdl.optim import SGD
 from fastdl.training.lower import lower
 from fastdl.training.program import Program
 
@@ -57,6 +60,22 @@ class FitTrainer:
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""
         return vector(self.net.state_dict())
+
+
+class DropInTrainer(EagerTrainer):
+    """Torch's eager loop with fastdl's modules, loss and SGD in it.
+
+    Parameters
+    ----------
+    problem : Problem
+    dtype : torch.dtype
+    """
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        super().__init__(problem, dtype)
+        self.net = accelerate(self.net, report=None)
+        self.loss = fastdl_nn.CrossEntropyLoss() if problem.classifies else fastdl_nn.MSELoss()
+        self.optimizer = SGD(self.net.parameters(), lr=problem.lr)
 
 
 def compiled_epoch_alone(problem: Problem) -> Callable[[int], None]:

@@ -16,7 +16,7 @@ from fastdl import data
 
 
 class JaxTrainer:
-    """``jit`` of a ``scan`` over the epoch, the parameters donated, products in full precision.
+    """``jit`` of a ``scan`` over the epoch, the parameters donated.
 
     The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s,
     drawn by torch: JAX's own permutation sorts, which takes longer.
@@ -31,6 +31,8 @@ class JaxTrainer:
         Hold images as uint8 and convert each batch, else as floating point.
     unroll : int
         Steps in the body of the scan's loop.
+    precision : str
+        Of the products: "highest" is full float32, and "high" is TF32 on a GPU.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class JaxTrainer:
         gather_first: bool = False,
         pixels: bool = False,
         unroll: int = 1,
+        precision: str = "highest",
     ) -> None:
         self.x64 = dtype == torch.float64
         self.order = problem.order()
@@ -48,12 +51,12 @@ class JaxTrainer:
         with jax.enable_x64(self.x64):
             X = problem.X.flatten(1) if pixels else problem.rows(dtype)
             labels = problem.labels(dtype)
-            self.X = jnp.asarray(X.numpy())
-            self.y = jnp.asarray((labels.to(torch.int32) if problem.classifies else labels).numpy())
+            self.X = jnp.asarray(X.cpu().numpy())
+            self.y = jnp.asarray((labels.to(torch.int32) if problem.classifies else labels).cpu().numpy())
             start = [jnp.asarray(tensor.to(dtype).numpy()) for tensor in problem.start.values()]
             # a copy, as donated memory must not be torch's
             self.params = [(jnp.array(w), jnp.array(b)) for w, b in zip(start[::2], start[1::2], strict=True)]
-            self.epoch = jax.jit(_epoch(problem, gather_first, unroll), donate_argnums=0)
+            self.epoch = jax.jit(_epoch(problem, gather_first, unroll, precision), donate_argnums=0)
             self.one_order = jnp.asarray(data.order(self.num_examples, problem.order()).int().numpy())
 
     def train(self, num_epochs: int) -> list[float]:
@@ -80,7 +83,7 @@ class JaxTrainer:
         return torch.cat([array.reshape(-1).double() for array in arrays])
 
 
-def _epoch(problem: Problem, gather_first: bool, unroll: int) -> Callable[..., Any]:
+def _epoch(problem: Problem, gather_first: bool, unroll: int, precision: str) -> Callable[..., Any]:
     num_examples, batch_size, lr = len(problem.X), problem.batch_size, problem.lr
     num_layers = len(list(pairwise(problem.widths)))
     num_outputs = problem.widths[-1]
@@ -88,7 +91,7 @@ def _epoch(problem: Problem, gather_first: bool, unroll: int) -> Callable[..., A
 
     def loss(params: Any, X: Any, y: Any) -> Any:
         for layer, (weight, bias) in enumerate(params):
-            X = jnp.dot(X, weight.T, precision="highest") + bias
+            X = jnp.dot(X, weight.T, precision=precision) + bias
             if layer < num_layers - 1:
                 X = jax.nn.relu(X)
         if not problem.classifies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Protocol
@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from fastdl import data
 from fastdl.programs import RECIPES, Model
-from fastdl.reproduce import Examples
 
 Loader = Callable[[int, torch.Generator], DataLoader[object]]
 
@@ -29,7 +28,8 @@ class Problem:
     widths : tuple of int
         Inputs, the units of each hidden layer, outputs. A ReLU stands between two layers.
     X, y : Tensor
-        Examples, (N, ...) uint8 pixels or float32, and labels: classes (N,) or values (N, outputs).
+        Examples, (N, ...) uint8 pixels or float32, and labels: classes (N,) or values (N, outputs). The
+        programs train on the device that these are on.
     batch_size, num_epochs : int
     lr : float
     seed : int
@@ -77,9 +77,13 @@ class Problem:
         """Return the labels, values in the dtype."""
         return self.y if self.classifies else self.y.to(dtype)
 
+    def on(self, device: str) -> Problem:
+        """Return the same problem with its data on a device."""
+        return replace(self, X=self.X.to(device), y=self.y.to(device))
+
     def net(self, dtype: torch.dtype) -> nn.Sequential:
         """Return the net of plain torch modules, at its start."""
-        net = plain_net(self.widths).to(dtype)
+        net = plain_net(self.widths).to(self.X.device, dtype)
         net.load_state_dict({name: tensor.to(dtype) for name, tensor in self.start.items()})
         return net
 
@@ -92,6 +96,22 @@ class Problem:
         return torch.Generator().manual_seed(self.seed)
 
 
+class Examples(Protocol):
+    """What a model trains on."""
+
+    @property
+    def X(self) -> Tensor:
+        """The examples."""
+
+    @property
+    def y(self) -> Tensor:
+        """The labels."""
+
+    @property
+    def loader(self) -> Loader | None:
+        """What makes the textbook's DataLoader of the same, if anything does."""
+
+
 class Trainer(Protocol):
     """One program that trains one problem, from its start on."""
 
@@ -100,7 +120,7 @@ class Trainer(Protocol):
         ...
 
     def parameters(self) -> Tensor:
-        """Return all parameters in one float64 vector, in the order of the net's state_dict."""
+        """Return all parameters in one float64 vector on the CPU, in the order of the net's state_dict."""
         ...
 
 
@@ -113,8 +133,8 @@ def plain_net(widths: Sequence[int]) -> nn.Sequential:
 
 
 def vector(state: Mapping[str, Tensor]) -> Tensor:
-    """Return parameters as one float64 vector."""
-    return torch.cat([tensor.detach().reshape(-1).double() for tensor in state.values()])
+    """Return parameters as one float64 vector on the CPU."""
+    return torch.cat([tensor.detach().reshape(-1).double() for tensor in state.values()]).cpu()
 
 
 def textbook_problem(

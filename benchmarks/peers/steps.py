@@ -26,8 +26,8 @@ class Model:
     lr: float
 
 
-def all_models() -> list[Model]:
-    """Return the three models with equal parameters in both forms."""
+def all_models(device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Model]:
+    """Return the three models on a device, with equal parameters in both forms."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(256, 28, 28, generator=generator)
     labels = torch.randint(10, (256,), generator=generator)
@@ -54,7 +54,20 @@ def all_models() -> list[Model]:
     ]
     for _, plain, ours, _, _ in nets:
         plain.load_state_dict(ours.state_dict())
-    return [Model(*net) for net in nets]
+    return [
+        Model(
+            name,
+            plain.to(device, dtype),
+            ours.to(device, dtype),
+            (X.to(device, dtype), _to(y, device, dtype)),
+            lr,
+        )
+        for name, plain, ours, (X, y), lr in nets
+    ]
+
+
+def _to(labels: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    return labels.to(device, dtype) if labels.is_floating_point() else labels.to(device)
 
 
 def _step(

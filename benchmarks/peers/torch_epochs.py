@@ -26,8 +26,8 @@ class EagerTrainer:
     dtype : torch.dtype
     row_order : torch.Generator, optional
         Shuffles the rows within each batch, which changes nothing but the rounding.
-    **options
-        Of ``torch.optim.SGD``: foreach, fused.
+    foreach, fused : bool, optional
+        Of ``torch.optim.SGD``.
     """
 
     def __init__(
@@ -36,15 +36,20 @@ class EagerTrainer:
         dtype: torch.dtype,
         *,
         row_order: torch.Generator | None = None,
-        **options: bool,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         self.X, self.y = problem.rows(dtype), problem.labels(dtype)
         self.batch_size = problem.batch_size
         self.net = problem.net(dtype)
         self.loss = problem.loss()
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr, **options)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr, foreach=foreach, fused=fused)
         self.order = problem.order()
         self.row_order = row_order
+        self.one_order = data.order(len(self.X), problem.order()).to(self.X.device)
+        # of each batch in the epoch
+        sizes = [len(index) for index in self.one_order.split(self.batch_size)]
+        self.shares = torch.tensor(sizes, dtype=torch.float64, device=self.X.device) / len(self.X)
 
     def step(self, index: Tensor) -> Tensor:
         """Train on the rows of the index, and return the loss."""
@@ -60,11 +65,21 @@ class EagerTrainer:
         for _ in range(num_epochs):
             pieces = data.order(len(self.X), self.order).split(self.batch_size)
             if self.row_order is not None:
-                pieces = [piece[torch.randperm(len(piece), generator=self.row_order)] for piece in pieces]
-            losses = torch.stack([self.step(index) for index in pieces])
-            sizes = torch.tensor([len(index) for index in pieces])
-            means.append(float((losses.double() * sizes).sum() / len(self.X)))
+                pieces = tuple(
+                    piece[torch.randperm(len(piece), generator=self.row_order)] for piece in pieces
+                )
+            means.append(float(self.epoch(torch.cat(pieces).to(self.X.device))))
         return means
+
+    def epoch(self, order: Tensor) -> Tensor:
+        """Train on the batches of an order, which is on the data's device, and return the mean loss."""
+        losses = torch.stack([self.step(index) for index in order.split(self.batch_size)])
+        return (losses.double() * self.shares).sum()
+
+    def train_in_one_order(self, num_epochs: int) -> None:
+        """Train on in an order that lies in memory already, and hand no loss back."""
+        for _ in range(num_epochs):
+            self.epoch(self.one_order)
 
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""

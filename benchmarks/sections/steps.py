@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
+from benchmarks.gate import COMPARED_STEPS, differing_steps
 from benchmarks.measuring import interleaved, timed
 from benchmarks.peers.steps import Step, all_models, steps
 from benchmarks.results import Goal, Section, Table, duration
 from benchmarks.sections.settings import Settings
 from fastdl import plots
 from fastdl.programs import RECIPES, Model
-from fastdl.reference.parity import EPOCH_LOSS
 
 _GOALS: dict[Model, float] = {"linear": 1.0, "softmax": 2.0, "mlp": 1.3}
 _OURS, _PEER, _COMPILE = "fastdl", "torch_eager_fused_sgd", "torch_compile"
 _TIMED_SECONDS = 0.02
-_COMPARED_STEPS = 20
 
 
 def measure(settings: Settings) -> Section:
@@ -24,7 +23,7 @@ def measure(settings: Settings) -> Section:
         "The drop-in path",
         f"One training step in a Python loop, float32, {settings.threads} threads: zero_grad, forward, loss, "
         "backward, update, on one batch in memory. fastdl: its models, loss and SGD. The gate: the losses of "
-        f"the first {_COMPARED_STEPS} steps are torch's within 1e-3.",
+        f"the first {COMPARED_STEPS} steps are torch's within 1e-3.",
     )
     rows = []
     for model in all_models():
@@ -35,7 +34,8 @@ def measure(settings: Settings) -> Section:
         for step in by_peer.values():
             # a second call, as the first of torch.compile's may be a guard's
             step()
-        wrong = _differences(steps(model))
+        compared = steps(model)
+        wrong = differing_steps(compared[_OURS], compared[_PEER])
         if wrong:
             section.failures.append(
                 f"{RECIPES[name].title}: the loss of step {wrong[0]} differs from torch's"
@@ -73,9 +73,3 @@ def steps_shown() -> tuple[str, ...]:
 def _repeat(step: Step, times: int) -> None:
     for _ in range(times):
         step()
-
-
-def _differences(by_peer: dict[str, Step]) -> list[int]:
-    ours, torchs = by_peer[_OURS], by_peer[_PEER]
-    pairs = [(ours().item(), torchs().item()) for _ in range(_COMPARED_STEPS)]
-    return [index for index, (a, b) in enumerate(pairs, 1) if not abs(a - b) <= EPOCH_LOSS]

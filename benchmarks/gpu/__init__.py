@@ -1,0 +1,1 @@
+"""The parts of a visit to a GPU; ``benchmarks/gpu_report.py`` puts them together."""
