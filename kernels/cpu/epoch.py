@@ -21,6 +21,7 @@ import numpy as np
 from fastdl.kernels.cpu import barrier
 from fastdl.kernels.cpu.dense import (
     GRAD,
+    HAS_RELU,
     IS_THIN,
     NO_GROUP,
     NUM_INPUTS,
@@ -131,6 +132,14 @@ def _write_row(row, scratch, at, stride, panel):
 
 
 @jit
+def _close_row(outputs, grad):
+    """Set the gradient of a row to 0 where the output of its ReLU is 0 or less."""
+    for c in range(outputs.size):
+        if outputs[c] <= 0:
+            grad[c] = 0
+
+
+@jit
 def _share_of_rows(count, thread, num_threads, lanes):
     """Return a thread's rows: whole blocks of lanes, as blocks are transposed whole."""
     start, stop = share((count + lanes - 1) // lanes, thread, num_threads)
@@ -156,6 +165,7 @@ def _loss_rows(
     """Write the gradient of the last layer's output for some rows; add their loss and right answers."""
     last = layers.shape[0] - 1
     width, output, grad = layers[last, NUM_OUTPUTS], layers[last, OUTPUT], layers[last, GRAD]
+    closes = layers[last, HAS_RELU] == 1
     panel = panel_of(scratch)
     zero = scratch.dtype.type(0)
     logits, grad_row = scratch[work : work + width], scratch[work + width : work + 2 * width]
@@ -184,6 +194,8 @@ def _loss_rows(
             else:
                 loss += row_loss
             if needs_grad:
+                if closes:
+                    _close_row(logits, grad_row)
                 _write_row(grad_row, scratch, grad + n * panel, stride, panel)
         # a mean counts for as many rows as the batch has
         sums[LOSS] += loss / divisor * count if is_mean else loss
@@ -197,6 +209,8 @@ def _loss_rows(
                 loss += difference * difference
                 grad_row[c] = scale * difference
             if needs_grad:
+                if closes:
+                    _close_row(logits, grad_row)
                 _write_row(grad_row, scratch, grad + n * panel, stride, panel)
         sums[LOSS] += loss / width if is_mean else loss
     sums[CORRECT] += correct

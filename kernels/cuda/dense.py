@@ -47,8 +47,10 @@ from fastdl.kernels.cuda.sgd import build_update_one
 
 # what an epoch is computed in
 REALS = ("float32", "float64")
-# what progress says: how many steps of the epoch came before this graph, and how many rows the epoch has
-STEPS_BEFORE, ROWS = 0, 1
+# what progress says: how many steps of the epoch came before the graph that runs, how many rows the epoch
+# has, and whether the steps that are still to come are to be left out
+STEPS_BEFORE, ROWS, STOP = range(3)
+NUM_COUNTERS = 3
 # the columns of the table of options, one row for each weight and one for each bias: layer by layer
 LR, MOMENTUM, DAMPENING, WEIGHT_DECAY, NESTEROV, MAXIMIZE, IS_FRESH = range(7)
 NUM_OPTIONS = 7
@@ -114,14 +116,13 @@ class Step(NamedTuple):
 
     Parameters
     ----------
-    index : int
-        Its number among the steps of the graph.
-    progress : (2,), int64
-        STEPS_BEFORE and ROWS.
+    number : int
+        Its place among the steps of the graph.
+    progress : (NUM_COUNTERS,), int64
     batch_size : int
     """
 
-    index: int
+    number: int
     progress: Array
     batch_size: int
 
@@ -130,10 +131,11 @@ class Step(NamedTuple):
 def rows_of_step(progress, step, batch_size):
     """Return where in the epoch's order the rows of a step begin, and how many there are."""
     first = (progress[STEPS_BEFORE] + step) * batch_size
-    return first, max(0, min(batch_size, progress[ROWS] - first))
+    count = max(0, min(batch_size, progress[ROWS] - first))
+    return first, 0 if progress[STOP] else count
 
 
-def build_example_at(real: Any) -> Callable[..., Any]:
+def build_example_at(real: Any) -> Any:
     """Return ``example_at(order, first, n, count, length)``: where row n of a batch begins, or -1."""
 
     @cuda.jit(device=True, inline="always")
@@ -147,7 +149,7 @@ def build_example_at(real: Any) -> Callable[..., Any]:
     return example_at
 
 
-def build_options_of(real: Any) -> Callable[..., Any]:
+def build_options_of(real: Any) -> Any:
     """Return ``options_of(options, row, is_first_step)``: the options of an update, as a tuple."""
 
     @cuda.jit(device=True, inline="always")
@@ -383,7 +385,7 @@ def forward(
         0,
         address(layer.output),
         address(step.progress),
-        step.index,
+        step.number,
         step.batch_size,
         num_inputs,
         num_outputs,
@@ -409,7 +411,7 @@ def backward_data(layer: Layer, before: Layer, step: Step, stream: Stream) -> No
         address(before.output) if before.has_relu else 0,
         address(before.grad),
         address(step.progress),
-        step.index,
+        step.number,
         step.batch_size,
         num_outputs,
         num_inputs,
@@ -471,7 +473,7 @@ def backward_weight(
             address(examples.order),
             address(options),
             address(step.progress),
-            step.index,
+            step.number,
             step.batch_size,
             SCALARS[real](examples.scale),
             is_wide(examples.X.shape[1], examples.X),

@@ -46,7 +46,8 @@ def run_step(
     """
     last = layers[-1]
     has_head = last.weight.shape[0] <= MOST_OUTPUTS
-    source, order, scale = examples.X, examples.order, examples.scale
+    source, scale = examples.X, examples.scale
+    order: Array | None = examples.order
     for layer in layers[:-1] if has_head else layers:
         dense.forward(source, order, layer, scale, step, stream)
         source, order, scale = layer.output, None, 1.0

@@ -134,11 +134,11 @@ def tile_for(element: str, num_rows: int, num_cols: int) -> str:
 def build_sums(
     tile: Tile,
     real: Any,
-    load_a: Callable[..., Any],
-    load_b: Callable[..., Any],
+    load_a: Any,
+    load_b: Any,
     a_runs_along_depth: bool,
     b_runs_along_depth: bool,
-) -> tuple[Callable[..., None], Callable[..., Any], Callable[..., Any]]:
+) -> tuple[Any, Any, Any]:
     """Return the device functions that every tiled product is made of.
 
     Parameters
@@ -234,7 +234,7 @@ def build_sums(
     return sum_tile, total, row_total
 
 
-def build_load_chunk(real: Any) -> Callable[..., Any]:
+def build_load_chunk(real: Any) -> Any:
     """Return ``load_chunk(array, at, left, wide)``: CHUNK numbers from a place on, 0 behind the last one."""
 
     @cuda.jit(device=True, inline="always")
@@ -253,7 +253,7 @@ def build_load_chunk(real: Any) -> Callable[..., Any]:
     return load_chunk
 
 
-def build_load_matrix(real: Any) -> Callable[..., Any]:
+def build_load_matrix(real: Any) -> Any:
     """Return the loader for ``build_sums`` of an operand (array, lines, length of a line, wide)."""
     load_chunk = build_load_chunk(real)
 

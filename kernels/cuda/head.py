@@ -111,7 +111,7 @@ class Notes(NamedTuple):
     outcomes: Array
 
 
-def _build_loss_row(real: Any) -> Callable[..., None]:
+def _build_loss_row(real: Any) -> tuple[Any, Any]:
     @cuda.jit(device=True, inline="always")
     def scales(divisors, step, count, width, is_mean, kind):
         """Return what a row's gradient, and its loss, are multiplied by."""
@@ -491,7 +491,7 @@ def _arrays_of(loss: Loss, notes: Notes, step: Step) -> tuple[int, ...]:
         address(notes.losses),
         address(notes.outcomes),
         address(step.progress),
-        step.index,
+        step.number,
         step.batch_size,
     )
 

@@ -51,7 +51,7 @@ NUM_ROWS = (4, 16, 64)
 BLOCK = THREADS * CHUNK
 
 
-def build_update_one(real: Any) -> tuple[Callable[..., Any], Callable[..., None]]:
+def build_update_one(real: Any) -> tuple[Any, Any]:
     """Return the device functions ``stepped``, which is the update's formula, and ``update_one``."""
 
     @cuda.jit(device=True, inline="always")

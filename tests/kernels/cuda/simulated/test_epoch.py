@@ -141,7 +141,7 @@ def _check(seed, widths, batch_size, kind=CROSS_ENTROPY, *, groups=({"lr": 0.1},
     num_steps = -(-problem.num // batch_size)
     # the second step of a graph of two: what is before it comes from the GPU's memory
     for index in range(num_steps + 1):
-        progress = DeviceArray([index - index % 2, problem.num], "int64")
+        progress = DeviceArray([index - index % 2, problem.num, 0], "int64")
         step = Step(index % 2, progress, batch_size)
         rows = order[index * batch_size : (index + 1) * batch_size]
         run_step(layers, examples, loss, table, notes, step, trains, STREAM)
@@ -309,7 +309,7 @@ def test_an_invalid_label_costs_its_row_alone(seed, width):
     layers = problem.layers(4)
     notes = Notes(problem.nan(4), DeviceArray(np.full(4, 7), "int64"))
     examples = Examples(problem.X, DeviceArray(problem.order, "int64"), 1.0)
-    step = Step(0, DeviceArray([0, 4], "int64"), 4)
+    step = Step(0, DeviceArray([0, 4, 0], "int64"), 4)
     run_step(layers, examples, loss, problem.options({"lr": 0.1}), notes, step, True, STREAM)
     assert np.isnan(notes.losses.numpy()).tolist() == [False, True, True, True]
     assert notes.outcomes.numpy()[1:].tolist() == [INVALID] * 3
@@ -326,7 +326,7 @@ def test_ignored_rows_alone_have_no_gradient_and_no_mean(seed):
     before = layers[0].weight.numpy()
     notes = Notes(problem.nan(4), DeviceArray(np.full(4, 7), "int64"))
     examples = Examples(problem.X, DeviceArray(problem.order, "int64"), 1.0)
-    step = Step(0, DeviceArray([0, 4], "int64"), 4)
+    step = Step(0, DeviceArray([0, 4, 0], "int64"), 4)
     run_step(layers, examples, loss, problem.options({"lr": 0.1}), notes, step, True, STREAM)
     assert np.isnan(notes.losses.numpy()).all()
     np.testing.assert_array_equal(layers[0].weight.numpy(), before)
@@ -343,7 +343,7 @@ def test_the_greatest_output_is_torchs_argmax_with_ties_and_nan():
         notes = Notes(DeviceArray.nan((5,)), DeviceArray(np.full(5, 7), "int64"))
         # NaN times 0 would spread through the product, so loss is given the outputs
         layer.output._stored[:] = outputs.reshape(-1)
-        step = Step(0, DeviceArray([0, 5], "int64"), 5)
+        step = Step(0, DeviceArray([0, 5, 0], "int64"), 5)
         examples = Examples(weight, DeviceArray(np.arange(5), "int64"), 1.0)
         head.loss(examples, layer, loss, notes, step, False, STREAM)
         expected = torch.from_numpy(outputs).argmax(1).numpy() == label
