@@ -21,11 +21,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.gemm import Tile, build_load_chunk, build_load_matrix, build_sums
+from fastdl.kernels.cuda.gemm import (
+    Tile,
+    as_it_is,
+    build_load_chunk,
+    build_load_matrix,
+    build_sums,
+    place_of_tile,
+)
 from fastdl.kernels.cuda.intrinsics import (
     as_pointer,
+    bytes_of,
     is_null,
     load,
+    load_word,
     pointer_to,
     row_of_block,
     store,
@@ -67,8 +76,11 @@ TILES_OF = {
     # for checks; its buffers take twice the shared memory
     "float64": (Tile(16, 4, 8), Tile(32, 4, 2)),
 }
-# a larger tile is taken where there are so many of them: two for each multiprocessor of an H200
-ENOUGH_TILES = 264
+# where the rows of a batch lie, a block of backward_weight keeps in shared memory for so many
+ROWS_AT_HAND = 512
+# A larger tile needs fewer instructions for the same sums. It is taken where there is one for each
+# multiprocessor of an H200.
+ENOUGH_TILES = 132
 
 
 class Examples(NamedTuple):
@@ -168,21 +180,60 @@ def build_options_of(real: Any) -> Any:
     return options_of
 
 
-def _build_rows(tile: Tile, real: Any, is_forward: bool) -> Callable[..., None]:
+def build_raw(real: Any, element: str) -> tuple[Any, Any, Any]:
+    """Return how a chunk of an element type is held until it is needed.
+
+    Returns
+    -------
+    load_raw
+        ``load_raw(array, at, left, wide)`` is a chunk as ``gemm.build_load_chunk`` loads it; four uint8 stay
+        one word, because to widen them would be to wait for them.
+    widen
+        ``widen(operand, raw)`` is the chunk in the type that is computed in.
+    nothing
+        A chunk of zeros.
+    """
+    if element != "uint8":
+        zero = real(0)
+        return build_load_chunk(real), as_it_is, (zero, zero, zero, zero)
+
+    @cuda.jit(device=True, inline="always")
+    def load_bytes(array, at, left, wide):
+        if wide:
+            return load_word(array, at)
+        word = types.uint32(array[at])
+        if left > 1:
+            word = types.uint32(word | types.uint32(array[at + 1]) << 8)
+        if left > 2:
+            word = types.uint32(word | types.uint32(array[at + 2]) << 16)
+        if left > 3:
+            word = types.uint32(word | types.uint32(array[at + 3]) << 24)
+        return word
+
+    @cuda.jit(device=True, inline="always")
+    def widen_bytes(operand, word):
+        x = bytes_of(word)
+        return real(x[0]), real(x[1]), real(x[2]), real(x[3])
+
+    return load_bytes, widen_bytes, types.uint32(0)
+
+
+def _build_rows(tile: Tile, real: Any, element: str, is_forward: bool) -> Callable[..., None]:
     size, threads, tile_size, shared_size = tile.size, tile.threads, tile.size * tile.size, tile.shared_size
     slice_threads, depth_chunks = tile.slice_threads, tile.depth // CHUNK
-    load_chunk, load_matrix = build_load_chunk(real), build_load_matrix(real)
-    example_at = build_example_at(real)
+    load_matrix, example_at = build_load_matrix(real), build_example_at(real)
+    load_raw, widen, nothing = build_raw(real, element)
 
     @cuda.jit(device=True, inline="always")
     def load_row(row, line, offset):
         array, at, length, wide = row
-        zero = real(0)
         if at < 0 or offset >= length:
-            return zero, zero, zero, zero
-        return load_chunk(array, at + offset, length - offset, wide)
+            return nothing
+        return load_raw(array, at + offset, length - offset, wide)
 
-    sum_tile, slices_total, _ = build_sums(tile, real, load_row, load_matrix, True, is_forward)
+    sum_tile, slices_total, _ = build_sums(
+        tile, real, load_row, load_matrix, widen, as_it_is, True, is_forward
+    )
 
     def rows_of_product(
         source,
@@ -203,10 +254,8 @@ def _build_rows(tile: Tile, real: Any, is_forward: bool) -> Callable[..., None]:
     ):
         shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
-        block = types.int64(cuda.blockIdx.x)
         first, count = rows_of_step(progress, step, batch_size)
-        col_tiles = (num_cols + size - 1) // size
-        row, col = block // col_tiles * size, block % col_tiles * size
+        row, col = place_of_tile(cuda.blockIdx.x, num_cols, size)
         if row < count:
             # a thread's chunks are all of one row, so it looks the row up once
             line = row + thread % slice_threads // depth_chunks
@@ -237,54 +286,70 @@ def _build_rows(tile: Tile, real: Any, is_forward: bool) -> Callable[..., None]:
     return rows_of_product
 
 
-def _build_weight(tile: Tile, real: Any) -> Callable[..., None]:
+def _build_weight(tile: Tile, real: Any, element: str) -> Callable[..., None]:
     size, threads, tile_size, shared_size = tile.size, tile.threads, tile.size * tile.size, tile.shared_size
-    load_chunk, load_matrix = build_load_chunk(real), build_load_matrix(real)
-    example_at = build_example_at(real)
+    load_chunk, load_matrix, zero = build_load_chunk(real), build_load_matrix(real), real(0)
+    load_raw, widen, nothing = build_raw(real, element)
     like = types.CPointer(real)
     _, update_one = build_update_one(real)
     options_of = build_options_of(real)
 
     @cuda.jit(device=True, inline="always")
     def load_input(operand, line, offset):
-        """Return a chunk of an example, or of what the layer before has computed."""
-        X, order, first, X_wide, hidden, count, length = operand
-        zero = real(0)
-        if line >= count or offset >= length:
-            return zero, zero, zero, zero
-        if is_null(hidden):
-            at = example_at(order, first, line, count, length) + offset
-            return load_chunk(X, at, length - offset, X_wide)
-        return load_chunk(hidden, line * length + offset, length - offset, length % CHUNK == 0)
+        """Return a chunk of an example as it is in memory, and one of what the layer before has computed."""
+        X, order, rows, first, X_wide, hidden, gathers, count, length = operand
+        raw, chunk = nothing, (zero, zero, zero, zero)
+        if line < count and offset < length:
+            if gathers:
+                example = rows[line] if count <= ROWS_AT_HAND else order[first + line]
+                raw = load_raw(X, example * length + offset, length - offset, X_wide)
+            else:
+                chunk = load_chunk(hidden, line * length + offset, length - offset, length % CHUNK == 0)
+        return raw, chunk
 
-    sum_tile, slices_total, row_total = build_sums(tile, real, load_matrix, load_input, False, False)
+    @cuda.jit(device=True, inline="always")
+    def widen_input(operand, chunks):
+        raw, chunk = chunks
+        if operand[6]:
+            chunk = widen(operand, raw)
+        return chunk
+
+    sum_tile, slices_total, row_total = build_sums(
+        tile, real, load_matrix, load_input, as_it_is, widen_input, False, False
+    )
 
     def update_of_tiles(table, X, order, options, progress, step, batch_size, scale, X_wide):
         shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
+        rows = pointer_to(cuda.shared.array(ROWS_AT_HAND, types.int64, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
         layer, block = row_of_block(table, NUM_COLUMNS, TILES, types.int64(cuda.blockIdx.x), 1)
         grad, hidden = as_pointer(layer[GRAD], like), as_pointer(layer[INPUT], like)
         weight, weight_buffer = as_pointer(layer[WEIGHT], like), as_pointer(layer[WEIGHT_BUFFER], like)
         bias, bias_buffer = as_pointer(layer[BIAS], like), as_pointer(layer[BIAS_BUFFER], like)
         num_rows, num_cols = layer[NUM_OUTPUTS], layer[NUM_INPUTS]
-        col_tiles = (num_cols + size - 1) // size
-        row, col = block // col_tiles * size, block % col_tiles * size
+        row, col = place_of_tile(block, num_cols, size)
+        gathers, trains_weight = layer[INPUT] == 0, layer[WEIGHT] != 0
         first, count = rows_of_step(progress, step, batch_size)
         if count > 0:
             # asked for before they are needed
             own = options_of(options, 2 * layer[INDEX], first == 0)
-            wants_sums = col == 0 and not is_null(bias)
+            wants_sums = col == 0 and layer[BIAS] != 0
+            # to look a row up in each round would be to wait for it in each
+            if gathers and count <= ROWS_AT_HAND:
+                for n in range(thread, count, threads):
+                    rows[n] = order[first + n]
+                cuda.syncthreads()
             sum_tile(
                 (grad, count, num_rows, num_rows % CHUNK == 0),
-                (X, order, first, X_wide, hidden, count, num_cols),
+                (X, order, rows, first, X_wide, hidden, gathers, count, num_cols),
                 shared,
                 row,
                 col,
                 count,
                 wants_sums,
             )
-            factor = scale if is_null(hidden) else real(1)
-            if not is_null(weight):
+            factor = scale if gathers else real(1)
+            if trains_weight:
                 for i in range(thread, tile_size, threads):
                     n, m = row + i // size, col + i % size
                     if n < num_rows and m < num_cols:
@@ -305,7 +370,7 @@ def _rows_kernel(element: str, real: str, tile: Tile, name: str, is_forward: boo
         ELEMENTS[real],
         *(integer,) * 3,
     )
-    return Kernel(name, _build_rows(tile, ELEMENTS[real], is_forward), arguments, tile.threads)
+    return Kernel(name, _build_rows(tile, ELEMENTS[real], element, is_forward), arguments, tile.threads)
 
 
 def _weight_kernel(element: str, real: str, tile: Tile, name: str) -> Kernel:
@@ -321,7 +386,7 @@ def _weight_kernel(element: str, real: str, tile: Tile, name: str) -> Kernel:
         ELEMENTS[real],
         types.int64,
     )
-    return Kernel(name, _build_weight(tile, ELEMENTS[real]), arguments, tile.threads)
+    return Kernel(name, _build_weight(tile, ELEMENTS[real], element), arguments, tile.threads)
 
 
 FORWARD: dict[tuple[str, str, int], Kernel] = {}

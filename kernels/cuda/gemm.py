@@ -131,11 +131,23 @@ def tile_for(element: str, num_rows: int, num_cols: int) -> str:
     return "small"
 
 
+@cuda.jit(device=True, inline="always")
+def place_of_tile(block, num_cols, size):
+    """Return the row and column of the product at which a block's tile begins; tiles come row by row."""
+    # a division of 64 bits would take longer than a small tile's sums
+    col_tiles = types.uint32(max(1, (num_cols + size - 1) // size))
+    tile_row = types.uint32(block) // col_tiles
+    tile_col = types.uint32(block) - tile_row * col_tiles
+    return types.int64(tile_row) * size, types.int64(tile_col) * size
+
+
 def build_sums(
     tile: Tile,
     real: Any,
     load_a: Any,
     load_b: Any,
+    widen_a: Any,
+    widen_b: Any,
     a_runs_along_depth: bool,
     b_runs_along_depth: bool,
 ) -> tuple[Any, Any, Any]:
@@ -147,8 +159,10 @@ def build_sums(
     real
         The type that is computed in.
     load_a, load_b
-        ``load(operand, line, offset)`` returns CHUNK numbers of a line of an operand, with 0 for those
-        outside of it.
+        ``load(operand, line, offset)`` returns CHUNK numbers of a line of an operand as they are in memory,
+        with 0 for those outside of it.
+    widen_a, widen_b
+        ``widen(operand, chunk)`` returns the CHUNK numbers in the type that is computed in.
     a_runs_along_depth, b_runs_along_depth : bool
         Whether a line runs along the depth of the product, or across it.
 
@@ -166,6 +180,8 @@ def build_sums(
     slice_threads, stride, buffer, tile_size = tile.slice_threads, tile.stride, tile.buffer, size * size
     square_size, sums_at = square * square, slices * size * size
     depth_chunks, size_chunks = depth // CHUNK, size // CHUNK
+    # a longer loop the compiler would not write out
+    unrolled = min(depth, 8)
 
     @cuda.jit(device=True, inline="always")
     def place_of_chunk(runs_along_depth, lane, first, step):
@@ -202,14 +218,17 @@ def build_sums(
             line, offset = place_of_chunk(b_runs_along_depth, lane, col, step)
             b_chunk = load_b(b, line, offset)
             if done >= 0:
-                for p in range(depth):
-                    a_square = load_tuple(shared, full + p * stride + i, square)
-                    b_square = load_tuple(shared, full + buffer + p * stride + j, square)
-                    products = add_outer_product(products, a_square, b_square)
-                    if wants_sums:
-                        sums = add_tuples(sums, a_square)
-            keep_chunk(a_chunk, a_runs_along_depth, lane, shared, empty)
-            keep_chunk(b_chunk, b_runs_along_depth, lane, shared, empty + buffer)
+                for start in range(0, depth, unrolled):
+                    for p in range(unrolled):
+                        at = full + (start + p) * stride
+                        a_square = load_tuple(shared, at + i, square)
+                        b_square = load_tuple(shared, at + buffer + j, square)
+                        products = add_outer_product(products, a_square, b_square)
+                        if wants_sums:
+                            sums = add_tuples(sums, a_square)
+            # whatever is done to a chunk waits for it, so it is done here
+            keep_chunk(widen_a(a, a_chunk), a_runs_along_depth, lane, shared, empty)
+            keep_chunk(widen_b(b, b_chunk), b_runs_along_depth, lane, shared, empty + buffer)
             cuda.syncthreads()
             full, empty = empty, full
         store_rows(shared, part * tile_size + i * size + j, size, products, square)
@@ -232,6 +251,12 @@ def build_sums(
         return value
 
     return sum_tile, total, row_total
+
+
+@cuda.jit(device=True, inline="always")
+def as_it_is(operand, chunk):
+    """Return a chunk that is in memory what it is computed in."""
+    return chunk
 
 
 def build_load_chunk(real: Any) -> Any:
@@ -284,7 +309,14 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
         return chunk
 
     sum_tile, slices_total, row_total = build_sums(
-        tile, real, load_gated, load_matrix, a_runs_along_depth, b_runs_along_depth
+        tile,
+        real,
+        load_gated,
+        load_matrix,
+        as_it_is,
+        as_it_is,
+        a_runs_along_depth,
+        b_runs_along_depth,
     )
 
     def product_of_tiles(
@@ -292,9 +324,7 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
     ):
         shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
-        block = types.int64(cuda.blockIdx.x)
-        col_tiles = max(1, (num_cols + size - 1) // size)
-        row, col = block // col_tiles * size, block % col_tiles * size
+        row, col = place_of_tile(cuda.blockIdx.x, num_cols, size)
         wants_sums = is_grad_weight and col == 0 and not is_null(row_sums)
 
         # 1: the sums over each slice of the depth

@@ -170,6 +170,33 @@ def store_tuple(typing_context, pointer, index, values):
 
 
 @extending.intrinsic
+def load_word(typing_context, pointer, index):
+    """Return four uint8 from ``pointer[index]`` on as one number; their address is a multiple of 4."""
+    if pointer.dtype != types.uint8:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        at = _index(context, builder, arguments[1], signature.args[1])
+        return builder.load(_address(builder, arguments[0], at, _INT32, types.uint8), align=4)
+
+    return types.uint32(pointer, index), codegen
+
+
+@extending.intrinsic
+def bytes_of(typing_context, word):
+    """Return the four uint8 of a word as float32."""
+    if word != types.uint32:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        shifted = [builder.lshr(arguments[0], ir.Constant(_INT32, 8 * lane)) for lane in range(4)]
+        values = [builder.uitofp(builder.trunc(part, _INT8), _FLOAT) for part in shifted]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(types.float32, 4)(word), codegen
+
+
+@extending.intrinsic
 def is_null(typing_context, pointer):
     """Return whether the pointer is 0, which stands for an array left out."""
 

@@ -99,8 +99,7 @@ class Memory:
         """Return the address of a region with these values, so many bytes off a multiple of 256."""
         address = self._next + offset
         self._next += (values.nbytes + offset + 511) // 256 * 256
-        self._regions.append(Region(values, element, address))
-        self._addresses.append(address)
+        self.adopt(values, element, address)
         return address
 
     def adopt(self, values, element, address):
@@ -179,6 +178,17 @@ def store_tuple(pointer, index, values):
 def store_rows(pointer, index, stride, values, length):
     for row in range(len(values) // length):
         store_tuple(pointer, index + row * stride, values[row * length : (row + 1) * length])
+
+
+def load_word(pointer, index):
+    assert pointer.region.element == "uint8"
+    _check_alignment(pointer, index, 4)
+    return np.uint32(sum(int(pointer[int(index) + i]) << 8 * i for i in range(4)))
+
+
+def bytes_of(word):
+    assert type(word) is np.uint32
+    return tuple(np.float32(int(word) >> 8 * i & 255) for i in range(4))
 
 
 def fill(pointer, value, count):

@@ -108,7 +108,8 @@ def _shared_array(self, shape, dtype, alignment=None):
     if key not in _block.shared:
         name = intrinsics._NAMES[dtype]
         assert shape * np.dtype(name).itemsize <= 48 << 10, "more than the static shared memory of a block"
-        values = np.full(shape, np.nan, name)
+        # an index that nobody wrote lies outside of every array
+        values = np.full(shape, 1 << 62 if name == "int64" else np.nan, name)
         _block.shared[key] = intrinsics.Region(values, name, 0 if alignment else 4)
     return _block.shared[key]
 

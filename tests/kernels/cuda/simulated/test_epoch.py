@@ -293,8 +293,8 @@ def test_larger_tiles_compute_the_same(seed, monkeypatch):
 
 def test_larger_tiles_are_taken_where_there_are_enough_of_them():
     assert dense.tile_size_for("float32", (256, 256)) == 16
-    assert dense.tile_size_for("float32", (256, 784), (10, 256)) == 16
-    assert dense.tile_size_for("float32", (1024, 512)) == 32
+    assert dense.tile_size_for("float32", (256, 784), (10, 256)) == 32
+    assert dense.tile_size_for("float32", (512, 512)) == 32
     assert dense.tile_size_for("float32", (4096, 4096)) == 64
     assert dense.tile_size_for("float64", (4096, 4096)) == 32
 
