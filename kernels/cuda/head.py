@@ -26,6 +26,7 @@ from fastdl.kernels.cuda.dense import (
     Examples,
     Layer,
     Step,
+    build_raw,
     rows_of_step,
 )
 from fastdl.kernels.cuda.gemm import build_load_chunk
@@ -211,8 +212,9 @@ def _build_loss_row(real: Any) -> tuple[Any, Any]:
     return scales, loss_row
 
 
-def _build_head(real: Any) -> Callable[..., None]:
+def _build_head(real: Any, element: str) -> Callable[..., None]:
     load_chunk = build_load_chunk(real)
+    load_raw, widen, nothing = build_raw(real, element)
     scales, loss_row = _build_loss_row(real)
     sums_size = _WARPS * ROWS * MOST_OUTPUTS
     rows_size = ROWS * MOST_OUTPUTS
@@ -301,12 +303,15 @@ def _build_head(real: Any) -> Callable[..., None]:
                 w3_at = (c + 3) * depth if c + 3 < width else -1
                 sums = fill(shared, 0, 8)
                 for k in range(thread * CHUNK, depth, THREADS * CHUNK):
-                    x0 = load_part(source, x0_at, k, depth, source_wide)
-                    x1 = load_part(source, x1_at, k, depth, source_wide)
+                    raw0 = load_raw(source, x0_at + k, depth - k, source_wide)
+                    raw1 = nothing
+                    if x1_at >= 0:
+                        raw1 = load_raw(source, x1_at + k, depth - k, source_wide)
                     w0 = load_part(weight, w0_at, k, depth, weight_wide)
                     w1 = load_part(weight, w1_at, k, depth, weight_wide)
                     w2 = load_part(weight, w2_at, k, depth, weight_wide)
                     w3 = load_part(weight, w3_at, k, depth, weight_wide)
+                    x0, x1 = widen(0, raw0), widen(0, raw1)
                     sums = add_outer_product(sums, (x0[0], x1[0]), (w0[0], w1[0], w2[0], w3[0]))
                     sums = add_outer_product(sums, (x0[1], x1[1]), (w0[1], w1[1], w2[1], w3[1]))
                     sums = add_outer_product(sums, (x0[2], x1[2]), (w0[2], w1[2], w2[2], w3[2]))
@@ -466,7 +471,7 @@ def _head_kernel(element: str, real: str) -> Kernel:
         *(types.int64, types.int64, scalar, *(types.int64,) * 8, *(scalar,) * 3),
     )
     name = f"head_{real}" if element == real else f"head_{element}_{real}"
-    return Kernel(name, _build_head(scalar), arguments, THREADS)
+    return Kernel(name, _build_head(scalar, element), arguments, THREADS)
 
 
 def _loss_kernel(real: str) -> Kernel:

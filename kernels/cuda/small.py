@@ -17,7 +17,7 @@ from fastdl.kernels.cuda.dense import REALS, Examples, Layer, build_options_of
 from fastdl.kernels.cuda.intrinsics import is_null, load, pointer_to, store
 from fastdl.kernels.cuda.launch import ELEMENTS, SCALARS, Array, Kernel, Stream, address, element_of, pointer
 from fastdl.kernels.cuda.numba_cuda import cuda, types
-from fastdl.kernels.cuda.reduction import WARP, lanes_sum
+from fastdl.kernels.cuda.reduction import ALL_LANES, WARP, lanes_sum
 from fastdl.kernels.cuda.sgd import build_update_one
 
 THREADS = 256
@@ -51,6 +51,12 @@ def _build(real: Any) -> Callable[..., None]:
             maximize,
         )
         return param - lr * step, velocity
+
+    @cuda.jit(device=True, inline="always")
+    def has_plain_update(options):
+        """Return whether the update is ``param -= lr * grad``."""
+        _, _, momentum, _, weight_decay, _, maximize = options
+        return momentum == real(0) and weight_decay == real(0) and not maximize
 
     def run_small_epoch(
         X,
@@ -101,6 +107,9 @@ def _build(real: Any) -> Callable[..., None]:
         b, v = load(shared, 2 * MAX_INPUTS), load(shared, 2 * MAX_INPUTS + 1)
         cuda.syncthreads()
         losses = zero
+        factor_of_batch = two / real(batch_size) if is_mean else two
+        # the plain update is most of a step's time otherwise
+        is_plain = trains_weight and trains_bias and has_plain_update(own) and has_plain_update(own_bias)
         for start in range(0, num_rows, piece):
             length = min(piece, num_rows - start)
             # 2: the rows of these steps; an input that isn't there is 0
@@ -131,16 +140,33 @@ def _build(real: Any) -> Callable[..., None]:
                         g3 += difference * x3
                         g += difference
                     losses += squares
-                    g0, g1 = lanes_sum(g0, lanes), lanes_sum(g1, lanes)
-                    g2, g3 = lanes_sum(g2, lanes), lanes_sum(g3, lanes)
-                    g = lanes_sum(g, lanes)
-                    factor = two / real(count) if is_mean else two
-                    step, is_first = factor * scale, start + first == 0
-                    w0, v0 = updated(w0, v0, step * g0, trains_weight, own, is_first)
-                    w1, v1 = updated(w1, v1, step * g1, trains_weight, own, is_first)
-                    w2, v2 = updated(w2, v2, step * g2, trains_weight, own, is_first)
-                    w3, v3 = updated(w3, v3, step * g3, trains_weight, own, is_first)
-                    b, v = updated(b, v, factor * g, trains_bias, own_bias, is_first)
+                    # five sums at a time, since each waits for its own last step alone
+                    offset = lanes // 2
+                    while offset > 0:
+                        g0 += cuda.shfl_xor_sync(ALL_LANES, g0, offset)
+                        g1 += cuda.shfl_xor_sync(ALL_LANES, g1, offset)
+                        g2 += cuda.shfl_xor_sync(ALL_LANES, g2, offset)
+                        g3 += cuda.shfl_xor_sync(ALL_LANES, g3, offset)
+                        g += cuda.shfl_xor_sync(ALL_LANES, g, offset)
+                        offset //= 2
+                    factor = factor_of_batch
+                    if count < batch_size and is_mean:
+                        factor = two / real(count)
+                    step = factor * scale
+                    if is_plain:
+                        rate = own[1] * step
+                        w0 -= rate * g0
+                        w1 -= rate * g1
+                        w2 -= rate * g2
+                        w3 -= rate * g3
+                        b -= own_bias[1] * factor * g
+                    else:
+                        is_first = start + first == 0
+                        w0, v0 = updated(w0, v0, step * g0, trains_weight, own, is_first)
+                        w1, v1 = updated(w1, v1, step * g1, trains_weight, own, is_first)
+                        w2, v2 = updated(w2, v2, step * g2, trains_weight, own, is_first)
+                        w3, v3 = updated(w3, v3, step * g3, trains_weight, own, is_first)
+                        b, v = updated(b, v, factor * g, trains_bias, own_bias, is_first)
             cuda.syncthreads()
         # 4: one lane's copy
         if thread < WARP:
