@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdl import data, machine
+from fastdl.cuda_arrays import DeviceUnavailableError, find_device
 from fastdl.files import replacing
 from fastdl.programs import RECIPES, Impl, Model, build, check_update, run
 from fastdl.reproduce import Examples, draw_predictions, image_examples, linear_examples, reproduce
@@ -55,6 +56,14 @@ class _Data(StrEnum):
     AUTO = "auto"
     FASHION_MNIST = "fashion-mnist"
     GARMENTS = "garments"
+
+
+class _Device(StrEnum):
+    """Where to train."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    AUTO = "auto"
 
 
 class _Model(StrEnum):
@@ -104,6 +113,9 @@ _Seed = Annotated[
 _Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads; torch's default without.")
 ]
+_DeviceOption = Annotated[
+    _Device, typer.Option("--device", help="auto: a GPU where fastdl can use one, else the CPU.")
+]
 _DataOption = Annotated[
     _Data, typer.Option("--data", help="auto: Fashion-MNIST where it is or can be had, else garments.")
 ]
@@ -144,6 +156,7 @@ def linear(
     momentum: _Momentum = 0.0,
     weight_decay: _WeightDecay = 0.0,
     seed: _Seed = 0,
+    device: _DeviceOption = _Device.CPU,
     threads: _Threads = None,
     examples: _Points = 1000,
     out: _Out = None,
@@ -153,12 +166,12 @@ def linear(
     From scratch the loss is (y_hat - y)^2 / 2, half of the others' mean squared error: the same learning
     rate takes steps of half the size.
     """
-    _prepare("linear", impl, momentum, weight_decay, threads)
+    place = _prepare("linear", impl, momentum, weight_decay, device, threads)
     generator = torch.Generator().manual_seed(seed)
     points = data.regression(examples, generator=generator)
     settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
     settings |= {"momentum": momentum, "weight_decay": weight_decay}
-    state = _train("linear", impl, linear_examples(points), settings, generator, out)
+    state = _train("linear", impl, linear_examples(points), settings, generator, place, out)
     errors = (points.true_w - state["0.weight"].reshape(-1)).tolist()
     console.print(f"true_w - w: [{', '.join(f'{error:.3e}' for error in errors)}]", highlight=False)
     console.print(f"true_b - b: {points.true_b - float(state['0.bias']):.3e}", highlight=False)
@@ -173,6 +186,7 @@ def softmax(
     momentum: _Momentum = 0.0,
     weight_decay: _WeightDecay = 0.0,
     seed: _Seed = 0,
+    device: _DeviceOption = _Device.CPU,
     threads: _Threads = None,
     data_name: _DataOption = _Data.AUTO,
     data_root: _DataRoot = None,
@@ -180,11 +194,11 @@ def softmax(
     out: _Out = None,
 ) -> None:
     """Train softmax regression on images of garments."""
-    _prepare("softmax", impl, momentum, weight_decay, threads)
+    place = _prepare("softmax", impl, momentum, weight_decay, device, threads)
     images = _load(data_name, data_root, examples)
     settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
     settings |= {"momentum": momentum, "weight_decay": weight_decay}
-    _train("softmax", impl, images, settings, torch.Generator().manual_seed(seed), out)
+    _train("softmax", impl, images, settings, torch.Generator().manual_seed(seed), place, out)
 
 
 @train_app.command()
@@ -197,6 +211,7 @@ def mlp(
     momentum: _Momentum = 0.0,
     weight_decay: _WeightDecay = 0.0,
     seed: _Seed = 0,
+    device: _DeviceOption = _Device.CPU,
     threads: _Threads = None,
     data_name: _DataOption = _Data.AUTO,
     data_root: _DataRoot = None,
@@ -204,23 +219,32 @@ def mlp(
     out: _Out = None,
 ) -> None:
     """Train a multilayer perceptron with one hidden layer on images of garments."""
-    _prepare("mlp", impl, momentum, weight_decay, threads)
+    place = _prepare("mlp", impl, momentum, weight_decay, device, threads)
     images = _load(data_name, data_root, examples)
     settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
     settings |= {"momentum": momentum, "weight_decay": weight_decay, "num_hiddens": hidden_units}
-    _train("mlp", impl, images, settings, torch.Generator().manual_seed(seed), out)
+    _train("mlp", impl, images, settings, torch.Generator().manual_seed(seed), place, out)
 
 
 def _note(line: str) -> None:
     _notes.print(line, highlight=False, soft_wrap=True)
 
 
-def _prepare(model: Model, impl: _Impl, momentum: float, weight_decay: float, threads: int | None) -> None:
+def _prepare(
+    model: Model,
+    impl: _Impl,
+    momentum: float,
+    weight_decay: float,
+    device: _Device,
+    threads: int | None,
+) -> torch.device:
+    """Check what was asked for, and return the device to train on."""
     try:
         check_update(model, impl.value, momentum, weight_decay)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     _use_threads(threads)
+    return find_device(device.value, _note)
 
 
 def _use_threads(threads: int | None) -> None:
@@ -238,6 +262,7 @@ def _train(
     examples: Examples,
     settings: Mapping[str, Any],
     generator: torch.Generator,
+    device: torch.device,
     out: Path | None,
 ) -> dict[str, Tensor]:
     """Train, print the table, fill the output folder, also after Ctrl-C; return the weights."""
@@ -246,7 +271,7 @@ def _train(
     options = {
         key: settings[key] for key in ("lr", "momentum", "weight_decay", "num_hiddens") if key in settings
     }
-    program = build(model, name, **options, generator=generator)
+    program = build(model, name, **options, generator=generator, device=device)
     # a folder that can't be written is better found before the training than after it
     folder.mkdir(parents=True, exist_ok=True)
     finished = History()
@@ -254,7 +279,7 @@ def _train(
 
     def keep(history: History) -> None:
         nonlocal finished, weights
-        weights = {key: tensor.clone() for key, tensor in program.state.items()}
+        weights = {key: tensor.to("cpu", copy=True) for key, tensor in program.state.items()}
         # a copy, that an interrupt can't leave half appended to
         finished = deepcopy(history)
 
@@ -279,18 +304,19 @@ def _train(
     if interrupted:
         _note(f"Interrupted after {len(finished)} of {settings['epochs']} epochs.")
     if weights:
-        program.load(weights)
+        finished_program = build(model, name, **options, start=weights)
         _print_history(finished, title)
         about = {
             "model": model,
             "impl": name,
             "data": examples.name,
+            "device": str(device),
             **settings,
             "machine": machine.describe(),
         }
         finished.save(folder / "history.json", about)
         finished.plot(folder / "curves.png", RECIPES[model].title)
-        draw_predictions(program, examples, folder / "predictions.png")
+        draw_predictions(finished_program, examples, folder / "predictions.png")
         _save_weights(weights, folder / "weights.safetensors")
         names = "history.json, curves.png, predictions.png, weights.safetensors"
         console.print(f"Saved to {folder}: {names}", highlight=False, soft_wrap=True)
@@ -378,6 +404,6 @@ def main() -> None:
     """Run the command line; what can go wrong outside the program is one sentence."""
     try:
         app()
-    except (data.DataUnavailableError, OSError) as error:
+    except (data.DataUnavailableError, DeviceUnavailableError, OSError) as error:
         _note(f"fastdl: {error}")
         raise SystemExit(1) from error

@@ -15,6 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
+class DeviceUnavailableError(RuntimeError):
+    """The CUDA kernels can't be used here; the message says which link is missing, and what to do."""
+
+
 DTYPES = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
@@ -44,6 +49,32 @@ def missing_link(device: int) -> str | None:
     except (ImportError, RuntimeError) as error:
         return str(error)
     return None
+
+
+def find_device(name: str, notify: Callable[[str], object]) -> torch.device:
+    """Return the device that a name stands for.
+
+    Parameters
+    ----------
+    name : {'cpu', 'cuda', 'auto'}
+        ``auto`` takes the GPU where the kernels can use one, else the CPU, and says why.
+    notify : callable
+        Gets that line.
+
+    Raises
+    ------
+    DeviceUnavailableError
+        If ``cuda`` can't be had.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    reason = missing_link(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if reason is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    if name == "cuda":
+        raise DeviceUnavailableError(reason)
+    notify(f"Training on the CPU: {reason}")
+    return torch.device("cpu")
 
 
 def usable(device: int) -> bool:

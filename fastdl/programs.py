@@ -66,6 +66,7 @@ def build(
     generator: torch.Generator | None = None,
     start: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Program:
     """Make a program that trains a model.
 
@@ -84,6 +85,8 @@ def build(
         The parameters to start from instead, by the names of the concise net's state_dict.
     dtype : torch.dtype
         Of the parameters.
+    device : torch.device or str
+        Where the parameters are. What is drawn is drawn on the CPU, so it is the same everywhere.
 
     Returns
     -------
@@ -102,11 +105,12 @@ def build(
         options = {"lr": lr}
     if start is None:
         start = getattr(concise, name)(**sizes, lr=lr, generator=generator, dtype=dtype).state
-    if impl in _FASTDLS:
-        program = _fused(model, sizes, options, dtype)
-    else:
-        make: Callable[..., Program] = getattr(scratch if impl == "scratch" else concise, name)
-        program = make(**sizes, **options, dtype=dtype)
+    with torch.device(device):
+        if impl in _FASTDLS:
+            program = _fused(model, sizes, options, dtype)
+        else:
+            make: Callable[..., Program] = getattr(scratch if impl == "scratch" else concise, name)
+            program = make(**sizes, **options, dtype=dtype)
     return program.load(start)
 
 
@@ -200,6 +204,9 @@ def run(
             on_epoch=on_epoch,
             compiled=impl == "compiled",
         )
+    device = next(iter(program.state.values())).device
+    X, y = X.to(device), y.to(device)
+    test = None if test is None else (test[0].to(device), test[1].to(device))
     train_iter = Batches(X, y, batch_size, generator, dtype=program.dtype)
     test_iter = None if test is None else Batches(*test, EVALUATION_ROWS, dtype=program.dtype, shuffle=False)
     with EpochProgress(num_epochs, len(train_iter), show=progress) as bar:

@@ -13,7 +13,7 @@ import pickle
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, cached_property, wraps
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from numba.core.serialize import dumps
 from numba.core.typing import signature
 from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import lower_builtin, register_jitable
-from platformdirs import user_cache_path
 
 from fastdl.kernels.garbage import collector_paused
 
@@ -69,6 +68,16 @@ def _is_writable(folder: Path) -> bool:
     return True
 
 
+def _cache_roots() -> Iterator[Path]:
+    chosen = os.environ.get("FASTDL_CACHE_DIR")
+    if chosen:
+        yield Path(chosen)
+    yield _PACKAGE / "__pycache__"
+    from platformdirs import user_cache_path
+
+    yield user_cache_path("fastdl", appauthor=False)
+
+
 @cache
 def cache_folder() -> Path | None:
     """Return the folder that holds the machine code of this version of the kernels.
@@ -76,10 +85,7 @@ def cache_folder() -> Path | None:
     The first that can be written of: the variable ``FASTDL_CACHE_DIR``, the package's own ``__pycache__``,
     the user's cache folder. None where none can be: then every process compiles anew.
     """
-    chosen = os.environ.get("FASTDL_CACHE_DIR")
-    roots = [Path(chosen)] if chosen else []
-    roots += [_PACKAGE / "__pycache__", user_cache_path("fastdl", appauthor=False)]
-    for root in roots:
+    for root in _cache_roots():
         folder = root / f"kernels-{source_digest()}"
         if _is_writable(folder):
             _drop_old_versions(root)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fastdl import data, models, programs
 from fastdl.cli import app
+from fastdl.cuda_arrays import DeviceUnavailableError
 from fastdl.training import evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +93,15 @@ def test_every_option_reaches_the_run(images, tmp_path):
     machine = settings.pop("machine")
     assert machine["threads"] == 1
     assert settings == {
-        **{"model": "mlp", "impl": "fused", "data": "garments", "epochs": 1, "lr": 0.05, "batch_size": 100},
+        **{
+            "model": "mlp",
+            "impl": "fused",
+            "data": "garments",
+            "device": "cpu",
+            "epochs": 1,
+            "lr": 0.05,
+            "batch_size": 100,
+        },
         **{"num_hiddens": 12, "momentum": 0.9, "weight_decay": 0.001, "seed": 5, "examples": 300},
     }
     assert load_file(tmp_path / "weights.safetensors")["1.weight"].shape == (12, 784)
@@ -185,6 +194,29 @@ def test_data_that_cannot_be_had_is_one_sentence(tmp_path):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("fastdl: Fashion-MNIST")
+
+
+def test_a_gpu_that_cannot_be_had_is_one_sentence_and_auto_falls_back_with_a_line(tmp_path, monkeypatch):
+    reason = "torch finds no NVIDIA GPU: check with nvidia-smi that a GPU and its driver are there"
+    monkeypatch.setattr("fastdl.cuda_arrays.missing_link", lambda device: reason)
+    folder = tmp_path / "out"
+    result = invoke("train", "linear", "--device", "cuda", "--out", folder)
+    assert isinstance(result.exception, DeviceUnavailableError)
+    assert str(result.exception) == reason
+    assert not folder.exists()
+    result = invoke("train", "linear", "--device", "auto", "--out", folder)
+    assert result.exit_code == 0, result.output
+    assert f"Training on the CPU: {reason}" in result.stderr.splitlines()
+    assert json.loads((folder / "history.json").read_text())["settings"]["device"] == "cpu"
+
+
+def test_without_a_gpu_the_command_line_ends_with_that_sentence(tmp_path):
+    command = [*COMMAND, "train", "linear", "--device", "cuda", "--out", str(tmp_path / "out")]
+    hidden = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=hidden, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert result.stderr.startswith("fastdl: torch ")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_env_names_what_a_bug_report_needs():

@@ -78,6 +78,21 @@ def test_torch_computes_with_one_warning_where_a_link_is_missing(gpu, monkeypatc
         assert not cuda_arrays.usable(0)
 
 
+def test_a_device_is_found_by_name(gpu, monkeypatch):
+    lines = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda_arrays.find_device("cpu", lines.append) == torch.device("cpu")
+    for name in ("cuda", "auto"):
+        assert cuda_arrays.find_device(name, lines.append) == torch.device("cuda", 1)
+    assert not lines
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(cuda_arrays.DeviceUnavailableError, match="built without CUDA"):
+        cuda_arrays.find_device("cuda", lines.append)
+    assert not lines
+    assert cuda_arrays.find_device("auto", lines.append) == torch.device("cpu")
+    assert lines == [f"Training on the CPU: {cuda_arrays.missing_link(0)}"]
+
+
 def test_a_compiler_takes_the_answer_for_a_constant(monkeypatch):
     monkeypatch.setattr(cuda_arrays, "_usable", lambda device: device == 0)
 

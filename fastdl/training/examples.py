@@ -81,6 +81,17 @@ def checked_examples(net: nn.Module, X: Array, part: str = "") -> Tensor:
     return X
 
 
+def check_labels(y: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise IndexError if a label is neither a class nor the one that is ignored."""
+    wrong = ((y < 0) | (y >= num_classes)) & (y != ignore_index)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise IndexError(
+            f"Target {int(y[row])} is out of bounds: row {row} of y must be a class from 0 to "
+            f"{num_classes - 1} or the ignore_index {ignore_index}"
+        )
+
+
 def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
     """Return examples and labels as tensors, or raise an error that says what doesn't fit."""
     X = checked_examples(net, X, part)

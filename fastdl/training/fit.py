@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastdl import data
-from fastdl.training.examples import Array, checked, checked_examples, floating, unpacked
+from fastdl.training.examples import (
+    Array,
+    check_labels,
+    checked,
+    checked_examples,
+    floating,
+    unpacked,
+)
 from fastdl.training.history import History
 from fastdl.training.loop import Scores, evaluate_epoch, train_epoch
 from fastdl.training.lower import WAY_OUT, UnsupportedError, lower
@@ -29,11 +36,30 @@ EVALUATION_ROWS = 256
 class _Engine(Protocol):
     """What trains an epoch and evaluates, for `fit`."""
 
-    def check(self, X: Tensor, y: Tensor) -> None: ...
+    def prepare(self, X: Tensor, y: Tensor) -> Any: ...
 
     def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores: ...
 
-    def evaluate(self, X: Tensor, y: Tensor) -> Scores: ...
+    def evaluate(self, examples: Any) -> Scores: ...
+
+
+class _Program(Protocol):
+    """What computes whole epochs, for the compiled engine: on the CPU or on a GPU."""
+
+    def read(self) -> None: ...
+
+    def epoch(
+        self,
+        order: Tensor,
+        tick: Callable[[int], None] | None = None,
+        meanwhile: Callable[[], Tensor | None] | None = None,
+    ) -> Scores: ...
+
+    def write(self) -> None: ...
+
+    def prepare(self, X: Tensor, y: Tensor) -> Any: ...
+
+    def evaluate(self, examples: Any) -> Scores: ...
 
 
 def fit(
@@ -57,7 +83,8 @@ def fit(
 ) -> History:
     """Train a net on data in memory.
 
-    The compiled engine runs a whole epoch in one call of a kernel. It trains ``nn.Sequential`` of Flatten,
+    The compiled engine runs a whole epoch in one call of a kernel, or on a GPU as one graph of kernels, where
+    the net's parameters are there. It trains ``nn.Sequential`` of Flatten,
     Linear and ReLU, and `fastdl.models`, with ``nn.CrossEntropyLoss`` or ``nn.MSELoss`` and SGD; anything
     else is an error before the first step. ``compiled=False`` trains any net, with any loss and optimizer, in
     a Python loop behind the same arguments.
@@ -79,7 +106,7 @@ def fit(
     X : Tensor, ndarray or dataset
         Examples, (N, ...): uint8, which stays so in memory, or floating point in the net's dtype. Or a
         torchvision dataset such as FashionMNIST, with no transform or ``ToTensor``. The loop also takes other
-        integers, which the net gets as they are.
+        integers, which the net gets as they are. On the CPU or a GPU: the net's device decides where they go.
     y : Tensor or ndarray
         Labels, (N, ...): classes as integers, or floating point in the net's dtype. Left out with a dataset.
     epochs : int
@@ -120,7 +147,8 @@ def fit(
     TypeError
         If a dtype is not the net's. Nothing is trained then.
     IndexError
-        If the compiled engine is given a label that is no class. Nothing is trained then.
+        If the compiled engine is given a label that is no class. Nothing is trained then. Among labels that
+        are on a GPU it is found at the end of the epoch, which doesn't count then.
 
     Examples
     --------
@@ -162,7 +190,7 @@ def fit(
                 f"{tuple(X.shape[1:])}"
             )
         _check_shape(net, loss, *test)
-        engine.check(*test)
+        test = engine.prepare(*test)
     if scheduler is not None:
         # the scheduler warns where it hasn't seen the optimizer step, which the compiled engine doesn't
         optimizer._opt_called = True  # type: ignore[attr-defined]
@@ -178,7 +206,7 @@ def fit(
             seconds = time.perf_counter() - started
             test_scores = None
             if test is not None:
-                test_scores = engine.evaluate(*test)
+                test_scores = engine.evaluate(test)
             history.append(seconds, train_scores, test_scores)
             if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
                 scheduler.step((test_scores or train_scores).loss)
@@ -209,8 +237,9 @@ class _Loop:
         self._X, self._y = X, y
         self._orders, self._batch_size, self._input_scale = orders, batch_size, input_scale
 
-    def check(self, X: Tensor, y: Tensor) -> None:
+    def prepare(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Take anything: what the net can't take, it says itself."""
+        return X, y
 
     def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores:
         self._net.train()
@@ -224,9 +253,9 @@ class _Loop:
         with _undone_by_errors(self._net, self._optimizer):
             return train_epoch(self._net, self._loss, self._optimizer, bar.tracked(batches))
 
-    def evaluate(self, X: Tensor, y: Tensor) -> Scores:
+    def evaluate(self, examples: tuple[Tensor, Tensor]) -> Scores:
         self._net.eval()
-        return _evaluate(self._net, self._loss, X, y, self._input_scale)
+        return _evaluate(self._net, self._loss, *examples, self._input_scale)
 
 
 class _Compiled:
@@ -243,48 +272,57 @@ class _Compiled:
         batch_size: int,
         input_scale: float | None,
     ) -> None:
-        from fastdl.training.program import Program
-
         self._lowered = lower(net, loss, optimizer, tuple(X.shape[1:]))
+        self._on_gpu = self._lowered.layers[0].module.weight.is_cuda
         self._orders = orders
         examples = self._taken(X, y)
-        scale = _scale_of(X, input_scale)
-        self._program = Program(self._lowered, *examples, batch_size, scale, EVALUATION_ROWS)
+        # a batch never has more rows than there are, and memory is laid out for it
+        rows = min(batch_size, max(1, len(X)))
+        arguments = (self._lowered, *examples, rows, _scale_of(X, input_scale), EVALUATION_ROWS)
+        self._program: _Program
+        if self._on_gpu:
+            from fastdl.training.cuda_program import CudaProgram
+
+            self._program = CudaProgram(*arguments)
+        else:
+            from fastdl.training.program import Program
+
+            self._program = Program(*arguments)
 
     def _taken(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return examples, (N, K), and labels as the kernels read them."""
         for name, tensor in (("X", X), ("y", y)):
-            if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
-                raise UnsupportedError(f"the compiled engine takes no {name} on {tensor.device}: {WAY_OUT}")
+            if tensor.device.type not in ("cpu", "cuda") or tensor.layout is not torch.strided:
+                raise UnsupportedError(
+                    f"the compiled engine takes no {name} of {tensor.layout} on {tensor.device}: {WAY_OUT}"
+                )
         if X.dtype not in (torch.uint8, self._lowered.dtype):
             raise UnsupportedError(
                 f"the compiled engine takes X as torch.uint8 or {self._lowered.dtype}, not {X.dtype}: "
                 f"{WAY_OUT}"
             )
-        last = self._lowered.layers[-1].module
+        if not self._on_gpu:
+            X, y = X.cpu(), y.cpu()
         if self._lowered.is_classifier:
-            self._check_labels(y, last.out_features)
+            self._check_labels(y)
         elif not y.is_floating_point():
             raise UnsupportedError(f"the compiled engine takes no {y.dtype} y with nn.MSELoss: {WAY_OUT}")
         return X.reshape(len(X), -1).contiguous(), y.contiguous()
 
-    def _check_labels(self, y: Tensor, num_classes: int) -> None:
+    def _check_labels(self, y: Tensor) -> None:
         if y.is_floating_point() or y.dim() != 1:
             raise UnsupportedError(
                 f"the compiled engine takes y as one class for each example, not {y.dtype} of shape "
                 f"{tuple(y.shape)}: {WAY_OUT}"
             )
-        wrong = ((y < 0) | (y >= num_classes)) & (y != self._lowered.ignore_index)
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            raise IndexError(
-                f"Target {int(y[row])} is out of bounds: row {row} of y must be a class from 0 to "
-                f"{num_classes - 1} or the ignore_index {self._lowered.ignore_index}"
-            )
+        # a GPU would have to be waited for: its kernels find such a label, and the epoch ends with the error
+        if not y.is_cuda:
+            num_classes = self._lowered.layers[-1].module.out_features
+            check_labels(y, num_classes, self._lowered.ignore_index)
 
-    def check(self, X: Tensor, y: Tensor) -> None:
-        """Raise the error for examples that the engine can't evaluate."""
-        self._taken(X, y)
+    def prepare(self, X: Tensor, y: Tensor) -> Any:
+        """Return examples as the program evaluates them, or raise the error for what it can't take."""
+        return self._program.prepare(*self._taken(X, y))
 
     def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores:
         if is_changed:
@@ -293,8 +331,8 @@ class _Compiled:
         self._program.write()
         return scores
 
-    def evaluate(self, X: Tensor, y: Tensor) -> Scores:
-        return self._program.evaluate(*self._taken(X, y))
+    def evaluate(self, examples: Any) -> Scores:
+        return self._program.evaluate(examples)
 
 
 def evaluate(net: nn.Module, X: Any, y: Array | None = None, loss: Loss | None = None) -> Scores:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastdl import models
 from fastdl import nn as fastdl_nn
+from fastdl.cuda_arrays import missing_link
 from fastdl.optim import SGD
 
 WAY_OUT = "pass compiled=False to train with the Python loop"
@@ -136,14 +137,19 @@ def _layers(net: nn.Module, example_shape: tuple[int, ...]) -> list[Layer]:
 def _check_parameters(layers: list[Layer]) -> None:
     seen: dict[int, str] = {}
     first = layers[0].module.weight
+    reason = missing_link(first.get_device()) if first.is_cuda else None
+    if reason is not None:
+        raise _refuse(f"a net on {first.device} ({reason})")
     for layer in layers:
         for key, parameter in layer.module.named_parameters(recurse=False):
             name = f"{layer.name}.{key}" if layer.name else key
             if id(parameter) in seen:
                 raise _refuse(f"{name}, which is the same parameter as {seen[id(parameter)]}")
             seen[id(parameter)] = name
-            if parameter.device.type != "cpu":
+            if parameter.device.type not in ("cpu", "cuda"):
                 raise _refuse(f"{name} on {parameter.device}")
+            if parameter.device != first.device:
+                raise _refuse(f"{name} on {parameter.device} in a net on {first.device}")
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise _refuse(f"{name} of {parameter.dtype}; it takes float32 and float64")
             if parameter.dtype != first.dtype:

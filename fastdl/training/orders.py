@@ -44,14 +44,16 @@ class Orders:
                 return drawn
         return self._draw(self._generator)
 
-    def draw_ahead(self) -> None:
-        """Draw the next epoch's order from a copy of the generator."""
-        if self._shuffle and self._generator.device.type == "cpu":
-            copy = torch.Generator()
-            before = self._generator.get_state()
-            copy.set_state(before)
-            drawn = self._draw(copy)
-            self._ahead = before, copy.get_state(), drawn
+    def draw_ahead(self) -> Tensor | None:
+        """Draw the next epoch's order from a copy of the generator, and return it if that could be done."""
+        if not self._shuffle or self._generator.device.type != "cpu":
+            return None
+        copy = torch.Generator()
+        before = self._generator.get_state()
+        copy.set_state(before)
+        drawn = self._draw(copy)
+        self._ahead = before, copy.get_state(), drawn
+        return drawn
 
     def _draw(self, generator: torch.Generator) -> Tensor:
         drawn = order(self._num_examples, generator).cpu()

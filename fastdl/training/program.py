@@ -310,7 +310,7 @@ class Program:
         self,
         order: Tensor,
         tick: Callable[[int], None] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> Scores:
         """Train on the examples in this order.
 
@@ -330,10 +330,13 @@ class Program:
         """
         return self._run(self._X, self._labels, self._targets, order, True, tick, meanwhile)
 
-    def evaluate(self, X: Tensor, y: Tensor) -> Scores:
-        """Return loss and accuracy on other examples, of the kind of the constructor's."""
-        examples = self._examples(X, y)
-        return self._run(*examples, torch.arange(len(X)), False)
+    def prepare(self, X: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return examples as `evaluate` takes them, of the kind of the constructor's."""
+        return self._examples(X, y)
+
+    def evaluate(self, examples: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]) -> Scores:
+        """Return loss and accuracy on examples that `prepare` returned."""
+        return self._run(*examples, torch.arange(len(examples[0])), False)
 
     def _run(
         self,
@@ -343,7 +346,7 @@ class Program:
         order: Tensor,
         trains: bool,
         tick: Callable[[int], None] | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> Scores:
         batch_size = self._batch_size if trains else self._evaluation_rows
         kernels, lowered = self._kernels.epoch, self._lowered
@@ -382,7 +385,7 @@ class Program:
         self,
         run: Callable[[int], None],
         tick: Callable[[int], None] | None,
-        meanwhile: Callable[[], None] | None,
+        meanwhile: Callable[[], object] | None,
     ) -> None:
         """Run in threads of their own, so that this one sees Ctrl-C."""
         threads = [

@@ -175,7 +175,7 @@ def _long_row(panels):
 
 
 @inlined_jit
-def _close(scratch, grad_at, output_at, count):
+def close(scratch, grad_at, output_at, count):
     """Set a gradient to 0 where the output of its ReLU is 0 or less; a NaN output lets it pass."""
     grad = scratch[grad_at : grad_at + count]
     output = scratch[output_at : output_at + count]
@@ -226,7 +226,7 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
                 row += height
             if closes:
                 at = (j * stride + rows[0]) * panel
-                _close(scratch, before + at, output + at, (rows[1] - rows[0]) * panel)
+                close(scratch, before + at, output + at, (rows[1] - rows[0]) * panel)
     else:
         count = rows[1] - rows[0]
         row_panels = panels_of(count, panel)
@@ -266,7 +266,7 @@ def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
                     )  # fmt: skip
             if closes:
                 at = (j * stride + rows[0]) * panel
-                _close(scratch, before + at, output + at, count * panel)
+                close(scratch, before + at, output + at, count * panel)
 
 
 @inlined_jit

@@ -28,6 +28,7 @@ from fastdl.kernels.cpu.cross_entropy import (
 )
 from fastdl.kernels.cpu.dense import (
     GRAD,
+    HAS_RELU,
     IS_THIN,
     NO_GROUP,
     NUM_INPUTS,
@@ -39,6 +40,7 @@ from fastdl.kernels.cpu.dense import (
     backward_weight,
     backward_weight_nonzero,
     backward_weight_thin,
+    close,
     forward,
     forward_nonzero,
     forward_thin,
@@ -157,6 +159,10 @@ def _loss_rows(
                 _write_row(grad_row, scratch, grad + n * panel, stride, panel)
         sums[LOSS] += loss / width if is_mean else loss
     sums[CORRECT] += correct
+    if needs_grad and layers[last, HAS_RELU] == 1:
+        for j in range(panels_of(width, panel)):
+            at = (j * stride + rows[0]) * panel
+            close(scratch, grad + at, output + at, (rows[1] - rows[0]) * panel)
 
 
 @jit

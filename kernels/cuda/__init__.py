@@ -3,7 +3,7 @@
 Importing this imports numba-cuda, but neither compiles anything nor touches a GPU.
 """
 
-from fastdl.kernels.cuda import launch, reduction
+from fastdl.kernels.cuda import dense, epoch, head, launch, reduction, small
 from fastdl.kernels.cuda.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_forward,
@@ -18,6 +18,9 @@ __all__ = [
     "cross_entropy_backward",
     "cross_entropy_forward",
     "cross_entropy_partial_sums",
+    "dense",
+    "epoch",
+    "head",
     "launch",
     "linear_forward",
     "linear_grad_input",
@@ -29,4 +32,5 @@ __all__ = [
     "relu_backward",
     "relu_forward",
     "sgd",
+    "small",
 ]

@@ -89,6 +89,21 @@ class Tile:
         """The steps that a slice has in shared memory at a time: one chunk a thread, of a and of b."""
         return CHUNK * self.slice_threads // self.size
 
+    @property
+    def stride(self) -> int:
+        """The numbers between two steps in shared memory."""
+        return self.size + PADDING
+
+    @property
+    def buffer(self) -> int:
+        """The numbers of one operand that a slice has in shared memory at a time."""
+        return self.depth * self.stride
+
+    @property
+    def shared_size(self) -> int:
+        """The numbers that a block needs in shared memory: two buffers of both operands, or the sums."""
+        return max(self.slices * 4 * self.buffer, self.slices * (self.size + 1) * self.size)
+
 
 # Below this many rows or columns of a product most of a larger tile would lie outside of it.
 THIN = 16
@@ -116,37 +131,64 @@ def tile_for(element: str, num_rows: int, num_cols: int) -> str:
     return "small"
 
 
-def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
+@cuda.jit(device=True, inline="always")
+def place_of_tile(block, num_cols, size):
+    """Return the row and column of the product at which a block's tile begins; tiles come row by row."""
+    # a division of 64 bits would take longer than a small tile's sums
+    col_tiles = types.uint32(max(1, (num_cols + size - 1) // size))
+    tile_row = types.uint32(block) // col_tiles
+    tile_col = types.uint32(block) - tile_row * col_tiles
+    return types.int64(tile_row) * size, types.int64(tile_col) * size
+
+
+def build_sums(
+    tile: Tile,
+    real: Any,
+    load_a: Any,
+    load_b: Any,
+    widen_a: Any,
+    widen_b: Any,
+    a_runs_along_depth: bool,
+    b_runs_along_depth: bool,
+) -> tuple[Any, Any, Any]:
+    """Return the device functions that every tiled product is made of.
+
+    Parameters
+    ----------
+    tile : Tile
+    real
+        The type that is computed in.
+    load_a, load_b
+        ``load(operand, line, offset)`` returns CHUNK numbers of a line of an operand as they are in memory,
+        with 0 for those outside of it.
+    widen_a, widen_b
+        ``widen(operand, chunk)`` returns the CHUNK numbers in the type that is computed in.
+    a_runs_along_depth, b_runs_along_depth : bool
+        Whether a line runs along the depth of the product, or across it.
+
+    Returns
+    -------
+    sum_tile
+        ``sum_tile(a, b, shared, row, col, num_steps, wants_sums)`` leaves the sums of the tile at this row
+        and column in shared memory, for each slice its own; with the sums of a over the depth, if wanted.
+    total
+        ``total(shared, at)`` is the sum of all slices at a place of the tile.
+    row_total
+        ``row_total(shared, i)`` is the sum of all slices' sums of a, of a row of the tile.
+    """
     size, square, slices, depth = tile.size, tile.square, tile.slices, tile.depth
-    slice_threads, threads = tile.slice_threads, tile.threads
-    stride = size + PADDING
-    square_size, tile_size, buffer = square * square, size * size, depth * stride
-    shared_size = max(slices * 4 * buffer, slices * (size + 1) * size)
-    a_runs_along_depth, b_runs_along_depth = kind != GRAD_WEIGHT, kind == FORWARD
-    is_forward, is_grad_weight = kind == FORWARD, kind == GRAD_WEIGHT
+    slice_threads, stride, buffer, tile_size = tile.slice_threads, tile.stride, tile.buffer, size * size
+    square_size, sums_at = square * square, slices * size * size
     depth_chunks, size_chunks = depth // CHUNK, size // CHUNK
+    # a longer loop the compiler would not write out
+    unrolled = min(depth, 8)
 
     @cuda.jit(device=True, inline="always")
-    def load_chunk(array, runs_along_depth, lane, first, step, count, steps, wide):
-        """Return a thread's chunk of a tile; numbers outside of the array are 0."""
+    def place_of_chunk(runs_along_depth, lane, first, step):
+        """Return the line and the offset in it of a thread's chunk."""
         if runs_along_depth:
-            line, offset = first + lane // depth_chunks, step + lane % depth_chunks * CHUNK
-            lines, length = count, steps
-        else:
-            line, offset = step + lane // size_chunks, first + lane % size_chunks * CHUNK
-            lines, length = steps, count
-        if line >= lines or offset >= length:
-            return fill(array, 0, CHUNK)
-        at = line * length + offset
-        if wide:
-            return load_tuple(array, at, CHUNK)
-        zero = real(0)
-        return (
-            load(array, at),
-            load(array, at + 1) if offset + 1 < length else zero,
-            load(array, at + 2) if offset + 2 < length else zero,
-            load(array, at + 3) if offset + 3 < length else zero,
-        )
+            return first + lane // depth_chunks, step + lane % depth_chunks * CHUNK
+        return step + lane // size_chunks, first + lane % size_chunks * CHUNK
 
     @cuda.jit(device=True, inline="always")
     def keep_chunk(chunk, runs_along_depth, lane, shared, at):
@@ -160,55 +202,142 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
         else:
             store_tuple(shared, at + lane // size_chunks * stride + lane % size_chunks * CHUNK, chunk)
 
-    def product_of_tiles(
-        a, gate, b, bias, product, row_sums, num_rows, num_steps, num_cols, a_wide, b_wide, relu
-    ):
-        shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
+    @cuda.jit(device=True, inline="always")
+    def sum_tile(a, b, shared, row, col, num_steps, wants_sums):
         thread = types.int64(cuda.threadIdx.x)
-        block = types.int64(cuda.blockIdx.x)
         part, lane = thread // slice_threads, thread % slice_threads
-        col_tiles = max(1, (num_cols + size - 1) // size)
-        row, col = block // col_tiles * size, block % col_tiles * size
         i, j = lane // (size // square) * square, lane % (size // square) * square
-        has_gate = not is_forward and not is_null(gate)
-        wants_sums = is_grad_weight and col == 0 and not is_null(row_sums)
-
-        # 1: the sums over this thread's slice of the depth. While it computes with one buffer in shared
-        # memory, the chunk for the other is on its way.
+        # While a thread computes with one buffer in shared memory, the chunk for the other is on its way.
         products = fill(shared, 0, square_size)
         sums = fill(shared, 0, square)
         full, empty = part * 4 * buffer + 2 * buffer, part * 4 * buffer
         for done in range(-depth * slices, num_steps, depth * slices):
             step = done + (part + slices) * depth
-            a_chunk = load_chunk(a, a_runs_along_depth, lane, row, step, num_rows, num_steps, a_wide)
-            if has_gate:
-                gates = load_chunk(gate, a_runs_along_depth, lane, row, step, num_rows, num_steps, a_wide)
-                a_chunk = zero_where_closed(a_chunk, gates)
-            b_chunk = load_chunk(b, b_runs_along_depth, lane, col, step, num_cols, num_steps, b_wide)
+            line, offset = place_of_chunk(a_runs_along_depth, lane, row, step)
+            a_chunk = load_a(a, line, offset)
+            line, offset = place_of_chunk(b_runs_along_depth, lane, col, step)
+            b_chunk = load_b(b, line, offset)
             if done >= 0:
-                for p in range(depth):
-                    a_square = load_tuple(shared, full + p * stride + i, square)
-                    b_square = load_tuple(shared, full + buffer + p * stride + j, square)
-                    products = add_outer_product(products, a_square, b_square)
-                    if wants_sums:
-                        sums = add_tuples(sums, a_square)
-            keep_chunk(a_chunk, a_runs_along_depth, lane, shared, empty)
-            keep_chunk(b_chunk, b_runs_along_depth, lane, shared, empty + buffer)
+                for start in range(0, depth, unrolled):
+                    for p in range(unrolled):
+                        at = full + (start + p) * stride
+                        a_square = load_tuple(shared, at + i, square)
+                        b_square = load_tuple(shared, at + buffer + j, square)
+                        products = add_outer_product(products, a_square, b_square)
+                        if wants_sums:
+                            sums = add_tuples(sums, a_square)
+            # whatever is done to a chunk waits for it, so it is done here
+            keep_chunk(widen_a(a, a_chunk), a_runs_along_depth, lane, shared, empty)
+            keep_chunk(widen_b(b, b_chunk), b_runs_along_depth, lane, shared, empty + buffer)
             cuda.syncthreads()
             full, empty = empty, full
-
-        # 2: the slices' sums, one after the other, in shared memory
         store_rows(shared, part * tile_size + i * size + j, size, products, square)
-        sums_at = slices * tile_size
         if j == 0:
             store_tuple(shared, sums_at + part * size + i, sums)
         cuda.syncthreads()
+
+    @cuda.jit(device=True, inline="always")
+    def total(shared, at):
+        value = load(shared, at)
+        for other in range(1, slices):
+            value += load(shared, other * tile_size + at)
+        return value
+
+    @cuda.jit(device=True, inline="always")
+    def row_total(shared, i):
+        value = load(shared, sums_at + i)
+        for other in range(1, slices):
+            value += load(shared, sums_at + other * size + i)
+        return value
+
+    return sum_tile, total, row_total
+
+
+@cuda.jit(device=True, inline="always")
+def as_it_is(operand, chunk):
+    """Return a chunk that is in memory what it is computed in."""
+    return chunk
+
+
+def build_load_chunk(real: Any) -> Any:
+    """Return ``load_chunk(array, at, left, wide)``: CHUNK numbers from a place on, 0 behind the last one."""
+
+    @cuda.jit(device=True, inline="always")
+    def load_chunk(array, at, left, wide):
+        if wide:
+            chunk = load_tuple(array, at, CHUNK)
+            return real(chunk[0]), real(chunk[1]), real(chunk[2]), real(chunk[3])
+        zero = real(0)
+        return (
+            real(load(array, at)),
+            real(load(array, at + 1)) if left > 1 else zero,
+            real(load(array, at + 2)) if left > 2 else zero,
+            real(load(array, at + 3)) if left > 3 else zero,
+        )
+
+    return load_chunk
+
+
+def build_load_matrix(real: Any) -> Any:
+    """Return the loader for ``build_sums`` of an operand (array, lines, length of a line, wide)."""
+    load_chunk = build_load_chunk(real)
+
+    @cuda.jit(device=True, inline="always")
+    def load_matrix(matrix, line, offset):
+        array, lines, length, wide = matrix
+        zero = real(0)
+        if line >= lines or offset >= length:
+            return zero, zero, zero, zero
+        return load_chunk(array, line * length + offset, length - offset, wide)
+
+    return load_matrix
+
+
+def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
+    size, threads, tile_size = tile.size, tile.threads, tile.size * tile.size
+    shared_size = tile.shared_size
+    a_runs_along_depth, b_runs_along_depth = kind != GRAD_WEIGHT, kind == FORWARD
+    is_forward, is_grad_weight = kind == FORWARD, kind == GRAD_WEIGHT
+    load_matrix = build_load_matrix(real)
+
+    @cuda.jit(device=True, inline="always")
+    def load_gated(operand, line, offset):
+        matrix, gate = operand
+        chunk = load_matrix(matrix, line, offset)
+        if not is_forward and not is_null(gate):
+            chunk = zero_where_closed(chunk, load_matrix((gate, *matrix[1:]), line, offset))
+        return chunk
+
+    sum_tile, slices_total, row_total = build_sums(
+        tile,
+        real,
+        load_gated,
+        load_matrix,
+        as_it_is,
+        as_it_is,
+        a_runs_along_depth,
+        b_runs_along_depth,
+    )
+
+    def product_of_tiles(
+        a, gate, b, bias, product, row_sums, num_rows, num_steps, num_cols, a_wide, b_wide, relu
+    ):
+        shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
+        thread = types.int64(cuda.threadIdx.x)
+        row, col = place_of_tile(cuda.blockIdx.x, num_cols, size)
+        wants_sums = is_grad_weight and col == 0 and not is_null(row_sums)
+
+        # 1: the sums over each slice of the depth
+        a_lines, a_length = (num_rows, num_steps) if a_runs_along_depth else (num_steps, num_rows)
+        b_lines, b_length = (num_cols, num_steps) if b_runs_along_depth else (num_steps, num_cols)
+        a_matrix, b_matrix = (a, a_lines, a_length, a_wide), (b, b_lines, b_length, b_wide)
+        sum_tile((a_matrix, gate), b_matrix, shared, row, col, num_steps, wants_sums)
+
+        # 2: the slices' sums, one after the other
         for at in range(thread, tile_size, threads):
             n, m = row + at // size, col + at % size
             if n < num_rows and m < num_cols:
-                total = load(shared, at)
-                for other in range(1, slices):
-                    total += load(shared, other * tile_size + at)
+                total = slices_total(shared, at)
                 if is_forward:
                     if not is_null(bias):
                         total += load(bias, m)
@@ -217,10 +346,7 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
                         total = real(0)
                 store(product, n * num_cols + m, total)
         if wants_sums and thread < size and row + thread < num_rows:
-            total = load(shared, sums_at + thread)
-            for other in range(1, slices):
-                total += load(shared, sums_at + other * size + thread)
-            store(row_sums, row + thread, total)
+            store(row_sums, row + thread, row_total(shared, thread))
 
     return product_of_tiles
 

@@ -1,8 +1,8 @@
 """What Numba has no words for: typed access through raw pointers, wide loads, sums held in registers.
 
-A kernel gets its arrays as pointers to the element type. ``load`` widens float16 and bfloat16 to float32,
-``store`` rounds back, so a kernel that is written once computes in float32 or float64. Several numbers at a
-time are tuples: a tuple lives in registers, whatever the compiler makes of the loop around it.
+A kernel gets its arrays as pointers to the element type. ``load`` widens float16, bfloat16 and uint8 to
+float32, ``store`` rounds back, so a kernel that is written once computes in float32 or float64. Several
+numbers at a time are tuples: a tuple lives in registers, whatever the compiler makes of the loop around it.
 
 numba-cuda's own bfloat16 brings a library that each kernel would have to be linked with; here a bfloat16 is
 16 bits with the meaning of a float32's upper half.
@@ -19,6 +19,7 @@ from fastdl.kernels.cuda.numba_cuda import extending, types
 _FLOAT = ir.FloatType()
 _DOUBLE = ir.DoubleType()
 _HALF = ir.HalfType()
+_INT8 = ir.IntType(8)
 _INT16 = ir.IntType(16)
 _INT32 = ir.IntType(32)
 
@@ -28,6 +29,7 @@ _MEMORY = {
     types.float64: _DOUBLE,
     types.float16: _INT16,
     types.bfloat16: _INT16,
+    types.uint8: _INT8,
 }
 _LLVM = {types.float32: _FLOAT, types.float64: _DOUBLE}
 _VECTOR_BYTES = 16
@@ -50,6 +52,8 @@ def _widen(builder: Any, value: Any, element: Any) -> Any:
     if element == types.bfloat16:
         bits = builder.shl(builder.zext(value, _INT32), ir.Constant(_INT32, 16))
         return builder.bitcast(bits, _FLOAT)
+    if element == types.uint8:
+        return builder.uitofp(value, _FLOAT)
     return value
 
 
@@ -112,9 +116,11 @@ def load_tuple(typing_context, pointer, index, count):
     element = pointer.dtype
     length = count.literal_value
     wide = min(length, _VECTOR_BYTES // _item_bytes(element))
-    is_packed = _item_bytes(element) == 2
-    # two 16-bit numbers are loaded as one word: LLVM takes a vector of them apart
-    vector = ir.VectorType(_INT32, wide // 2) if is_packed else ir.VectorType(_MEMORY[element], wide)
+    item_bits = 8 * _item_bytes(element)
+    # smaller numbers are loaded as whole words: LLVM takes a vector of them apart
+    in_word = 32 // item_bits if item_bits < 32 else 1
+    is_packed = in_word > 1
+    vector = ir.VectorType(_INT32, wide // in_word) if is_packed else ir.VectorType(_MEMORY[element], wide)
 
     def codegen(context, builder, signature, arguments):
         at = _index(context, builder, arguments[1], signature.args[1])
@@ -126,9 +132,9 @@ def load_tuple(typing_context, pointer, index, count):
             )
             for lane in range(wide):
                 if is_packed:
-                    word = builder.extract_element(loaded, ir.Constant(_INT32, lane // 2))
-                    half = builder.lshr(word, ir.Constant(_INT32, lane % 2 * 16))
-                    value = builder.trunc(half, _INT16)
+                    word = builder.extract_element(loaded, ir.Constant(_INT32, lane // in_word))
+                    shifted = builder.lshr(word, ir.Constant(_INT32, lane % in_word * item_bits))
+                    value = builder.trunc(shifted, _MEMORY[element])
                 else:
                     value = builder.extract_element(loaded, ir.Constant(_INT32, lane))
                 values.append(_widen(builder, value, element))
@@ -161,6 +167,33 @@ def store_tuple(typing_context, pointer, index, values):
         return context.get_dummy_value()
 
     return types.void(pointer, index, values), codegen
+
+
+@extending.intrinsic
+def load_word(typing_context, pointer, index):
+    """Return four uint8 from ``pointer[index]`` on as one number; their address is a multiple of 4."""
+    if pointer.dtype != types.uint8:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        at = _index(context, builder, arguments[1], signature.args[1])
+        return builder.load(_address(builder, arguments[0], at, _INT32, types.uint8), align=4)
+
+    return types.uint32(pointer, index), codegen
+
+
+@extending.intrinsic
+def bytes_of(typing_context, word):
+    """Return the four uint8 of a word as float32."""
+    if word != types.uint32:
+        return None
+
+    def codegen(context, builder, signature, arguments):
+        shifted = [builder.lshr(arguments[0], ir.Constant(_INT32, 8 * lane)) for lane in range(4)]
+        values = [builder.uitofp(builder.trunc(part, _INT8), _FLOAT) for part in shifted]
+        return context.make_tuple(builder, signature.return_type, values)
+
+    return types.UniTuple(types.float32, 4)(word), codegen
 
 
 @extending.intrinsic

@@ -231,4 +231,4 @@ def link(ptx: str, architecture: str) -> tuple[bytes, str]:
 
 def pointer(element: str) -> Any:
     """Return the type of a pointer to elements of this name."""
-    return types.CPointer(ELEMENTS[element])
+    return types.CPointer(getattr(types, element))

@@ -51,8 +51,8 @@ NUM_ROWS = (4, 16, 64)
 BLOCK = THREADS * CHUNK
 
 
-def _build(real: Any, element: Any) -> Callable[..., None]:
-    like = types.CPointer(element)
+def build_update_one(real: Any) -> tuple[Any, Any]:
+    """Return the device functions ``stepped``, which is the update's formula, and ``update_one``."""
 
     @cuda.jit(device=True, inline="always")
     def stepped(param, grad, buffer, first_step, momentum, dampening, weight_decay, nesterov, maximize):
@@ -65,6 +65,28 @@ def _build(real: Any, element: Any) -> Callable[..., None]:
             velocity = step if first_step else momentum * buffer + (real(1) - dampening) * step
             step = step + momentum * velocity if nesterov else velocity
         return step, velocity
+
+    @cuda.jit(device=True, inline="always")
+    def update_one(param, buffer, i, grad, options):
+        """Update the parameter at i, and its momentum buffer where there is momentum."""
+        first_step, lr, momentum, dampening, weight_decay, nesterov, maximize = options
+        old, velocity = load(param, i), real(0)
+        # before the first step the buffer's memory holds nothing
+        if momentum != real(0) and not first_step:
+            velocity = load(buffer, i)
+        step, velocity = stepped(
+            old, grad, velocity, first_step, momentum, dampening, weight_decay, nesterov, maximize
+        )
+        if momentum != real(0):
+            store(buffer, i, velocity)
+        store(param, i, old - lr * step)
+
+    return stepped, update_one
+
+
+def _build(real: Any, element: Any) -> Callable[..., None]:
+    like = types.CPointer(element)
+    stepped, update_one = build_update_one(real)
 
     def update(table, lr, momentum, dampening, weight_decay, nesterov, maximize):
         row, block = row_of_block(table, NUM_COLUMNS, SIZE, types.int64(cuda.blockIdx.x), BLOCK)
@@ -99,24 +121,8 @@ def _build(real: Any, element: Any) -> Callable[..., None]:
             store_tuple(param, start, (p[0] - lr * s0, p[1] - lr * s1, p[2] - lr * s2, p[3] - lr * s3))
         else:
             for i in range(start, min(start + CHUNK, size)):
-                old, momentum_buffer = load(param, i), real(0)
-                # before the first step the buffer's memory holds nothing
-                if has_momentum and not first_step:
-                    momentum_buffer = load(buffer, i)
-                step, momentum_buffer = stepped(
-                    old,
-                    load(grad, i),
-                    momentum_buffer,
-                    first_step,
-                    momentum,
-                    dampening,
-                    weight_decay,
-                    nesterov,
-                    maximize,
-                )
-                if has_momentum:
-                    store(buffer, i, momentum_buffer)
-                store(param, i, old - lr * step)
+                options = (first_step, lr, momentum, dampening, weight_decay, nesterov, maximize)
+                update_one(param, buffer, i, load(grad, i), options)
 
     return update
 

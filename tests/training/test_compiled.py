@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastdl
 from fastdl import data, models
+from fastdl.training.lower import lower
 
 # sums of other order, over a whole run: the rule of the convergence tests in float64
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
@@ -221,6 +223,15 @@ def test_nested_nets_flatten_and_fastdls_own_modules(seed):
         assert_same(both(net.double(), X, y), **FLOAT64)
 
 
+@pytest.mark.parametrize("widths", [(784, 10), (784, 20, 40)])
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.MSELoss()], ids=str)
+def test_a_net_that_ends_in_a_relu(widths, loss, seed):
+    X, y = images(70, widths[0], widths[-1])
+    y = y if isinstance(loss, nn.CrossEntropyLoss) else torch.randn(70, widths[-1], dtype=torch.float64)
+    net = nn.Sequential(mlp(*widths), nn.ReLU()).double()
+    assert_same(both(net, X, y, loss=loss), **FLOAT64)
+
+
 def test_plain_steps_and_fit_alternate(seed):
     X, y = images(48)
     nets = [mlp(784, 40, 10).double()]
@@ -302,6 +313,15 @@ def test_what_it_cannot_train_is_an_error_that_names_the_layer(seed):
         )  # fmt: skip
     with pytest.raises(ValueError, match=r"L1Loss.*compiled=False"):
         fastdl.fit(net, nn.L1Loss(), optimizer_of(net), X, y, epochs=1, batch_size=8, progress=False)
+
+
+def test_a_net_on_a_gpu_that_the_kernels_cannot_use_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr("fastdl.training.lower.missing_link", lambda device: "numba-cuda is missing")
+    with FakeTensorMode():
+        net = nn.Sequential(nn.Linear(784, 10, device="cuda"))
+        message = r"a net on cuda:0 \(numba-cuda is missing\): pass compiled=False"
+        with pytest.raises(ValueError, match=message):
+            lower(net, nn.CrossEntropyLoss(), optimizer_of(net), (784,))
 
 
 def test_a_label_that_is_no_class_is_found_before_the_first_step(seed):
@@ -500,3 +520,17 @@ def test_data_batches_take_rows_in_the_same_order(seed):
         optimizer.step()
     for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, **FLOAT64)
+
+
+def test_a_batch_larger_than_the_data_is_all_of_it():
+    X, y = torch.rand(30, 5), torch.randint(3, (30,))
+    losses = []
+    for batch_size in (30, 10**9):
+        torch.manual_seed(0)
+        net = nn.Linear(5, 3)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        history = fastdl.fit(
+            net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=2, batch_size=batch_size, progress=False
+        )
+        losses.append(history.train_loss)
+    assert losses[0] == losses[1]

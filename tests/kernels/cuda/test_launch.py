@@ -207,6 +207,52 @@ def test_every_argument_reaches_its_place_as_the_type_that_the_kernel_has_there(
     assert len(loaded) == 10
 
 
+def _steps(dtype, examples, num_outputs):
+    """Launch a training step and a small epoch of networks with these examples."""
+    stream = launch.stream(0, 7)
+    X, order = torch.zeros(8, 12).to(examples), torch.arange(8)
+    reals = {"dtype": dtype}
+
+    def layer(num_inputs, num_outputs, relu):
+        weights, biases = (
+            torch.zeros(2, num_outputs, num_inputs, **reals),
+            torch.zeros(2, num_outputs, **reals),
+        )
+        outputs = torch.zeros(2, 4, num_outputs, **reals)
+        return kernels.dense.Layer(weights[0], biases[0], weights[1], biases[1], *outputs, relu)
+
+    layers = [layer(12, 8, True), layer(8, 8, True), layer(8, num_outputs, False)]
+    given = kernels.dense.Examples(X, order, 0.25)
+    loss = kernels.head.Loss(
+        kernels.head.CROSS_ENTROPY, True, order, None, torch.zeros(num_outputs, **reals), 2.5,
+        torch.zeros(2, **reals), -100, 0.125,
+    )  # fmt: skip
+    options = torch.zeros(6, kernels.dense.NUM_OPTIONS, **reals)
+    notes = kernels.head.Notes(torch.zeros(8, **reals), order)
+    step = kernels.dense.Step(3, torch.zeros(3, dtype=torch.int64), 4)
+    kernels.epoch.run_step(layers, given, loss, options, notes, step, True, stream)
+    target = torch.zeros(8, 1, **reals)
+    kernels.small.run_small_epoch(layer(3, 1, False), given, target, True, options, target[0], 8, 4, stream)
+
+
+@pytest.mark.parametrize("num_outputs", [4, 40])
+@pytest.mark.parametrize(
+    ("dtype", "examples"), [(torch.float32, torch.uint8), (torch.float64, torch.float64)], ids=str
+)
+def test_every_argument_of_a_training_step_arrives_as_the_type_that_the_kernel_has_there(
+    loaded, dtype, examples, num_outputs
+):
+    _steps(dtype, examples, num_outputs)
+    has_head = num_outputs <= kernels.head.MOST_OUTPUTS
+    assert len(loaded) == (6 if has_head else 8)
+    for _, configuration, name, arguments in loaded:
+        packed = [value - (1 << 64) if value >= 1 << 63 else value for value in _packed(name, arguments)]
+        assert packed == [
+            argument.item() if isinstance(argument, np.generic) else argument for argument in arguments
+        ]
+        assert configuration.grid[0] >= 1
+
+
 @pytest.mark.parametrize("reduction", [0, 1, 2])
 def test_a_loss_over_much_data_adds_up_the_blocks_sums_last(loaded, reduction):
     stream = launch.stream(0, 0)

@@ -6,7 +6,7 @@ barrier, so that a read or write outside, a misaligned wide access and a race ar
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 
 import numpy as np
 from numba.cuda import types
@@ -17,6 +17,7 @@ _NAMES = {
     types.float16: "float16",
     types.bfloat16: "bfloat16",
     types.int64: "int64",
+    types.uint8: "uint8",
 }
 _REALS = {"float32": np.float32, "float64": np.float64}
 _VECTOR_BYTES = 16
@@ -82,6 +83,10 @@ class Pointer:
     def __getitem__(self, index):
         return self.region.read(self.start + int(index), self.thread())
 
+    def __setitem__(self, index, value):
+        assert self.region.element == "int64"
+        self.region.write(self.start + int(index), value, self.thread())
+
 
 class Memory:
     """The GPU's memory: regions by their addresses."""
@@ -94,9 +99,16 @@ class Memory:
         """Return the address of a region with these values, so many bytes off a multiple of 256."""
         address = self._next + offset
         self._next += (values.nbytes + offset + 511) // 256 * 256
-        self._regions.append(Region(values, element, address))
-        self._addresses.append(address)
+        self.adopt(values, element, address)
         return address
+
+    def adopt(self, values, element, address):
+        """Take memory from outside, such as a tensor's, for a region at its own address."""
+        at = bisect_left(self._addresses, address)
+        if self._addresses[at : at + 1] == [address]:
+            del self._addresses[at], self._regions[at]
+        self._regions.insert(at, Region(values, element, address))
+        self._addresses.insert(at, address)
 
     def pointer(self, address, thread):
         if address == 0:
@@ -166,6 +178,17 @@ def store_tuple(pointer, index, values):
 def store_rows(pointer, index, stride, values, length):
     for row in range(len(values) // length):
         store_tuple(pointer, index + row * stride, values[row * length : (row + 1) * length])
+
+
+def load_word(pointer, index):
+    assert pointer.region.element == "uint8"
+    _check_alignment(pointer, index, 4)
+    return np.uint32(sum(int(pointer[int(index) + i]) << 8 * i for i in range(4)))
+
+
+def bytes_of(word):
+    assert type(word) is np.uint32
+    return tuple(np.float32(int(word) >> 8 * i & 255) for i in range(4))
 
 
 def fill(pointer, value, count):

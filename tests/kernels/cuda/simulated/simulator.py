@@ -28,7 +28,7 @@ sys.modules["fastdl.kernels.cuda.intrinsics"] = intrinsics
 import numba.cuda.simulator.kernel as simulator_kernel  # noqa: E402
 
 from fastdl.kernels import cuda as kernels  # noqa: E402
-from fastdl.kernels.cuda import cross_entropy  # noqa: E402
+from fastdl.kernels.cuda import cross_entropy, head  # noqa: E402
 from fastdl.kernels.cuda.launch import Kernel  # noqa: E402
 
 WARP = 32
@@ -108,7 +108,8 @@ def _shared_array(self, shape, dtype, alignment=None):
     if key not in _block.shared:
         name = intrinsics._NAMES[dtype]
         assert shape * np.dtype(name).itemsize <= 48 << 10, "more than the static shared memory of a block"
-        values = np.full(shape, np.nan, name)
+        # an index that nobody wrote lies outside of every array
+        values = np.full(shape, 1 << 62 if name == "int64" else np.nan, name)
         _block.shared[key] = intrinsics.Region(values, name, 0 if alignment else 4)
     return _block.shared[key]
 
@@ -120,7 +121,8 @@ FakeCUDAModule.shfl_xor_sync = _shuffle
 FakeCUDAShared.array = _shared_array
 intrinsics.current_thread = lambda: greenlet.getcurrent().name
 # Python's own raise an error where a GPU returns infinity
-cross_entropy.exp, cross_entropy.log = np.exp, np.log
+for _module in (cross_entropy, head):
+    _module.exp, _module.log = np.exp, np.log
 
 
 def _arguments(signature, arguments):
@@ -173,7 +175,8 @@ class DeviceArray:
 
     def __init__(self, values, dtype="float32", offset=0):
         """Copy the values there, rounded to the element type, so many bytes off a multiple of 256."""
-        stored = np.array(values, np.int64) if dtype == "int64" else intrinsics.narrowed(values, dtype)
+        is_integer = dtype in ("int64", "uint8")
+        stored = np.array(values, dtype) if is_integer else intrinsics.narrowed(values, dtype)
         self._stored = np.ascontiguousarray(stored).reshape(-1)
         self.shape = np.shape(values)
         self.dtype = f"torch.{dtype}"
@@ -184,6 +187,18 @@ class DeviceArray:
     def nan(cls, shape, dtype="float32", offset=0):
         """Return an array whose elements are all to be written."""
         return cls(np.full(shape, np.nan), dtype, offset)
+
+    @classmethod
+    def of(cls, tensor):
+        """Return a CPU tensor's own memory as an array on the simulated GPU."""
+        assert tensor.is_contiguous()
+        array = cls.__new__(cls)
+        array._stored = tensor.detach().numpy().reshape(-1)
+        array.shape, array.dtype = tuple(tensor.shape), str(tensor.dtype)
+        array.element = array.dtype.partition(".")[2]
+        array._address = tensor.data_ptr()
+        intrinsics.MEMORY.adopt(array._stored, array.element, array._address)
+        return array
 
     def data_ptr(self):
         return self._address
