@@ -206,15 +206,20 @@ class CudaProgram:
         optimizer = self._lowered.optimizer
         targets = [parameter.tensor for parameter in self._trained]
         sources = [parameter.own for parameter in self._trained]
+        new: list[tuple[Tensor, Tensor]] = []
         for parameter in self._trained:
             if optimizer.param_groups[parameter.group]["momentum"] != 0:
-                state = optimizer.state[parameter.tensor]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.empty_like(parameter.tensor, requires_grad=False)
-                targets.append(state["momentum_buffer"])
+                buffer = optimizer.state.get(parameter.tensor, {}).get("momentum_buffer")
+                if buffer is None:
+                    buffer = torch.empty_like(parameter.tensor, requires_grad=False)
+                    new.append((parameter.tensor, buffer))
+                targets.append(buffer)
                 sources.append(parameter.buffer)
         if targets:
             torch._foreach_copy_(targets, sources)
+        # Ctrl-C may come before this, and must not leave a buffer without numbers
+        for tensor, buffer in new:
+            optimizer.state[tensor]["momentum_buffer"] = buffer
 
     def epoch(
         self,
@@ -294,6 +299,7 @@ class CudaProgram:
         num_steps = -(-len(self._data.examples.order) // self._data.batch_size)
         self._steps_of_graph = -(-num_steps // -(-num_steps // MAX_STEPS))
         # a step of no rows: it loads the kernels, which a capture can't do
+        self._progress.zero_()
         self._run_step(self._data, 0, trains=True)
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):

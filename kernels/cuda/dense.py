@@ -147,18 +147,14 @@ def rows_of_step(progress, step, batch_size):
     return first, 0 if progress[STOP] else count
 
 
-def build_example_at(real: Any) -> Any:
-    """Return ``example_at(order, first, n, count, length)``: where row n of a batch begins, or -1."""
-
-    @cuda.jit(device=True, inline="always")
-    def example_at(order, first, n, count, length):
-        at = types.int64(-1)
-        if n < count:
-            # what a layer has computed lies in the order of the batch
-            at = (n if is_null(order) else order[first + n]) * length
-        return at
-
-    return example_at
+@cuda.jit(device=True, inline="always")
+def row_at(order, first, n, count, length):
+    """Return where row n of a batch begins among the examples, or without an order; -1 behind the last."""
+    at = types.int64(-1)
+    if n < count:
+        # what a layer has computed lies in the order of the batch
+        at = (n if is_null(order) else order[first + n]) * length
+    return at
 
 
 def build_options_of(real: Any) -> Any:
@@ -221,7 +217,7 @@ def build_raw(real: Any, element: str) -> tuple[Any, Any, Any]:
 def _build_rows(tile: Tile, real: Any, element: str, is_forward: bool) -> Callable[..., None]:
     size, threads, tile_size, shared_size = tile.size, tile.threads, tile.size * tile.size, tile.shared_size
     slice_threads, depth_chunks = tile.slice_threads, tile.depth // CHUNK
-    load_matrix, example_at = build_load_matrix(real), build_example_at(real)
+    load_matrix = build_load_matrix(real)
     load_raw, widen, nothing = build_raw(real, element)
 
     @cuda.jit(device=True, inline="always")
@@ -259,7 +255,7 @@ def _build_rows(tile: Tile, real: Any, element: str, is_forward: bool) -> Callab
         if row < count:
             # a thread's chunks are all of one row, so it looks the row up once
             line = row + thread % slice_threads // depth_chunks
-            at = example_at(order, first, line, count, num_steps)
+            at = row_at(order, first, line, count, num_steps)
             lines, length = (num_cols, num_steps) if is_forward else (num_steps, num_cols)
             sum_tile(
                 (source, at, num_steps, source_wide),

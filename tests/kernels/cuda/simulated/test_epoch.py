@@ -280,6 +280,12 @@ def test_evaluation_notes_the_losses_and_changes_nothing(seed, widths):
     assert problem.arrays[0][0] is layers[0].weight
 
 
+def test_a_batch_of_more_rows_than_a_block_keeps_at_hand(seed, monkeypatch):
+    monkeypatch.setattr(dense, "ROWS_AT_HAND", 3)
+    for examples in ("float", "uint8"):
+        _check(seed, (9, 5, 3), 4, num=7, examples=examples)
+
+
 def test_larger_tiles_compute_the_same(seed, monkeypatch):
     larger = [(dtype, tile) for dtype in DTYPES for tile in dense.TILES_OF[dtype][1:]]
     for dtype, tile in larger:
