@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from fastdl.kernels.cpu.intrinsics import TILE, transpose_block
+from fastdl.kernels.cpu.intrinsics import TILE, sum_open, transpose_block
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     WORD,
@@ -425,15 +425,9 @@ def backward_bias(layers, layer, stride, state, scratch, work, count, panels, gr
     is_fresh = is_first and layers[layer, BIAS_IS_FRESH] == 1
     options = groups[layers[layer, BIAS_GROUP]]
     panel = panel_of(scratch)
-    sums = scratch[work : work + panel]
     for j in range(panels[0], panels[1]):
         at = layers[layer, GRAD] + j * stride * panel
-        grad = scratch[at : at + count * panel]
-        sums[:] = 0
-        for n in range(count):
-            row = grad[n * panel : (n + 1) * panel]
-            for i in range(panel):
-                sums[i] += row[i]
+        sum_open(scratch, at, scratch, at, False, panel, count, panel, scratch, work)
         update_part(
             state, layers[layer, BIAS] + j * panel, layers[layer, BIAS_BUFFER] + j * panel, is_fresh, options,
             scratch, work, min(panel, layers[layer, NUM_OUTPUTS] - j * panel), state.dtype.type(1),
