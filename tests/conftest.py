@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from collections import Counter
 
 import pytest
@@ -13,6 +14,9 @@ _SEED_VARIABLE = "FASTDL_TEST_SEED"
 
 
 def pytest_configure(config):
+    # a shell's background jobs ignore Ctrl-C, and so would the processes that tests send it to
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "real_data: needs Fashion-MNIST under FASTDL_DATA")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
