@@ -22,8 +22,8 @@ def garments():
     return images.X_train[:1000], images.y_train[:1000]
 
 
-def compare(garments, make_candidate):
-    start = concise.mlp(num_hiddens=32, generator=torch.Generator().manual_seed(0)).state
+def compare(garments, make_candidate, start=None):
+    start = start or concise.mlp(num_hiddens=32, generator=torch.Generator().manual_seed(0)).state
 
     def make_runs(dtype):
         truth = concise.mlp(num_hiddens=32, dtype=dtype).load(start)
@@ -58,6 +58,38 @@ def test_a_slightly_different_learning_rate_fails(garments):
     exact, parameters, *_ = compare(garments, candidate)["candidate"]
     assert not exact.passes
     assert not parameters.passes
+
+
+@pytest.mark.parametrize("is_within_rounding", [True, False])
+def test_a_gate_on_the_other_side_passes_where_rounding_can_put_it_there(garments, is_within_rounding):
+    start = dict(concise.mlp(num_hiddens=32, generator=torch.Generator().manual_seed(0)).state)
+    if is_within_rounding:
+        X, _ = next(data.batches(*garments, 64, torch.Generator().manual_seed(0)))
+        hidden = concise.mlp(num_hiddens=32).load(start).net[:2](data.to_float(X[:1], torch.float32))
+        # the first example's first activation is 0 but for its rounding
+        start["1.bias"] = start["1.bias"].clone()
+        start["1.bias"][0] -= hidden.detach()[0, 0]
+    flips = []
+
+    def candidate(start, dtype):
+        program = concise.mlp(num_hiddens=32, dtype=dtype).load(start)
+
+        def flip_nearest(module, inputs):
+            if dtype == torch.float64 or flips:
+                return None
+            activation = inputs[0].detach()
+            nearest = activation.abs().argmin()
+            flips.append(float(activation.view(-1)[nearest]))
+            move = torch.zeros_like(activation)
+            move.view(-1)[nearest] = -math.copysign(1e-9, flips[0]) - flips[0]
+            return inputs[0] + move
+
+        program.net[2].register_forward_pre_hook(flip_nearest)
+        return Run(program)
+
+    checks = compare(garments, candidate, start)["candidate"]
+    assert (abs(flips[0]) < 1e-7) == is_within_rounding
+    assert [check.passes for check in checks] == [True, True, True, is_within_rounding]
 
 
 def test_half_precision_fails_in_float32_alone(garments):
