@@ -48,8 +48,13 @@ class Gate:
 
     @cached_property
     def _torchs(self) -> list[Errors]:
-        orders = [None, *(torch.Generator().manual_seed(index) for index in range(1, parity.TORCH_RUNS))]
-        runs = (EagerTrainer(self.problem, torch.float32, row_order=order) for order in orders)
+        runs = [EagerTrainer(self.problem, torch.float32)]
+        for index in range(1, parity.TORCH_ROW_ORDERS + 1):
+            order = torch.Generator().manual_seed(index)
+            runs.append(EagerTrainer(self.problem, torch.float32, row_order=order))
+        for side in (-1, 1):
+            runs.append(EagerTrainer(self.problem, torch.float32))
+            parity.settle_gates(runs[-1].net, side)
         return [_errors(_epochs(run, 1), self._truth) for run in runs]
 
     def checks(self, make: Make, *, has_float64: bool = True, num_epochs: int | None = None) -> list[Check]:

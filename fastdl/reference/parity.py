@@ -112,29 +112,11 @@ class Run:
         What its loss is multiplied by, e.g. 2 where the program halves the squared error.
     row_order : torch.Generator, optional
         Shuffles the rows within each batch, which changes nothing but the rounding.
-    gate_side : int, optional
-        +1 or -1, for a net that is a torch module: the side of 0 to which what goes into an ``nn.ReLU`` is
-        moved where it is within rounding of 0.
     """
 
     program: Program
     loss_factor: float = 1.0
     row_order: torch.Generator | None = None
-    gate_side: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.gate_side is not None and isinstance(self.program.net, nn.Module):
-            for module in self.program.net.modules():
-                if isinstance(module, nn.ReLU):
-                    module.register_forward_pre_hook(self._settle_gates)
-
-    def _settle_gates(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        (activation,) = inputs
-        rounding = GATE_ROUNDINGS * torch.finfo(activation.dtype).eps * activation.detach().abs().max()
-        settled = torch.full_like(activation, self.gate_side) * rounding
-        # detached, so that the gradient passes as through the activation itself
-        move = (settled - activation).detach()
-        return activation + torch.where(activation.detach().abs() <= rounding, move, 0.0)
 
     def step(self, X: Tensor, y: Tensor) -> float:
         """Train on one batch and return its mean loss."""
@@ -153,6 +135,28 @@ def _in_dtype(tensor: Tensor, program: Program) -> Tensor:
     if tensor.is_floating_point() or tensor.dtype == torch.uint8:
         return data.to_float(tensor, program.dtype)
     return tensor
+
+
+def settle_gates(net: nn.Module, side: int) -> None:
+    """Move what goes into each ``nn.ReLU`` of a net to one side of 0, wherever it is within rounding of 0.
+
+    Parameters
+    ----------
+    net : nn.Module
+    side : int
+        1 or -1.
+    """
+
+    def settle(module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        (activation,) = inputs
+        # detached, so that the gradient passes as through the activation itself
+        value = activation.detach()
+        rounding = GATE_ROUNDINGS * torch.finfo(value.dtype).eps * value.abs().max()
+        return activation + torch.where(value.abs() <= rounding, side * rounding - value, 0.0)
+
+    for module in net.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_pre_hook(settle)
 
 
 def lockstep(
@@ -303,7 +307,9 @@ def compare(
         torch_run = make_runs(torch.float32)["concise"]
         torchs[f"rows in order {index}"] = replace(torch_run, row_order=torch.Generator().manual_seed(index))
     for side in (-1, 1):
-        torchs[f"gates settled to {side:+}"] = replace(make_runs(torch.float32)["concise"], gate_side=side)
+        torch_run = torchs[f"gates settled to {side:+}"] = make_runs(torch.float32)["concise"]
+        assert isinstance(torch_run.program.net, nn.Module)
+        settle_gates(torch_run.program.net, side)
     first = lockstep(truth, runs | torchs, batches(1))
     own = [first[name] for name in torchs]
     checks = {name: check_first_epoch(first[name], own, loss_scale, parameter_scale) for name in runs}
