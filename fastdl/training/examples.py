@@ -83,9 +83,13 @@ def checked_examples(net: nn.Module, X: Array, part: str = "") -> Tensor:
 
 def check_labels(y: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise IndexError if a label is neither a class nor the one that is ignored."""
-    wrong = ((y < 0) | (y >= num_classes)) & (y != ignore_index)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
+    # by numpy, as the threads that torch would wake spin on while the first epoch trains
+    labels = y.cpu().numpy()
+    if len(labels) == 0 or (labels.min() >= 0 and labels.max() < num_classes):
+        return
+    wrong = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if wrong.any():
+        row = int(wrong.argmax())
         raise IndexError(
             f"Target {int(y[row])} is out of bounds: row {row} of y must be a class from 0 to "
             f"{num_classes - 1} or the ignore_index {ignore_index}"

@@ -38,7 +38,7 @@ class _Engine(Protocol):
 
     def prepare(self, X: Tensor, y: Tensor) -> Any: ...
 
-    def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores: ...
+    def train(self, bar: EpochProgress, *, is_changed: bool, is_last: bool) -> Scores: ...
 
     def evaluate(self, examples: Any) -> Scores: ...
 
@@ -198,11 +198,11 @@ def fit(
     history = History()
     num_batches = -(-used // batch_size)
     with _restored_modes(net), EpochProgress(epochs, num_batches, show=progress) as bar:
-        for _ in range(epochs):
+        for epoch in range(epochs):
             started = time.perf_counter()
             # between two epochs, only a callback or the scheduler can have changed net or optimizer
             is_changed = len(history) == 0 or on_epoch is not None or scheduler is not None
-            train_scores = engine.train(bar, is_changed=is_changed)
+            train_scores = engine.train(bar, is_changed=is_changed, is_last=epoch == epochs - 1)
             seconds = time.perf_counter() - started
             test_scores = None
             if test is not None:
@@ -241,7 +241,7 @@ class _Loop:
         """Take anything: what the net can't take, it says itself."""
         return X, y
 
-    def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores:
+    def train(self, bar: EpochProgress, *, is_changed: bool, is_last: bool) -> Scores:
         self._net.train()
         order = self._orders.next().to(self._X.device)
         batches = (
@@ -324,10 +324,11 @@ class _Compiled:
         """Return examples as the program evaluates them, or raise the error for what it can't take."""
         return self._program.prepare(*self._taken(X, y))
 
-    def train(self, bar: EpochProgress, *, is_changed: bool) -> Scores:
+    def train(self, bar: EpochProgress, *, is_changed: bool, is_last: bool) -> Scores:
         if is_changed:
             self._program.read()
-        scores = self._program.epoch(self._orders.next(), bar.redraw, self._orders.draw_ahead)
+        meanwhile = None if is_last else self._orders.draw_ahead
+        scores = self._program.epoch(self._orders.next(), bar.redraw, meanwhile)
         self._program.write()
         return scores
 
