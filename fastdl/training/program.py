@@ -27,7 +27,9 @@ _MIN_FLOPS_TO_HAND_OVER = 5e7
 _FEW_ROWS = 16
 # Skipping zeros pays where at least this share of the examples' numbers is 0.
 _MIN_ZEROS = 0.3
-_SAMPLE = 1024
+_SAMPLE = 256
+# what an input takes that is always 0, of what one takes that never is
+_WORK_OF_ZEROS = 0.05
 # how often a waiting thread looks for Ctrl-C and reports progress, in seconds
 _PATIENCE = 0.05
 # the options of a parameter group, in the order of the kernels' table
@@ -125,18 +127,18 @@ class Program:
         )
         dtype = torch.empty(0, dtype=lowered.dtype).numpy().dtype
         self._dtype = dtype
-        self._nonzero = self._skips_zeros(X)
+        self._nonzero_shares = self._sample_nonzero(X) if first.out_features > self._panel() else None
+        self._nonzero = self._nonzero_shares is not None and self._nonzero_shares.mean() <= 1 - _MIN_ZEROS
         self._X, self._labels, self._targets = self._examples(X, y)
         self._lay_out(self._X)
         weight = lowered.class_weight
         self._class_weight = np.empty(0, dtype) if weight is None else array(weight)
 
-    def _skips_zeros(self, X: Tensor) -> bool:
-        if self._lowered.layers[0].module.out_features <= self._panel():
-            return False
+    def _sample_nonzero(self, X: Tensor) -> NDArray[Any]:
+        """Return for each input the share of some examples in which it isn't 0."""
         # by numpy, as the threads that torch would wake spin on while the first epoch trains
         sample = array(X)[:: max(1, len(X) // _SAMPLE)]
-        return float(np.count_nonzero(sample)) <= (1 - _MIN_ZEROS) * sample.size
+        return np.count_nonzero(sample, axis=0) / len(sample)
 
     def _panel(self) -> int:
         return int(self._kernels.panels.panel_of(np.empty(0, self._dtype)))
@@ -180,6 +182,7 @@ class Program:
         self._reads_bytes = not self._nonzero and X.dtype == np.uint8 and bool(layers[0, dense.IS_THIN])
         if not self._nonzero and not self._reads_bytes:
             input_at = scratch.place(-(-num_inputs // panel) * panel * stride)
+        self._input_parts = self._share_inputs(num_inputs, panel)
         own = self._own_memory(layers, rows, panel)
         work = scratch.place(0)
         for _ in range(self._num_threads):
@@ -190,15 +193,15 @@ class Program:
         self._state = _aligned(state.size, self._dtype)
         self._scratch = _aligned(scratch.size, self._dtype)
         words, batch_words = (-(-size // self._kernels.panels.WORD) for size in (num_inputs, rows))
-        self._places = (stride, input_at, work, -(-own // 16) * 16, batch_words)
+        self._places = (stride, input_at, work, own)
         kind = X.dtype
-        word, examples = self._kernels.panels.WORD, rows if self._nonzero else 0
-        own_inputs = -(-num_inputs // (panel * self._num_threads)) * panel + 16 if self._nonzero else 0
-        num_values = (examples + 1) * words * word
+        word, num_words = self._kernels.panels.WORD, words * stride if self._nonzero else 0
+        own_inputs = int(np.diff(self._input_parts).max()) * panel + 16 if self._nonzero else 0
+        num_values = num_words * word
         if self._reads_bytes:
             num_values = -(-num_inputs // panel) * panel * stride
         self._values = _aligned(num_values, kind)
-        self._masks = _aligned(examples * words, np.int64)
+        self._masks = _aligned(num_words, np.int64)
         self._transposed = _aligned(self._num_threads * own_inputs * batch_words * word, kind).reshape(
             self._num_threads, -1
         )
@@ -208,6 +211,15 @@ class Program:
         self._find_parameters()
         self._counters = _aligned(epoch.NUM_COUNTERS, np.int64)
         self._sums = _aligned(self._num_threads * epoch.NUM_SUMS, np.float64).reshape(self._num_threads, -1)
+
+    def _share_inputs(self, num_inputs: int, panel: int) -> NDArray[Any]:
+        """Return the bounds of each thread's part of the panels of the first layer's inputs."""
+        work = np.ones(num_inputs)
+        if self._nonzero and self._nonzero_shares is not None:
+            work = self._nonzero_shares + _WORK_OF_ZEROS
+        done = np.add.reduceat(work, range(0, num_inputs, panel)).cumsum()
+        splits = np.arange(1, self._num_threads) / self._num_threads * done[-1]
+        return np.array([0, *np.searchsorted(done, splits), len(done)], np.int64)
 
     def _own_memory(self, layers: NDArray[Any], rows: int, panel: int) -> int:
         """Return how much memory of its own a thread needs, in elements."""
@@ -222,9 +234,8 @@ class Program:
             if index > 0 and not row[dense.IS_THIN]:
                 most = max(most, rows * (depth + width))
             if index == 0 and self._nonzero:
-                most = max(
-                    most, max(self._kernels.panels.LONG_ROWS) * panel * (depth // self._num_threads + panel)
-                )
+                inputs = int(np.diff(self._input_parts).max()) * panel
+                most = max(most, max(self._kernels.panels.LONG_ROWS) * panel * inputs)
             block = max(dense.BLOCK_INPUTS, panel) * max(dense.BLOCK_COLUMNS, panel)
             most = max(most, width * panel if row[dense.IS_THIN] else block)
         return -(-most // 16) * 16
@@ -365,7 +376,7 @@ class Program:
         def run(thread: int) -> None:
             kernels.run_epoch(
                 thread, self._num_threads, self._counters, self._layers, self._groups,
-                self._state, self._scratch, self._places,
+                self._state, self._scratch, self._places, self._input_parts,
                 X, input_mode, self._input_scale,
                 self._values, self._masks, self._transposed, self._transposed_masks, array(order),
                 batch_size, trains and self._by_columns,

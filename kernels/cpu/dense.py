@@ -60,6 +60,8 @@ _DOT_COLS = TILE.dot_cols
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
 _CACHE_LINE = 64
+# rows and columns of what transpose_bytes takes
+_BYTES_BLOCK = 16
 
 
 @inlined_jit
@@ -140,7 +142,7 @@ def forward(layers, layer, source, source_at, stride, state, scratch, rows, pane
 def forward_nonzero(layers, values, masks, words, stride, state, scratch, rows, panels, scale):
     """Write some rows, and panels, of the first layer's output, skipping what is 0 in its input.
 
-    ``values`` has a row of ``words * WORD`` numbers for each example, and masks a word for each WORD of them.
+    ``values`` and masks are as ``gather`` writes them.
     """
     depth = layers[0, NUM_INPUTS]
     relu = layers[0, HAS_RELU] == 1
@@ -156,7 +158,7 @@ def forward_nonzero(layers, values, masks, words, stride, state, scratch, rows, 
             b_at = weight + (j * depth + word * WORD) * panel
             multiply_nonzero(
                 scratch, output + (j * stride + rows[0]) * panel, stride * panel,
-                values, (rows[0] * words + word) * WORD, words * WORD, masks, rows[0] * words + word, words,
+                values, (word * stride + rows[0]) * WORD, masks, word * stride + rows[0],
                 rows[1] - rows[0], state, b_at, depth * panel, used * _VECTORS,
             )  # fmt: skip
         j += used
@@ -360,27 +362,20 @@ def backward_weight(
                     )  # fmt: skip
 
 
+@inlined_jit
+def _transposed_stride(inputs):
+    """Return how many rows apart the words of transposed examples are: their inputs, in whole blocks."""
+    return (inputs[1] - inputs[0] + _BYTES_BLOCK - 1) // _BYTES_BLOCK * _BYTES_BLOCK
+
+
 @linked_jit
 def backward_weight_nonzero(
-    layers,
-    values,
-    masks,
-    words,
-    stride,
-    state,
-    scratch,
-    work,
-    count,
-    inputs,
-    groups,
-    is_first,
-    scale,
-    upcoming,
+    layers, values, masks, stride, state, scratch, work, count, inputs, groups, is_first, scale, upcoming
 ):
     """Update the first layer's weight for some of its inputs, skipping what is 0 in them.
 
-    ``values`` has a row of ``words * WORD`` numbers for each of these inputs, one number for each example,
-    and masks a word for each WORD of them. The examples of the next batch are asked for on the way.
+    ``values`` and masks are as ``transpose_examples`` writes them. The examples of the next batch are asked
+    for on the way.
     """
     X, order, upcoming_first, upcoming_stop = upcoming
     depth, width = layers[0, NUM_INPUTS], layers[0, NUM_OUTPUTS]
@@ -388,7 +383,7 @@ def backward_weight_nonzero(
     is_fresh = is_first and layers[0, WEIGHT_IS_FRESH] == 1
     options = groups[layers[0, WEIGHT_GROUP]]
     panel = panel_of(scratch)
-    num_inputs = inputs[1] - inputs[0]
+    num_inputs, values_stride = inputs[1] - inputs[0], _transposed_stride(inputs)
     num_panels = panels_of(width, panel)
     num_words = (count + WORD - 1) // WORD
     # how many inputs are done between one example that is asked for and the next
@@ -403,7 +398,7 @@ def backward_weight_nonzero(
             for k in range(0, num_inputs, some):
                 multiply_nonzero(
                     scratch, work + k * panel, num_inputs * panel,
-                    values, (k * words + word) * WORD, words * WORD, masks, k * words + word, words,
+                    values, (word * values_stride + k) * WORD, masks, word * values_stride + k,
                     min(some, num_inputs - k), scratch, b_at, stride * panel, used * _VECTORS,
                 )  # fmt: skip
                 prefetch_examples(X, order, upcoming_first, min(upcoming_first + 1, upcoming_stop))
@@ -435,17 +430,22 @@ def backward_bias(layers, layer, stride, state, scratch, work, count, panels, gr
 
 
 @linked_jit
-def gather(X, order, first, rows, words, values, masks):
-    """Copy examples, each to a row of ``words * WORD`` numbers, and mark which aren't 0."""
-    num_inputs = X.shape[1]
+def gather(X, order, first, rows, stride, words, values, masks):
+    """Copy examples, WORD of their numbers at a time, and mark which aren't 0.
+
+    Number i of example n is at ``(i // WORD * stride + n) * WORD + i % WORD`` of values, and its bit is in
+    ``masks[i // WORD * stride + n]``: a product takes WORD numbers of all examples one after the other.
+    """
     for n in range(rows[0], rows[1]):
-        at = n * words * WORD
-        example, row = X[order[first + n]], values[at : at + num_inputs]
-        # row[:] = example would compile how Numba writes an error about shapes, for 5 s
-        for i in range(num_inputs):
-            row[i] = example[i]
+        example = X[order[first + n]]
         for word in range(words):
-            masks[n * words + word] = mask_of_nonzero(values, at + word * WORD, WORD)
+            at = word * stride + n
+            part = example[word * WORD : (word + 1) * WORD]
+            # target[:] = part would compile how Numba writes an error about shapes, for 5 s
+            target = values[at * WORD : at * WORD + part.size]
+            for i in range(part.size):
+                target[i] = part[i]
+            masks[at] = mask_of_nonzero(values, at * WORD, WORD)
 
 
 @linked_jit
@@ -487,49 +487,53 @@ def prefetch_examples(X, order, start, stop):
 
 
 @inlined_jit
-def _transpose_bytes_of(values, row_words, inputs, count, target, words):
-    for k in range(inputs[0], inputs[1], 16):
-        for n in range(0, count, 16):
+def _transpose_bytes_of(values, stride, inputs, count, target):
+    target_stride = _transposed_stride(inputs)
+    for k in range(inputs[0], inputs[1], _BYTES_BLOCK):
+        for n in range(0, count, _BYTES_BLOCK):
             transpose_bytes(
-                values, n * row_words * WORD + k, row_words * WORD,
-                target, (k - inputs[0]) * words * WORD + n, words * WORD,
+                values, (k // WORD * stride + n) * WORD + k % WORD, WORD,
+                target, (n // WORD * target_stride + k - inputs[0]) * WORD + n % WORD, WORD,
             )  # fmt: skip
 
 
 @inlined_jit
-def _transpose_floats_of(values, row_words, inputs, count, target, words):
+def _transpose_floats_of(values, stride, inputs, count, target):
+    target_stride = _transposed_stride(inputs)
     lanes = panel_of(values) // _VECTORS
     for k in range(inputs[0], inputs[1], lanes):
         for n in range(0, count, lanes):
             transpose_block(
-                values, n * row_words * WORD + k, row_words * WORD,
-                target, (k - inputs[0]) * words * WORD + n, words * WORD,
+                values, (k // WORD * stride + n) * WORD + k % WORD, WORD,
+                target, (n // WORD * target_stride + k - inputs[0]) * WORD + n % WORD, WORD,
             )  # fmt: skip
 
 
-def _transpose_of(values, row_words, inputs, count, target, words):
+def _transpose_of(values, stride, inputs, count, target):
     """Write, for some inputs, a row of all count examples' numbers."""
 
 
 @overload(_transpose_of, jit_options={"nogil": True})
-def _choose_transpose_of(values, row_words, inputs, count, target, words):
+def _choose_transpose_of(values, stride, inputs, count, target):
     transpose = _transpose_bytes_of if values.dtype == types.uint8 else _transpose_floats_of
 
-    def call(values, row_words, inputs, count, target, words):
-        transpose(values, row_words, inputs, count, target, words)
+    def call(values, stride, inputs, count, target):
+        transpose(values, stride, inputs, count, target)
 
     return call
 
 
 @linked_jit
-def transpose_examples(values, row_words, inputs, count, target, words, masks):
-    """Write, for some inputs, a row of all count examples' numbers, and mark which aren't 0.
+def transpose_examples(values, stride, inputs, count, target, masks):
+    """Write, for some inputs, the numbers of all count examples, and mark which aren't 0.
 
-    ``values`` has rows of ``row_words * WORD`` numbers, as ``gather`` writes them; target gets rows of
-    ``words * WORD``.
+    ``values`` is as ``gather`` writes it. So are target and masks, with the inputs as its examples, and their
+    number, in whole blocks of 16, as its stride.
     """
-    _transpose_of(values, row_words, inputs, count, target, words)
-    for k in range(inputs[1] - inputs[0]):
-        for word in range((count + WORD - 1) // WORD):
-            bits = min(WORD, count - word * WORD)
-            masks[k * words + word] = mask_of_nonzero(target, (k * words + word) * WORD, bits)
+    _transpose_of(values, stride, inputs, count, target)
+    target_stride = _transposed_stride(inputs)
+    for word in range((count + WORD - 1) // WORD):
+        bits = min(WORD, count - word * WORD)
+        for k in range(inputs[1] - inputs[0]):
+            at = word * target_stride + k
+            masks[at] = mask_of_nonzero(target, at * WORD, bits)

@@ -167,7 +167,7 @@ def _loss_rows(
 
 @jit
 def run_epoch(
-    thread, num_threads, counters, layers, groups, state, scratch, places,
+    thread, num_threads, counters, layers, groups, state, scratch, places, input_parts,
     X, input_mode, input_scale, values, masks, transposed, transposed_masks,
     order, batch_size, by_columns,
     kind, is_mean, labels, targets, class_weight, ignore_index, smoothing, trains, sums,
@@ -182,9 +182,11 @@ def run_epoch(
     layers : (L, dense.NUM_COLUMNS), int64
     groups : (G, dense.NUM_OPTIONS), float64
     state, scratch : float32 or float64
-    places : (5,), int64
-        Rows between panels of scratch; where the input's panels begin in it; where the threads' own memory
-        begins, and how much of it each has; words of 64 examples in a row of transposed.
+    places : (4,), int64
+        Rows between panels of scratch, and between words of values; where the input's panels begin in
+        scratch; where the threads' own memory begins, and how much of it each has.
+    input_parts : (num_threads + 1,), int64
+        Thread t updates the first layer's weight for the inputs of panels ``input_parts[t:t + 2]``.
     X : (examples, K), uint8 or the dtype of state
     input_mode : int
         DENSE, NONZERO, or, for a thin first layer and examples of bytes, BYTES.
@@ -218,7 +220,7 @@ def run_epoch(
         Whether the epoch was run to its end.
     """
     num_layers = layers.shape[0]
-    stride, input_at, work, work_size, words_of_batch = places
+    stride, input_at, work, work_size = places
     work += thread * work_size
     num_inputs = X.shape[1]
     panel = panel_of(scratch)
@@ -233,7 +235,7 @@ def run_epoch(
         rows = (0, count) if by_columns else own_rows
         # 1: the batch
         if input_mode == NONZERO:
-            gather(X, order, first, own_rows, words, values, masks)
+            gather(X, order, first, own_rows, stride, words, values, masks)
         elif input_mode == BYTES:
             gather_bytes(X, order, first, own_rows, stride, scratch, values)
         else:
@@ -289,16 +291,19 @@ def run_epoch(
                 backward_bias(
                     layers, layer, stride, state, scratch, work, count, bias_panels, groups, is_first
                 )
-                panels = share(panels_of(layers[layer, NUM_INPUTS], panel), thread, num_threads)
+                if layer == 0:
+                    panels = (input_parts[thread], input_parts[thread + 1])
+                else:
+                    panels = share(panels_of(layers[layer, NUM_INPUTS], panel), thread, num_threads)
                 if layers[layer, WEIGHT_GROUP] == NO_GROUP:
                     continue
                 if layer == 0 and input_mode == NONZERO:
                     inputs = (panels[0] * panel, min(panels[1] * panel, num_inputs))
                     target, target_masks = transposed[thread], transposed_masks[thread]
-                    transpose_examples(values, words, inputs, count, target, words_of_batch, target_masks)
+                    transpose_examples(values, stride, inputs, count, target, target_masks)
                     backward_weight_nonzero(
-                        layers, target, target_masks, words_of_batch, stride, state, scratch, work, count,
-                        inputs, groups, is_first, scale, upcoming,
+                        layers, target, target_masks, stride, state, scratch, work, count, inputs, groups,
+                        is_first, scale, upcoming,
                     )  # fmt: skip
                 elif layer == 0:
                     # a few panels at a time, with some of the next batch's examples asked for in between

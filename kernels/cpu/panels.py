@@ -191,9 +191,7 @@ def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
     )
 
 
-def _multiply_nonzero(
-    vectors, output, output_panel, values, values_step, masks, masks_step, rows, b, b_panel, used
-):
+def _multiply_nonzero(vectors, output, output_panel, values, masks, rows, b, b_panel, used):
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
 
@@ -208,8 +206,8 @@ def _multiply_nonzero(
         output_row, b_row = long_row(output, output_panel), long_row(b, b_panel)
 
         def row(n, _):
-            bits = builder.load(builder.gep(masks, [builder.mul(n, masks_step)]))
-            row_values = builder.gep(values, [builder.mul(n, values_step)])
+            bits = builder.load(builder.gep(masks, [n]))
+            row_values = builder.gep(values, [builder.mul(n, INTP(WORD))])
             at = builder.mul(n, INTP(panel))
             places = [vectors.at(vectors.at(start, at), v) for start, v in output_row]
             first, inside, last, after = (
@@ -331,18 +329,29 @@ def pack_panel(
 
 @intrinsic
 def multiply_nonzero(
-    typing_context, output, output_at, output_panel, values, values_at, values_step,
-    masks, masks_at, masks_step, rows, b, b_at, b_panel, vectors,
-):  # fmt: skip
+    typing_context,
+    output,
+    output_at,
+    output_panel,
+    values,
+    values_at,
+    masks,
+    masks_at,
+    rows,
+    b,
+    b_at,
+    b_panel,
+    vectors,
+):
     """Add to rows of a product: ``output[i, j] += sum over the bits p of masks[i] of values[i, p] b[p, j]``.
 
-    ``masks`` has a word of 64 bits for each row, masks_step further in each; values, which may be uint8, are
-    values_step further. Rows of the output and of b are rows of a panel; they are as many vectors long, one
-    of ``LONG_ROWS``, which lie in successive panels.
+    For each row, ``masks`` has a word of WORD bits, and values, which may be uint8, WORD numbers. Rows of the
+    output and of b are rows of a panel; they are as many vectors long, one of ``LONG_ROWS``, which lie in
+    successive panels.
     """
     return call_of(
-        _multiply_nonzero, output, output_at, output_panel, values, values_at, values_step,
-        masks, masks_at, masks_step, rows, b, b_at, b_panel, vectors,
+        _multiply_nonzero, output, output_at, output_panel, values, values_at, masks, masks_at, rows,
+        b, b_at, b_panel, vectors,
     )  # fmt: skip
 
 

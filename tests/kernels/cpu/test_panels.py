@@ -72,7 +72,7 @@ def test_tiles_along_rows_and_down_columns(dtype, rows, vectors, accumulate, see
 
 @jit
 def _multiply_nonzero(output, output_panel, values, masks, rows, b, b_panel, vectors):
-    multiply_nonzero(output, 0, output_panel, values, 0, WORD, masks, 0, 1, rows, b, 0, b_panel, vectors)
+    multiply_nonzero(output, 0, output_panel, values, 0, masks, 0, rows, b, 0, b_panel, vectors)
 
 
 @jit
