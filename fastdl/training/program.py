@@ -182,7 +182,7 @@ class Program:
         self._reads_bytes = not self._nonzero and X.dtype == np.uint8 and bool(layers[0, dense.IS_THIN])
         if not self._nonzero and not self._reads_bytes:
             input_at = scratch.place(-(-num_inputs // panel) * panel * stride)
-        self._input_parts = self._share_inputs(num_inputs, panel)
+        self._work_before = self._input_work(num_inputs, panel)
         own = self._own_memory(layers, rows, panel)
         work = scratch.place(0)
         for _ in range(self._num_threads):
@@ -196,7 +196,8 @@ class Program:
         self._places = (stride, input_at, work, own)
         kind = X.dtype
         word, num_words = self._kernels.panels.WORD, words * stride if self._nonzero else 0
-        own_inputs = int(np.diff(self._input_parts).max()) * panel + 16 if self._nonzero else 0
+        # a thread may get nearly all
+        own_inputs = -(-num_inputs // panel) * panel + 16 if self._nonzero else 0
         num_values = num_words * word
         if self._reads_bytes:
             num_values = -(-num_inputs // panel) * panel * stride
@@ -210,16 +211,17 @@ class Program:
         )
         self._find_parameters()
         self._counters = _aligned(epoch.NUM_COUNTERS, np.int64)
-        self._sums = _aligned(self._num_threads * epoch.NUM_SUMS, np.float64).reshape(self._num_threads, -1)
+        self._speeds = _aligned(self._num_threads * epoch.LINE, np.float64)
+        self._loss_sums = _aligned(rows, np.float64)
+        self._correct = _aligned(self._num_threads * epoch.LINE, np.int64)
 
-    def _share_inputs(self, num_inputs: int, panel: int) -> NDArray[Any]:
-        """Return the bounds of each thread's part of the panels of the first layer's inputs."""
+    def _input_work(self, num_inputs: int, panel: int) -> NDArray[Any]:
+        """Return what the first layer's weight takes for the inputs before each block, and for all."""
         work = np.ones(num_inputs)
         if self._nonzero and self._nonzero_shares is not None:
             work = self._nonzero_shares + _WORK_OF_ZEROS
-        done = np.add.reduceat(work, range(0, num_inputs, panel)).cumsum()
-        splits = np.arange(1, self._num_threads) / self._num_threads * done[-1]
-        return np.array([0, *np.searchsorted(done, splits), len(done)], np.int64)
+        block = max(self._kernels.epoch.INPUT_BLOCK, panel)
+        return np.concatenate([[0.0], np.add.reduceat(work, range(0, num_inputs, block)).cumsum()])
 
     def _own_memory(self, layers: NDArray[Any], rows: int, panel: int) -> int:
         """Return how much memory of its own a thread needs, in elements."""
@@ -234,8 +236,7 @@ class Program:
             if index > 0 and not row[dense.IS_THIN]:
                 most = max(most, rows * (depth + width))
             if index == 0 and self._nonzero:
-                inputs = int(np.diff(self._input_parts).max()) * panel
-                most = max(most, max(self._kernels.panels.LONG_ROWS) * panel * inputs)
+                most = max(most, max(self._kernels.panels.LONG_ROWS) * panel * depth)
             block = max(dense.BLOCK_INPUTS, panel) * max(dense.BLOCK_COLUMNS, panel)
             most = max(most, width * panel if row[dense.IS_THIN] else block)
         return -(-most // 16) * 16
@@ -361,36 +362,36 @@ class Program:
     ) -> Scores:
         batch_size = self._batch_size if trains else self._evaluation_rows
         kernels, lowered = self._kernels.epoch, self._lowered
-        self._sums[:] = 0
+        self._loss_sums[:] = 0
         if self._is_small:
             self._kernels.small.run_small_epoch(
                 self._layers, self._groups, self._state, X, self._input_scale, array(order), batch_size,
-                lowered.is_mean, targets, trains, self._sums[0],
+                lowered.is_mean, targets, trains, self._loss_sums,
             )  # fmt: skip
-            return Scores(float(self._sums[0, kernels.LOSS]) / len(order))
-        self._counters[:] = 0
+            return Scores(float(self._loss_sums[0]) / len(order))
+        self._counters[:], self._correct[:] = 0, 0
         input_mode = kernels.NONZERO if self._nonzero else kernels.DENSE
         if self._reads_bytes:
             input_mode = kernels.BYTES
 
         def run(thread: int) -> None:
             kernels.run_epoch(
-                thread, self._num_threads, self._counters, self._layers, self._groups,
-                self._state, self._scratch, self._places, self._input_parts,
+                thread, self._num_threads, self._counters, self._speeds, self._layers, self._groups,
+                self._state, self._scratch, self._places, self._work_before,
                 X, input_mode, self._input_scale,
                 self._values, self._masks, self._transposed, self._transposed_masks, array(order),
                 batch_size, trains and self._by_columns,
                 kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,
                 labels, targets, self._class_weight, lowered.ignore_index, lowered.label_smoothing, trains,
-                self._sums,
+                self._loss_sums, self._correct,
             )  # fmt: skip
 
         if self._hands_over:
             self._in_threads(run, tick, meanwhile)
         else:
             run(0)
-        loss, correct = self._sums[:, [kernels.LOSS, kernels.CORRECT]].sum(axis=0) / len(order)
-        return Scores(float(loss), float(correct) if lowered.is_classifier else None)
+        accuracy = int(self._correct.sum()) / len(order) if lowered.is_classifier else None
+        return Scores(float(self._loss_sums.sum()) / len(order), accuracy)
 
     def _in_threads(
         self,

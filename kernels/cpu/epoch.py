@@ -8,7 +8,8 @@ Every thread of a run calls ``run_epoch`` with its number. A step has two phases
    gradient of a weight is ever in memory.
 
 A batch of few rows is split by columns in phase 1 too, with a barrier after each layer. Sums are never split,
-so a result depends neither on the number of threads nor on their timing.
+so a result depends neither on the number of threads nor on their timing; and the parts may follow how fast
+each thread is (``balance``).
 
 Floor of a step, N rows, for each layer of K inputs and M outputs: 6 N K M FLOPs (4 for the first layer, less
 the share of its inputs that is 0), and the weights read twice and written once.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastdl.kernels.cpu import barrier
+from fastdl.kernels.cpu.balance import find_bounds, part_by_work, part_of, read_clock, record_speed
 from fastdl.kernels.cpu.cross_entropy import (
     ROW_SUMS,
     block_rows,
@@ -61,10 +63,10 @@ CROSS_ENTROPY, SQUARED_ERROR = 0, 1
 # how many steps are done
 ARRIVALS, STOP, STOPPING, STEPS = (place * barrier.LINE for place in range(4))
 NUM_COUNTERS = 4 * barrier.LINE
-# what a thread sums up
-LOSS, CORRECT = 0, 1
-# a thread's sums are a cache line apart
-NUM_SUMS = 8
+# a thread's counts of right answers, and speeds, are a cache line apart
+LINE = barrier.LINE
+# how many inputs of the first layer a thread gets at least, in elements: what transpose_examples takes whole
+INPUT_BLOCK = 16
 # How the first layer reads its input: in the dtype of the net; skipping zeros; as bytes.
 DENSE, NONZERO, BYTES = 0, 1, 2
 # the first layer's weight is done so many panels of inputs at a time
@@ -94,9 +96,9 @@ def _write_row(row, scratch, at, stride, panel):
 
 
 @inlined_jit
-def _share_of_rows(count, thread, num_threads, lanes):
+def _share_of_rows(count, bounds, thread, lanes):
     """Return a thread's rows: whole blocks of lanes, as blocks are transposed whole."""
-    start, stop = share((count + lanes - 1) // lanes, thread, num_threads)
+    start, stop = part_of((count + lanes - 1) // lanes, bounds, thread)
     return start * lanes, min(stop * lanes, count)
 
 
@@ -114,13 +116,12 @@ def _total_weight(labels, order, first, count, class_weight, ignore_index):
 @linked_jit
 def _loss_rows(
     layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index, smoothing,
-    order, first, count, rows, needs_grad, sums,
+    order, first, count, rows, needs_grad, loss_sums, correct,
 ):  # fmt: skip
-    """Write the gradient of the last layer's output for some rows; add their loss and right answers."""
+    """Write the gradient of the last layer's output for some rows; add to their losses and right answers."""
     last = layers.shape[0] - 1
     width, output, grad = layers[last, NUM_OUTPUTS], layers[last, OUTPUT], layers[last, GRAD]
     panel = panel_of(scratch)
-    loss, correct = 0.0, 0
     if kind == CROSS_ENTROPY:
         divisor = 1.0
         if is_mean:
@@ -138,27 +139,27 @@ def _loss_rows(
                 columns, size, block_labels, class_weight, ignore_index, smoothing, 1.0 / divisor,
                 losses, best, needs_grad,
             )  # fmt: skip
+            # a mean counts for as many rows as the batch has
+            factor = count / divisor if is_mean else 1.0
             for n in range(size):
-                loss += losses[n]
-                correct += best[n] == block_labels[n]
+                loss_sums[start + n] += losses[n] * factor
+                correct[0] += best[n] == block_labels[n]
             if needs_grad:
                 write_block(columns, size, scratch, grad + start * panel, panel, stride * panel)
-        # a mean counts for as many rows as the batch has
-        sums[LOSS] += loss / divisor * count if is_mean else loss
     else:
         logits, grad_row = scratch[work : work + width], scratch[work + width : work + 2 * width]
         scale = scratch.dtype.type(2.0 / (count * width) if is_mean else 2.0)
         for n in range(rows[0], rows[1]):
             target = targets[order[first + n]]
             _read_row(scratch, output + n * panel, stride, panel, logits)
+            loss = 0.0
             for c in range(width):
                 difference = logits[c] - target[c]
                 loss += difference * difference
                 grad_row[c] = scale * difference
             if needs_grad:
                 _write_row(grad_row, scratch, grad + n * panel, stride, panel)
-        sums[LOSS] += loss / width if is_mean else loss
-    sums[CORRECT] += correct
+            loss_sums[n] += loss / width if is_mean else loss
     if needs_grad and layers[last, HAS_RELU] == 1:
         for j in range(panels_of(width, panel)):
             at = (j * stride + rows[0]) * panel
@@ -167,10 +168,10 @@ def _loss_rows(
 
 @jit
 def run_epoch(
-    thread, num_threads, counters, layers, groups, state, scratch, places, input_parts,
+    thread, num_threads, counters, speeds, layers, groups, state, scratch, places, input_work,
     X, input_mode, input_scale, values, masks, transposed, transposed_masks,
     order, batch_size, by_columns,
-    kind, is_mean, labels, targets, class_weight, ignore_index, smoothing, trains, sums,
+    kind, is_mean, labels, targets, class_weight, ignore_index, smoothing, trains, loss_sums, correct,
 ):  # fmt: skip
     """Run one thread's part of an epoch; the threads of a run call this at the same time.
 
@@ -179,14 +180,17 @@ def run_epoch(
     thread, num_threads : int
     counters : (NUM_COUNTERS,), int64
         0 at first. A thread outside may set STOP: the run ends after the step it is in.
+    speeds : (num_threads * LINE,), float64
+        0 at first; how fast each thread was, for ``balance``.
     layers : (L, dense.NUM_COLUMNS), int64
     groups : (G, dense.NUM_OPTIONS), float64
     state, scratch : float32 or float64
     places : (4,), int64
         Rows between panels of scratch, and between words of values; where the input's panels begin in
         scratch; where the threads' own memory begins, and how much of it each has.
-    input_parts : (num_threads + 1,), int64
-        Thread t updates the first layer's weight for the inputs of panels ``input_parts[t:t + 2]``.
+    input_work : (blocks of inputs + 1,), float64
+        What the first layer's weight takes for the inputs before each block, of INPUT_BLOCK or a panel, and
+        for all.
     X : (examples, K), uint8 or the dtype of state
     input_mode : int
         DENSE, NONZERO, or, for a thin first layer and examples of bytes, BYTES.
@@ -211,8 +215,10 @@ def run_epoch(
     smoothing : float
     trains : bool
         False computes the losses alone.
-    sums : (num_threads, NUM_SUMS), float64
-        The losses and right answers of the thread's rows are added.
+    loss_sums : (batch_size,), float64
+        The losses of each batch's first, second, ... row are added: the sum of all is the epoch's.
+    correct : (num_threads * LINE,), int64
+        The number of right answers among the thread's rows is added.
 
     Returns
     -------
@@ -227,12 +233,16 @@ def run_epoch(
     words = (num_inputs + WORD - 1) // WORD
     one, scale = state.dtype.type(1), state.dtype.type(input_scale)
     passed = 0
+    bounds = np.empty(num_threads + 1)
+    block_panels = max(1, INPUT_BLOCK // panel)
     num_steps = (order.size + batch_size - 1) // batch_size
     for step in range(num_steps):
         first = step * batch_size
         count = min(batch_size, order.size - first)
-        own_rows = _share_of_rows(count, thread, num_threads, panel // _VECTORS)
+        find_bounds(speeds, bounds)
+        own_rows = _share_of_rows(count, bounds, thread, panel // _VECTORS)
         rows = (0, count) if by_columns else own_rows
+        started = read_clock()
         # 1: the batch
         if input_mode == NONZERO:
             gather(X, order, first, own_rows, stride, words, values, masks)
@@ -266,7 +276,7 @@ def run_epoch(
         # 3: loss
         _loss_rows(
             layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index,
-            smoothing, order, first, count, own_rows, trains, sums[thread],
+            smoothing, order, first, count, own_rows, trains, loss_sums, correct[thread * LINE :],
         )  # fmt: skip
         if trains:
             if by_columns:
@@ -279,22 +289,26 @@ def run_epoch(
                 backward_data(layers, layer, stride, state, scratch, work, rows, panels)
                 if by_columns:
                     passed = barrier.wait(counters, num_threads, passed)
+            ticks = read_clock() - started
             if not by_columns:
                 passed = barrier.wait(counters, num_threads, passed)
+            started = read_clock()
             # 5: weights and biases
             is_first = step == 0
             next_count = max(0, min(batch_size, order.size - first - count))
-            next_rows = _share_of_rows(next_count, thread, num_threads, panel // _VECTORS)
+            next_rows = _share_of_rows(next_count, bounds, thread, panel // _VECTORS)
             upcoming = (X, order, first + count + next_rows[0], first + count + next_rows[1])
             for layer in range(num_layers):
-                bias_panels = share(panels_of(layers[layer, NUM_OUTPUTS], panel), thread, num_threads)
+                bias_panels = part_of(panels_of(layers[layer, NUM_OUTPUTS], panel), bounds, thread)
                 backward_bias(
                     layers, layer, stride, state, scratch, work, count, bias_panels, groups, is_first
                 )
+                panels = (0, panels_of(layers[layer, NUM_INPUTS], panel))
                 if layer == 0:
-                    panels = (input_parts[thread], input_parts[thread + 1])
+                    start, stop = part_by_work(input_work, bounds, thread)
+                    panels = (start * block_panels, min(stop * block_panels, panels[1]))
                 else:
-                    panels = share(panels_of(layers[layer, NUM_INPUTS], panel), thread, num_threads)
+                    panels = part_of(panels[1], bounds, thread)
                 if layers[layer, WEIGHT_GROUP] == NO_GROUP:
                     continue
                 if layer == 0 and input_mode == NONZERO:
@@ -328,6 +342,8 @@ def run_epoch(
                         layers, layer, scratch, layers[layer - 1, OUTPUT], stride, state, scratch, work,
                         count, panels, groups, is_first, one,
                     )  # fmt: skip
+            if not by_columns:
+                record_speed(speeds, thread, bounds, ticks + read_clock() - started)
         if thread == 0:
             counters[STEPS] = step + 1
             counters[STOPPING] = barrier.load(counters, STOP)

@@ -40,10 +40,12 @@ def _is_plain(options):
 
 
 @jit
-def run_small_epoch(layers, groups, state, X, input_scale, order, batch_size, is_mean, targets, trains, sums):
+def run_small_epoch(
+    layers, groups, state, X, input_scale, order, batch_size, is_mean, targets, trains, loss_sums
+):
     """Run an epoch of a single layer with at most MAX_INPUTS inputs, one output and a squared error.
 
-    The arguments are those of ``epoch.run_epoch``; sums is (2,), of which the first gets the losses.
+    The arguments are those of ``epoch.run_epoch``; the losses are added to the first of loss_sums.
     """
     depth = layers[0, NUM_INPUTS]
     weight_at, bias_at = layers[0, WEIGHT], layers[0, BIAS]
@@ -115,4 +117,4 @@ def run_small_epoch(layers, groups, state, X, input_scale, order, batch_size, is
             if k < depth:
                 state[weight_at + k] = weight
         state[bias_at] = bias
-    sums[0] += total
+    loss_sums[0] += total
