@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,7 +31,23 @@ def order(num_examples: int, generator: torch.Generator | None = None) -> Tensor
     [0, 1, 2, 3]
     """
     device = torch.device("cpu") if generator is None else generator.device
-    return torch.randperm(num_examples, generator=generator, device=device)
+    with _one_thread():
+        return torch.randperm(num_examples, generator=generator, device=device)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep the threads of torch asleep.
+
+    They have next to nothing to do in a permutation, but would spin on for some 10 ms, on the cores of who
+    computes then.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def batches(

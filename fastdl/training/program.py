@@ -340,7 +340,7 @@ class Program:
         Scores
             Met on the way.
         """
-        return self._run(self._X, self._labels, self._targets, order, True, tick, meanwhile)
+        return self._run(self._X, self._labels, self._targets, array(order), True, tick, meanwhile)
 
     def prepare(self, X: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Return examples as `evaluate` takes them, of the kind of the constructor's."""
@@ -348,14 +348,14 @@ class Program:
 
     def evaluate(self, examples: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]) -> Scores:
         """Return loss and accuracy on examples that `prepare` returned."""
-        return self._run(*examples, torch.arange(len(examples[0])), False)
+        return self._run(*examples, np.arange(len(examples[0])), False)
 
     def _run(
         self,
         X: NDArray[Any],
         labels: NDArray[Any],
         targets: NDArray[Any],
-        order: Tensor,
+        order: NDArray[Any],
         trains: bool,
         tick: Callable[[int], None] | None = None,
         meanwhile: Callable[[], object] | None = None,
@@ -365,7 +365,7 @@ class Program:
         self._loss_sums[:] = 0
         if self._is_small:
             self._kernels.small.run_small_epoch(
-                self._layers, self._groups, self._state, X, self._input_scale, array(order), batch_size,
+                self._layers, self._groups, self._state, X, self._input_scale, order, batch_size,
                 lowered.is_mean, targets, trains, self._loss_sums,
             )  # fmt: skip
             return Scores(float(self._loss_sums[0]) / len(order))
@@ -379,7 +379,7 @@ class Program:
                 thread, self._num_threads, self._counters, self._speeds, self._layers, self._groups,
                 self._state, self._scratch, self._places, self._work_before,
                 X, input_mode, self._input_scale,
-                self._values, self._masks, self._transposed, self._transposed_masks, array(order),
+                self._values, self._masks, self._transposed, self._transposed_masks, order,
                 batch_size, trains and self._by_columns,
                 kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,
                 labels, targets, self._class_weight, lowered.ignore_index, lowered.label_smoothing, trains,
