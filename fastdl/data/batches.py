@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+# at::internal::GRAIN_SIZE: torch shares nothing shorter among threads
+_TORCHS_GRAIN = 1 << 15
+
 
 def order(num_examples: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw the order of one epoch, the one that `batches` follows.
@@ -31,6 +34,8 @@ def order(num_examples: int, generator: torch.Generator | None = None) -> Tensor
     [0, 1, 2, 3]
     """
     device = torch.device("cpu") if generator is None else generator.device
+    if num_examples < _TORCHS_GRAIN:
+        return torch.randperm(num_examples, generator=generator, device=device)
     with _one_thread():
         return torch.randperm(num_examples, generator=generator, device=device)
 

@@ -74,6 +74,8 @@ class CudaProgram:
         How many rows are evaluated at once where their labels have unequal weights.
     """
 
+    is_interruptible = True
+
     def __init__(
         self,
         lowered: Lowered,

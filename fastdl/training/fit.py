@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -36,15 +36,22 @@ EVALUATION_ROWS = 256
 class _Engine(Protocol):
     """What trains an epoch and evaluates, for `fit`."""
 
+    def output_shape(self, X: Tensor) -> tuple[int, ...]: ...
+
     def prepare(self, X: Tensor, y: Tensor) -> Any: ...
 
-    def train(self, bar: EpochProgress, *, is_changed: bool, is_last: bool) -> Scores: ...
+    def train(self, bar: EpochProgress, *, is_watched: bool, is_last: bool) -> Scores: ...
 
     def evaluate(self, examples: Any) -> Scores: ...
+
+    def close(self) -> None: ...
 
 
 class _Program(Protocol):
     """What computes whole epochs, for the compiled engine: on the CPU or on a GPU."""
+
+    # whether an epoch can end in its middle, so that what the epoch before left must not be lost
+    is_interruptible: bool
 
     def read(self) -> None: ...
 
@@ -182,14 +189,16 @@ def fit(
     orders = Orders(len(X), generator, shuffle=shuffle, used=used)
     make = _Compiled if compiled else _Loop
     engine: _Engine = make(net, loss, optimizer, X, y, orders, batch_size, input_scale)
-    _check_shape(net, loss, X, y)
+    if isinstance(loss, nn.MSELoss):
+        _check_targets(y, engine.output_shape(X))
     if test is not None:
         if test[0].shape[1:] != X.shape[1:]:
             raise ValueError(
                 f"an example of test X has shape {tuple(test[0].shape[1:])}, but one of X has "
                 f"{tuple(X.shape[1:])}"
             )
-        _check_shape(net, loss, *test)
+        if isinstance(loss, nn.MSELoss):
+            _check_targets(test[1], engine.output_shape(test[0]))
         test = engine.prepare(*test)
     if scheduler is not None:
         # the scheduler warns where it hasn't seen the optimizer step, which the compiled engine doesn't
@@ -197,12 +206,17 @@ def fit(
 
     history = History()
     num_batches = -(-used // batch_size)
-    with _restored_modes(net), EpochProgress(epochs, num_batches, show=progress) as bar:
+    # between two epochs, only a callback or the scheduler can change net or optimizer, or look at them
+    is_watched = on_epoch is not None or scheduler is not None
+    with (
+        _restored_modes(net),
+        EpochProgress(epochs, num_batches, show=progress) as bar,
+        closing(engine),
+    ):
         for epoch in range(epochs):
             started = time.perf_counter()
-            # between two epochs, only a callback or the scheduler can have changed net or optimizer
-            is_changed = len(history) == 0 or on_epoch is not None or scheduler is not None
-            train_scores = engine.train(bar, is_changed=is_changed, is_last=epoch == epochs - 1)
+            is_last = epoch == epochs - 1
+            train_scores = engine.train(bar, is_watched=is_watched, is_last=is_last)
             seconds = time.perf_counter() - started
             test_scores = None
             if test is not None:
@@ -237,11 +251,14 @@ class _Loop:
         self._X, self._y = X, y
         self._orders, self._batch_size, self._input_scale = orders, batch_size, input_scale
 
+    def output_shape(self, X: Tensor) -> tuple[int, ...]:
+        return _output_shape(self._net, X)
+
     def prepare(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Take anything: what the net can't take, it says itself."""
         return X, y
 
-    def train(self, bar: EpochProgress, *, is_changed: bool, is_last: bool) -> Scores:
+    def train(self, bar: EpochProgress, *, is_watched: bool, is_last: bool) -> Scores:
         self._net.train()
         order = self._orders.next().to(self._X.device)
         batches = (
@@ -256,6 +273,9 @@ class _Loop:
     def evaluate(self, examples: tuple[Tensor, Tensor]) -> Scores:
         self._net.eval()
         return _evaluate(self._net, self._loss, *examples, self._input_scale)
+
+    def close(self) -> None:
+        """Do nothing: the net itself was trained."""
 
 
 class _Compiled:
@@ -275,6 +295,7 @@ class _Compiled:
         self._lowered = lower(net, loss, optimizer, tuple(X.shape[1:]))
         self._on_gpu = self._lowered.layers[0].module.weight.is_cuda
         self._orders = orders
+        self._has_read = self._is_ahead = False
         examples = self._taken(X, y)
         # a batch never has more rows than there are, and memory is laid out for it
         rows = min(batch_size, max(1, len(X)))
@@ -320,20 +341,33 @@ class _Compiled:
             num_classes = self._lowered.layers[-1].module.out_features
             check_labels(y, num_classes, self._lowered.ignore_index)
 
+    def output_shape(self, X: Tensor) -> tuple[int, ...]:
+        # what could be lowered is a chain of layers on flat examples
+        return (self._lowered.layers[-1].module.out_features,)
+
     def prepare(self, X: Tensor, y: Tensor) -> Any:
         """Return examples as the program evaluates them, or raise the error for what it can't take."""
         return self._program.prepare(*self._taken(X, y))
 
-    def train(self, bar: EpochProgress, *, is_changed: bool, is_last: bool) -> Scores:
-        if is_changed:
+    def train(self, bar: EpochProgress, *, is_watched: bool, is_last: bool) -> Scores:
+        if is_watched or not self._has_read:
             self._program.read()
+            self._has_read = True
         meanwhile = None if is_last else self._orders.draw_ahead
         scores = self._program.epoch(self._orders.next(), bar.redraw, meanwhile)
-        self._program.write()
+        self._is_ahead = True
+        if is_watched or self._program.is_interruptible:
+            self.close()
         return scores
 
     def evaluate(self, examples: Any) -> Scores:
         return self._program.evaluate(examples)
+
+    def close(self) -> None:
+        """Bring net and optimizer to where the program is."""
+        if self._is_ahead:
+            self._program.write()
+            self._is_ahead = False
 
 
 def evaluate(net: nn.Module, X: Any, y: Array | None = None, loss: Loss | None = None) -> Scores:
@@ -361,7 +395,8 @@ def evaluate(net: nn.Module, X: Any, y: Array | None = None, loss: Loss | None =
     X, y = checked(net, *unpacked(X, y))
     if loss is None:
         loss = nn.MSELoss() if y.is_floating_point() else nn.CrossEntropyLoss()
-    _check_shape(net, loss, X, y)
+    if isinstance(loss, nn.MSELoss):
+        _check_targets(y, _output_shape(net, X))
     with _restored_modes(net):
         net.eval()
         return _evaluate(net, loss, X, y, None)
@@ -439,12 +474,15 @@ def _scale_of(X: Tensor, input_scale: float | None) -> float:
     return 1 / 255 if input_scale is None else input_scale
 
 
-def _check_shape(net: nn.Module, loss: object, X: Tensor, y: Tensor) -> None:
+def _check_targets(y: Tensor, output_shape: tuple[int, ...]) -> None:
     # MSELoss would broadcast (N, 1) against (N,) to N x N errors, and learn nothing
-    if isinstance(loss, nn.MSELoss):
-        shape = tuple(predict(net, X[:1]).shape[1:])
-        if shape != tuple(y.shape[1:]):
-            raise ValueError(
-                f"the net gives {shape} for an example, but y has {tuple(y.shape[1:])}: reshape y, e.g. "
-                f"y.reshape(-1, {', '.join(map(str, shape))})"
-            )
+    if output_shape != tuple(y.shape[1:]):
+        raise ValueError(
+            f"the net gives {output_shape} for an example, but y has {tuple(y.shape[1:])}: reshape y, e.g. "
+            f"y.reshape(-1, {', '.join(map(str, output_shape))})"
+        )
+
+
+def _output_shape(net: nn.Module, X: Tensor) -> tuple[int, ...]:
+    """Return the shape of what a net gives for an example."""
+    return tuple(predict(net, X[:1]).shape[1:])

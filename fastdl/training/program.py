@@ -115,7 +115,9 @@ class Program:
         self._input_scale = input_scale
         flops = 6 * batch_size * sum(layer.module.weight.numel() for layer in lowered.layers)
         self._num_threads = int(max(1, min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)))
-        self._hands_over = self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
+        self.is_interruptible = (
+            self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
+        )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
         first = lowered.layers[0].module
         self._is_small = (
@@ -138,7 +140,7 @@ class Program:
         """Return for each input the share of some examples in which it isn't 0."""
         # by numpy, as the threads that torch would wake spin on while the first epoch trains
         sample = array(X)[:: max(1, len(X) // _SAMPLE)]
-        return np.count_nonzero(sample, axis=0) / len(sample)
+        return np.asarray(np.count_nonzero(sample, axis=0) / len(sample))
 
     def _panel(self) -> int:
         return int(self._kernels.panels.panel_of(np.empty(0, self._dtype)))
@@ -250,7 +252,7 @@ class Program:
         )
         self._parameters: list[_Place] = []
         self._buffers: list[_Buffer] = []
-        self._freshness = [dense.WEIGHT_IS_FRESH, dense.BIAS_IS_FRESH]
+        self._freshness = self._layers[:, dense.WEIGHT_IS_FRESH : dense.BIAS_IS_FRESH + 1]
         for row, layer in zip(self._layers, self._lowered.layers, strict=True):
             is_thin = bool(row[dense.IS_THIN])
             for name, place, buffer_place, fresh in columns:
@@ -296,7 +298,6 @@ class Program:
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.empty_like(buffer.parameter, requires_grad=False)
                 self._write(state["momentum_buffer"], buffer.start, buffer.is_thin)
-        self._layers[:, self._freshness] = 0
 
     def _read(self, tensor: Tensor, start: int, is_thin: bool) -> None:
         source = array(tensor)
@@ -340,7 +341,9 @@ class Program:
         Scores
             Met on the way.
         """
-        return self._run(self._X, self._labels, self._targets, array(order), True, tick, meanwhile)
+        scores = self._run(self._X, self._labels, self._targets, array(order), True, tick, meanwhile)
+        self._freshness[:] = 0
+        return scores
 
     def prepare(self, X: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Return examples as `evaluate` takes them, of the kind of the constructor's."""
@@ -386,7 +389,7 @@ class Program:
                 self._loss_sums, self._correct,
             )  # fmt: skip
 
-        if self._hands_over:
+        if self.is_interruptible:
             self._in_threads(run, tick, meanwhile)
         else:
             run(0)

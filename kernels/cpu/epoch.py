@@ -242,7 +242,7 @@ def run_epoch(
         find_bounds(speeds, bounds)
         own_rows = _share_of_rows(count, bounds, thread, panel // _VECTORS)
         rows = (0, count) if by_columns else own_rows
-        started = read_clock()
+        started: int = read_clock()
         # 1: the batch
         if input_mode == NONZERO:
             gather(X, order, first, own_rows, stride, words, values, masks)
