@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import ahead
+
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no CUDA kernel was simulated")
 pytest.importorskip("greenlet", reason="greenlet is not installed: no CUDA kernel was simulated")
 
 FOLDER = Path(__file__).parent / "simulated"
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_kernels_are_right_in_the_simulator(file):
-    done = subprocess.run(
+def simulate(file):
+    return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
         env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1"},
         cwd=FOLDER.parents[3],
@@ -26,5 +27,16 @@ def test_kernels_are_right_in_the_simulator(file):
         text=True,
         timeout=600,
     )
+
+
+@pytest.fixture(scope="module")
+def simulations(request):
+    with ahead.processes(simulate, ahead.selected(request, "file")) as futures:
+        yield futures
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_kernels_are_right_in_the_simulator(file, simulations):
+    done = simulations[file].result()
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert re.search(r"^\d+ passed in ", done.stdout, re.MULTILINE), done.stdout[-2000:]
