@@ -16,9 +16,7 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -106,16 +104,6 @@ def num_processes() -> int:
     return min(num_cores(), _MOST_PROCESSES)
 
 
-@contextmanager
-def building(kernels: Iterable[str]) -> Iterator[dict[str, Future[Built]]]:
-    """Start to build kernels in several processes, in this order; each has a future of its own."""
-    with ProcessPoolExecutor(num_processes(), multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield {kernel: pool.submit(build, kernel) for kernel in kernels}
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def _compiled(kernel: str, ptx: str, architecture: str) -> Compiled:
     from fastdl.kernels.cuda.launch import KERNELS, link
 
@@ -185,8 +173,8 @@ def main() -> None:
     """Compile every kernel and write the table."""
     from fastdl.kernels.cuda.launch import KERNELS
 
-    with building(KERNELS) as futures:
-        rows = [row for future in futures.values() for row in future.result().machine_code.values()]
+    with ProcessPoolExecutor(num_processes(), multiprocessing.get_context("spawn")) as pool:
+        rows = [row for built in pool.map(build, KERNELS) for row in built.machine_code.values()]
     content = {"tools": tools(), "kernels": [asdict(row) for row in rows]}
     (RESULTS / "cuda-kernels.json").write_text(json.dumps(content, indent=1) + "\n")
     (RESULTS / "cuda-kernels.md").write_text(_table(rows))

@@ -1,33 +1,38 @@
-"""Work that tests wait for, done ahead on all cores at once."""
+"""Work that tests wait for, done in the background from the first test on.
+
+What keeps one core busy for long and needs nothing of the tests' own process, such as compiling CUDA kernels,
+is begun early. The processes that do it have the lowest priority: they take what the running tests leave of
+the cores, and all of it once a test waits for them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
-import pytest
+from benchmarks.compile_report import num_processes
 
-from fastdl.machine import num_cores
-
-
-def selected(request: pytest.FixtureRequest, argument: str) -> list[Any]:
-    """Return the values of an argument in the tests that use this fixture and that this run selects."""
-    # a doctest has neither fixtures nor arguments
-    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    users = [item for item in items if {request.fixturename, argument} <= set(item.fixturenames)]
-    return list(dict.fromkeys(item.callspec.params[argument] for item in users))
+_LOWEST_PRIORITY = 19
 
 
-@contextmanager
-def processes(run: Callable[[Any], Any], values: list[Any]) -> Iterator[dict[Any, Future[Any]]]:
-    """Start a process for each value, as many at once as there are cores; a future holds what it gives.
+class Ahead:
+    """Calls of functions in other processes, each made once however many tests ask for it."""
 
-    ``run`` starts a process and waits for it; each test has the result, or the error, of its own.
-    """
-    with ThreadPoolExecutor(num_cores()) as pool:
-        try:
-            yield {value: pool.submit(run, value) for value in values}
-        finally:
-            pool.shutdown(cancel_futures=True)
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(num_processes(), context, os.nice, (_LOWEST_PRIORITY,))
+        self._futures: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Return the future of a call, which begins now unless a test's mark has had it begun."""
+        call = function, *arguments
+        if call not in self._futures:
+            self._futures[call] = self._pool.submit(*call)
+        return self._futures[call]
+
+    def end(self) -> None:
+        """Leave what has not begun."""
+        self._pool.shutdown(cancel_futures=True)

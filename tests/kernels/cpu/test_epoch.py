@@ -11,7 +11,6 @@ from torch import nn
 
 import fastdl
 from fastdl.kernels.cpu.intrinsics import TILE
-from tests import ahead
 from tests.kernels.cpu import widths
 
 
@@ -44,16 +43,12 @@ def test_the_compiled_epoch_gives_the_loops_numbers(batch_size, seed):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
-    def run(width):
-        return widths.run(width, __file__, "loops_numbers", tmp_path_factory.mktemp(width))
-
-    with ahead.processes(run, ahead.selected(request, "width")) as futures:
-        yield futures
+def run_with(width):
+    return widths.run(width, __file__, "loops_numbers")
 
 
+@pytest.mark.ahead(run_with, "width")
 @pytest.mark.parametrize("width", [width for width in widths.OTHERS if width != "generic"])
-def test_other_widths_of_vectors_pass_this_test(width, runs):
-    run = runs[width].result()
+def test_other_widths_of_vectors_pass_this_test(width, ahead):
+    run = ahead(run_with, width).result()
     assert run.returncode == 0, run.stdout + run.stderr

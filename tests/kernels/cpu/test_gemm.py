@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from fastdl.kernels.cpu.gemm import gemm
-from tests import ahead
 from tests.kernels.cpu import widths
 
 # around the edges of every tile: 4, 6 or 14 rows, 2 to 32 columns, and the 32 steps of a shallow product
@@ -165,18 +164,14 @@ def _python(*arguments, **variables):
     )
 
 
-@pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
-    def run(width):
-        return widths.run(width, __file__, "gate_bias or zero_times", tmp_path_factory.mktemp(width))
-
-    with ahead.processes(run, ahead.selected(request, "width")) as futures:
-        yield futures
+def run_with(width):
+    return widths.run(width, __file__, "gate_bias or zero_times")
 
 
+@pytest.mark.ahead(run_with, "width")
 @pytest.mark.parametrize("width", widths.OTHERS)
-def test_other_widths_of_vectors_pass_these_tests(width, runs):
-    run = runs[width].result()
+def test_other_widths_of_vectors_pass_these_tests(width, ahead):
+    run = ahead(run_with, width).result()
     assert run.returncode == 0, run.stdout + run.stderr
 
 

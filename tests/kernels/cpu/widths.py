@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from fastdl.kernels.cpu.intrinsics import TILE
@@ -15,12 +16,13 @@ OTHERS = {
 } | {"generic": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}}
 
 
-def run(width: str, file: str, expression: str, cache: Path) -> subprocess.CompletedProcess[str]:
+def run(width: str, file: str, expression: str) -> subprocess.CompletedProcess[str]:
     """Run the tests of a file that an expression selects, with an empty cache of machine code."""
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", expression, file],
-        env=os.environ | OTHERS[width] | {"FASTDL_CACHE_DIR": str(cache)},
-        cwd=Path(__file__).parents[3],
-        capture_output=True,
-        text=True,
-    )
+    with tempfile.TemporaryDirectory() as cache:
+        return subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", expression, file],
+            env=os.environ | OTHERS[width] | {"FASTDL_CACHE_DIR": cache},
+            cwd=Path(__file__).parents[3],
+            capture_output=True,
+            text=True,
+        )

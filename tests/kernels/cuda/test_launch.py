@@ -16,6 +16,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no launch
 
 from cuda.core._kernel_arg_handler import ParamHolder
 
+from benchmarks.compile_report import build
 from fastdl.kernels import cuda as kernels
 from fastdl.kernels.cuda import launch
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
@@ -197,12 +198,12 @@ def _calls(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_argument_reaches_its_place_as_the_type_that_the_kernel_has_there(loaded, built, dtype):
+def test_every_argument_reaches_its_place_as_the_type_that_the_kernel_has_there(loaded, ahead, dtype):
     for expected in _calls(dtype):
         _, _, name, arguments = loaded[-1]
         assert name.endswith(str(dtype).partition(".")[2])
         wanted = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in expected]
-        packed = _packed(built[name].result().ptx, arguments)
+        packed = _packed(ahead(build, name).result().ptx, arguments)
         exact = [np.float32(value) if isinstance(value, float) else value for value in wanted]
         assert packed in (wanted, exact)
     assert len(loaded) == 10
@@ -241,13 +242,13 @@ def _steps(dtype, examples, num_outputs):
     ("dtype", "examples"), [(torch.float32, torch.uint8), (torch.float64, torch.float64)], ids=str
 )
 def test_every_argument_of_a_training_step_arrives_as_the_type_that_the_kernel_has_there(
-    loaded, built, dtype, examples, num_outputs
+    loaded, ahead, dtype, examples, num_outputs
 ):
     _steps(dtype, examples, num_outputs)
     has_head = num_outputs <= kernels.head.MOST_OUTPUTS
     assert len(loaded) == (6 if has_head else 8)
     for _, configuration, name, arguments in loaded:
-        assert _packed(built[name].result().ptx, arguments) == [
+        assert _packed(ahead(build, name).result().ptx, arguments) == [
             argument.item() if isinstance(argument, np.generic) else argument for argument in arguments
         ]
         assert configuration.grid[0] >= 1
