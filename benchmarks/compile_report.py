@@ -8,6 +8,7 @@ kernel to its limits.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -15,14 +16,18 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastdl.machine import num_cores
+
 ARCHITECTURES = ("sm_80", "sm_90a")
+# each imports Numba, and a kernel takes about as long
+_MOST_PROCESSES = 16
 RESULTS = Path(__file__).parent / "results"
 _TOOLS = ("numba", "numba-cuda", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
@@ -45,6 +50,14 @@ class Compiled:
     fused_multiply_adds: int
     float64_instructions: int
     local_memory_instructions: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a kernel becomes: its PTX, and on each architecture its machine code."""
+
+    ptx: str
+    machine_code: dict[str, Compiled]
 
 
 @cache
@@ -78,19 +91,22 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-@cache
-def _ptx(kernel: str) -> str:
+def build(kernel: str) -> Built:
+    """Return what a kernel becomes."""
     from fastdl.kernels.cuda.launch import KERNELS
 
-    return str(KERNELS[kernel].ptx())
+    ptx = KERNELS[kernel].ptx()
+    return Built(ptx, {architecture: _compiled(kernel, ptx, architecture) for architecture in ARCHITECTURES})
 
 
-@cache
-def compiled(kernel: str, architecture: str) -> Compiled:
-    """Return what a kernel becomes on an architecture."""
+def num_processes() -> int:
+    """Return how many processes compile at once."""
+    return min(num_cores(), _MOST_PROCESSES)
+
+
+def _compiled(kernel: str, ptx: str, architecture: str) -> Compiled:
     from fastdl.kernels.cuda.launch import KERNELS, link
 
-    ptx = _ptx(kernel)
     code, log = link(ptx, architecture)
     count = _disassemble(code)
 
@@ -132,14 +148,6 @@ def tools() -> dict[str, str]:
     return versions
 
 
-def _rows() -> Iterator[Compiled]:
-    from fastdl.kernels.cuda.launch import KERNELS
-
-    for kernel in KERNELS:
-        for architecture in ARCHITECTURES:
-            yield compiled(kernel, architecture)
-
-
 def _table(rows: list[Compiled]) -> str:
     lines = [
         "# The CUDA kernels, compiled",
@@ -163,7 +171,10 @@ def _table(rows: list[Compiled]) -> str:
 
 def main() -> None:
     """Compile every kernel and write the table."""
-    rows = list(_rows())
+    from fastdl.kernels.cuda.launch import KERNELS
+
+    with ProcessPoolExecutor(num_processes(), multiprocessing.get_context("spawn")) as pool:
+        rows = [row for built in pool.map(build, KERNELS) for row in built.machine_code.values()]
     content = {"tools": tools(), "kernels": [asdict(row) for row in rows]}
     (RESULTS / "cuda-kernels.json").write_text(json.dumps(content, indent=1) + "\n")
     (RESULTS / "cuda-kernels.md").write_text(_table(rows))

@@ -1,4 +1,4 @@
-"""What every test shares: fresh seeds, NaN in uninitialised memory, and a summary of what did not run."""
+"""What every test shares: work ahead, fresh seeds, NaN in fresh memory, a summary of what did not run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections import Counter
 import pytest
 import torch
 
+from tests.ahead import Ahead
+
 _SEED_VARIABLE = "FASTDL_TEST_SEED"
 
 
@@ -19,6 +21,9 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "real_data: needs Fashion-MNIST under FASTDL_DATA")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line(
+        "markers", "ahead(function, argument): has a call with this argument of the test begun early"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -27,6 +32,8 @@ def pytest_collection_modifyitems(items):
             # the mark alone: keywords are the names of folders too
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    # who waits for other processes comes last
+    items.sort(key=lambda item: "ahead" in getattr(item, "fixturenames", ()))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -40,6 +47,23 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line("nothing: every collected test ran")
     if not torch.cuda.is_available():
         terminalreporter.write_line("no CUDA device: nothing was checked on a GPU")
+
+
+@pytest.fixture(scope="session")
+def ahead():
+    """Return what gives the future of a call in another process."""
+    ahead = Ahead()
+    yield ahead
+    ahead.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _begin_ahead(request):
+    """Begin the calls that the marks of the selected tests name."""
+    for item in request.session.items:
+        for mark in item.iter_markers("ahead"):
+            function, argument = mark.args
+            request.getfixturevalue("ahead")(function, item.callspec.params[argument])
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdl.kernels.cuda.numba_cuda import core, cuda, driver, types
+from fastdl.kernels.garbage import collector_paused
 from fastdl.kernels.jit import cache_folder
 
 # the element types that ship, and the type of a scalar argument of a kernel for each
@@ -170,6 +171,7 @@ class Kernel:
         self._loaded: dict[str, Any] = {}
         KERNELS[name] = self
 
+    @collector_paused()
     def ptx(self) -> str:
         """Return the kernel's PTX. This needs no GPU."""
         text, _ = cuda.compile(

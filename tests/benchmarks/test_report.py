@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from benchmarks import pictures
 from benchmarks.peers import roster
 from benchmarks.peers.torch_epochs import EagerTrainer
+from benchmarks.report import main
 from benchmarks.sections import epochs, grid, products
 from benchmarks.sections.settings import Settings
 from fastdl import data
@@ -82,8 +85,10 @@ def test_one_section_alone(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--only", "magic"], ["--threads", "0"]])
-def test_wrong_usage_exits_with_two(arguments, tmp_path):
-    assert run("--quick", "--output", tmp_path / "report.json", *arguments).returncode == 2
+def test_wrong_usage_exits_with_two(arguments):
+    app = typer.Typer()
+    app.command()(main)
+    assert CliRunner().invoke(app, ["--quick", *arguments]).exit_code == 2
 
 
 class Wrong(EagerTrainer):

@@ -9,15 +9,13 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
+from benchmarks.compile_report import num_processes
 from benchmarks.gpu.settings import Settings, attempt
 from benchmarks.results import Section, Table, duration
-from fastdl.machine import num_cores
 
 # where there is no GPU to ask: that of the H100 and the H200
 _ARCHITECTURE = "sm_90a"
 _QUICK_KERNELS = 3
-# each imports Numba, and a kernel takes about as long
-_MOST_PROCESSES = 16
 
 
 def measure(settings: Settings) -> Section:
@@ -28,12 +26,12 @@ def measure(settings: Settings) -> Section:
     section = Section(
         "Compiling the kernels",
         f"From Python to machine code for {architecture}, or from the disk where an earlier run left it, "
-        f"in {_num_processes()} processes.",
+        f"in {num_processes()} processes.",
     )
     names = list(KERNELS)[: _QUICK_KERNELS if settings.quick else None]
     started = time.perf_counter()
     seconds = {}
-    with ProcessPoolExecutor(_num_processes(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_processes(), multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_compile, name, architecture): name for name in names}
         for future in as_completed(futures):
             name = futures[future]
@@ -49,10 +47,6 @@ def measure(settings: Settings) -> Section:
     ]
     section.tables.append(Table("", ["kernels", "in all", "slowest"], [row]))
     return section
-
-
-def _num_processes() -> int:
-    return min(num_cores(), _MOST_PROCESSES)
 
 
 def _architecture(settings: Settings) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fastdl.kernels.cpu.gemm import gemm
+from tests.kernels.cpu import widths
 
 # around the edges of every tile: 4, 6 or 14 rows, 2 to 32 columns, and the 32 steps of a shallow product
 SIZES = (0, 1, 2, 3, 5, 8, 13, 14, 15, 16, 31, 32, 33, 67, 130)
@@ -163,22 +164,14 @@ def _python(*arguments, **variables):
     )
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"FASTDL_VECTOR_BITS": "512"},
-        {"FASTDL_VECTOR_BITS": "256"},
-        {"FASTDL_VECTOR_BITS": "128"},
-        {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
-    ],
-    ids=lambda variables: "-".join(variables.values()),
-)
-def test_other_widths_of_vectors_pass_these_tests(variables, tmp_path):
-    run = _python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "gate_bias or zero_times", __file__),
-        FASTDL_CACHE_DIR=str(tmp_path),
-        **variables,
-    )
+def run_with(width):
+    return widths.run(width, __file__, "gate_bias or zero_times")
+
+
+@pytest.mark.ahead(run_with, "width")
+@pytest.mark.parametrize("width", widths.OTHERS)
+def test_other_widths_of_vectors_pass_these_tests(width, ahead):
+    run = ahead(run_with, width).result()
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no launch
 
 from cuda.core._kernel_arg_handler import ParamHolder
 
+from benchmarks.compile_report import build
 from fastdl.kernels import cuda as kernels
 from fastdl.kernels.cuda import launch
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
@@ -150,13 +151,15 @@ def test_a_kernel_that_a_capture_meets_first_says_what_to_do(driver, cache):
 _BYTES = {"u64": ctypes.c_uint64, "f32": ctypes.c_float, "f64": ctypes.c_double}
 
 
-def _packed(name, arguments):
-    """Return the arguments as the kernel reads them from what cuda.core packs for the driver."""
-    kinds = re.findall(r"\.param \.(\w+) \w+_param_\d+", KERNELS[name].ptx().partition("{")[0])
+def _packed(ptx, arguments):
+    """Return the arguments as a kernel reads them from what cuda.core packs for the driver."""
+    kinds = re.findall(r"\.param \.(\w+) \w+_param_\d+", ptx.partition("{")[0])
     assert len(kinds) == len(arguments)
     holder = ParamHolder(arguments)
     addresses = ctypes.cast(holder.ptr, ctypes.POINTER(ctypes.c_void_p))
-    return [_BYTES[kind].from_address(addresses[i]).value for i, kind in enumerate(kinds)]
+    values = [_BYTES[kind].from_address(addresses[i]).value for i, kind in enumerate(kinds)]
+    # a negative number is the unsigned one with the same bits
+    return [value - (1 << 64) if value >= 1 << 63 else value for value in values]
 
 
 def _calls(dtype):
@@ -195,13 +198,12 @@ def _calls(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_argument_reaches_its_place_as_the_type_that_the_kernel_has_there(loaded, dtype):
+def test_every_argument_reaches_its_place_as_the_type_that_the_kernel_has_there(loaded, ahead, dtype):
     for expected in _calls(dtype):
         _, _, name, arguments = loaded[-1]
         assert name.endswith(str(dtype).partition(".")[2])
         wanted = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in expected]
-        # a negative ignore_index is the unsigned number with the same bits
-        packed = [value - (1 << 64) if value >= 1 << 63 else value for value in _packed(name, arguments)]
+        packed = _packed(ahead(build, name).result().ptx, arguments)
         exact = [np.float32(value) if isinstance(value, float) else value for value in wanted]
         assert packed in (wanted, exact)
     assert len(loaded) == 10
@@ -240,14 +242,13 @@ def _steps(dtype, examples, num_outputs):
     ("dtype", "examples"), [(torch.float32, torch.uint8), (torch.float64, torch.float64)], ids=str
 )
 def test_every_argument_of_a_training_step_arrives_as_the_type_that_the_kernel_has_there(
-    loaded, dtype, examples, num_outputs
+    loaded, ahead, dtype, examples, num_outputs
 ):
     _steps(dtype, examples, num_outputs)
     has_head = num_outputs <= kernels.head.MOST_OUTPUTS
     assert len(loaded) == (6 if has_head else 8)
     for _, configuration, name, arguments in loaded:
-        packed = [value - (1 << 64) if value >= 1 << 63 else value for value in _packed(name, arguments)]
-        assert packed == [
+        assert _packed(ahead(build, name).result().ptx, arguments) == [
             argument.item() if isinstance(argument, np.generic) else argument for argument in arguments
         ]
         assert configuration.grid[0] >= 1
