@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastdl
 from fastdl import data, models
 from fastdl.training.lower import lower
+from fastdl.training.orders import Orders
 
 # sums of other order, over a whole run: the rule of the convergence tests in float64
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
@@ -191,28 +192,58 @@ def test_any_depth_width_and_batch(widths, num, batch_size, zeros, integers, has
     )
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_results_are_bit_identical_run_to_run(threads, seed):
+def test_results_are_bit_identical_run_to_run_and_for_any_number_of_threads(seed):
+    # whose parts of the work change while they run, too
     X, y = images(500)
     net = mlp(784, 100, 60, 10)
     before = torch.get_num_threads()
     runs = []
     try:
-        torch.set_num_threads(threads)
-        for _ in range(2):
+        for threads in (2, 2, 1, 3):
+            torch.set_num_threads(threads)
             twin = copy.deepcopy(net)
             history = fastdl.fit(
                 twin, nn.CrossEntropyLoss(), optimizer_of(twin), X, y, epochs=2, batch_size=100,
                 progress=False, generator=torch.Generator().manual_seed(0), test=(X, y),
             )  # fmt: skip
             runs.append((twin, history))
-        assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    for first, second in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
-        assert torch.equal(first, second)
-    assert runs[0][1].train_loss == runs[1][1].train_loss
-    assert runs[0][1].test_loss == runs[1][1].test_loss
+    (first_net, first_history), *others = runs
+    for other_net, history in others:
+        for first, other in zip(first_net.parameters(), other_net.parameters(), strict=True):
+            assert torch.equal(first, other)
+        assert history.train_loss == first_history.train_loss
+        assert history.test_loss == first_history.test_loss
+        assert history.train_accuracy == first_history.train_accuracy
+
+
+def test_an_interruption_between_epochs_leaves_the_last_finished_one(monkeypatch, seed):
+    X, y = torch.randn(40, 2), torch.randn(40, 1)
+    nets = [nn.Linear(2, 1), nn.Linear(2, 1)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizers = [optimizer_of(net, momentum=0.5) for net in nets]
+    settings = {"batch_size": 8, "shuffle": False, "progress": False}
+    fastdl.fit(nets[0], nn.MSELoss(), optimizers[0], X, y, epochs=2, **settings)
+    orders = iter([torch.arange(40)] * 2)
+
+    def interrupted(self):
+        order = next(orders, None)
+        if order is None:
+            raise KeyboardInterrupt
+        return order
+
+    monkeypatch.setattr(Orders, "next", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastdl.fit(nets[1], nn.MSELoss(), optimizers[1], X, y, epochs=9, **settings)
+    for ours, expected in zip(nets[1].parameters(), nets[0].parameters(), strict=True):
+        assert torch.equal(ours, expected)
+        buffers = [
+            optimizer.state[p]["momentum_buffer"]
+            for optimizer, p in zip(optimizers, (expected, ours), strict=True)
+        ]
+        assert torch.equal(*buffers)
 
 
 def test_nested_nets_flatten_and_fastdls_own_modules(seed):
