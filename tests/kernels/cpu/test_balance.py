@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -63,7 +65,7 @@ def test_parts_cover_all_pieces_once_and_in_order(num_threads, seed):
         for found in parts(length, work, bounds):
             assert found[0][0] == 0
             assert found[-1][1] == length
-            assert all(stop == start for (_, stop), (start, _) in zip(found, found[1:], strict=False))
+            assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(found))
             assert all(start <= stop for start, stop in found)
 
 
