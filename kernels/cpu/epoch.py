@@ -65,7 +65,7 @@ ARRIVALS, STOP, STOPPING, STEPS = (place * barrier.LINE for place in range(4))
 NUM_COUNTERS = 4 * barrier.LINE
 # a thread's counts of right answers, and speeds, are a cache line apart
 LINE = barrier.LINE
-# how many inputs of the first layer a thread gets at least, in elements: what transpose_examples takes whole
+# threads share the first layer's inputs in blocks of so many at least, which transpose_examples takes whole
 INPUT_BLOCK = 16
 # How the first layer reads its input: in the dtype of the net; skipping zeros; as bytes.
 DENSE, NONZERO, BYTES = 0, 1, 2
