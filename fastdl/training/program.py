@@ -228,7 +228,7 @@ class Program:
     def _own_memory(self, layers: NDArray[Any], rows: int, panel: int) -> int:
         """Return how much memory of its own a thread needs, in elements."""
         dense = self._kernels.dense
-        rows = -(-rows // panel) * panel + panel
+        rows = -(-min(rows, dense.BLOCK_BATCH) // panel) * panel + panel
         most = 0
         for index, row in enumerate(layers):
             depth, width = (

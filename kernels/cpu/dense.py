@@ -25,6 +25,8 @@ from fastdl.kernels.cpu.panels import (
     mask_of_nonzero,
     multiply_nonzero,
     multiply_panels,
+    multiply_row,
+    outer_product,
     panel_of,
     panels_of,
     prefetch,
@@ -48,8 +50,8 @@ NUM_OPTIONS = 6
 NO_GROUP = -1
 
 # The parts that a product is done in, so that what is read again is in L1 or L2 still.
-BLOCK_ROWS = 128
-BLOCK_DEPTH = 512
+BLOCK_ROWS = 252
+BLOCK_DEPTH = 256
 BLOCK_COLUMNS = 256
 BLOCK_BATCH = 256
 BLOCK_INPUTS = 64
@@ -57,6 +59,8 @@ BLOCK_INPUTS = 64
 _TILE_ROWS = TILE.rows
 _DOT_ROWS = TILE.dot_rows
 _DOT_COLS = TILE.dot_cols
+# so many columns of a panel are a row's dot products at a time: a panel has a multiple of them
+_ROW_DOT_COLS = min(4, TILE.dot_cols)
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
 _CACHE_LINE = 64
@@ -105,6 +109,30 @@ def forward_thin(layers, layer, source, source_at, stride, state, scratch, rows,
     _add_bias(scratch, output + rows[0] * panel, rows[1] - rows[0], panel, state, bias, scale, relu)
 
 
+@inlined_jit
+def _long_row(panels):
+    """Return the most panels, of those left, that one long row takes."""
+    for count in _LONG_ROWS:
+        if count // _VECTORS <= panels:
+            return count // _VECTORS
+    return 1
+
+
+@inlined_jit
+def _multiply_row_of(
+    output, output_at, output_panel, a, a_at, a_run, b, b_at, b_panel, depth, panels, accumulate
+):
+    """Write one row of a product as ``multiply_panels`` does, for some panels of its columns."""
+    j = panels[0]
+    while j < panels[1]:
+        used = _long_row(panels[1] - j)
+        multiply_row(
+            output, output_at + j * output_panel, output_panel, a, a_at, a_run,
+            b, b_at + j * b_panel, b_panel, depth, used * _VECTORS, accumulate,
+        )  # fmt: skip
+        j += used
+
+
 @linked_jit
 def forward(layers, layer, source, source_at, stride, state, scratch, rows, panels, scale):
     """Write some rows, and panels of columns, of a layer's output.
@@ -122,6 +150,13 @@ def forward(layers, layer, source, source_at, stride, state, scratch, rows, pane
         block_stop = min(block + BLOCK_ROWS, rows[1])
         for first in range(0, depth, BLOCK_DEPTH):
             steps = min(BLOCK_DEPTH, depth - first)
+            if block_stop - block == 1:
+                _multiply_row_of(
+                    scratch, output + block * panel, stride * panel,
+                    source, source_at + first * stride + block * panel, stride * panel,
+                    state, weight + first * panel, depth * panel, steps, panels, first > 0,
+                )  # fmt: skip
+                continue
             for j in range(panels[0], panels[1]):
                 row = block
                 while row < block_stop:
@@ -168,15 +203,6 @@ def forward_nonzero(layers, values, masks, words, stride, state, scratch, rows, 
 
 
 @inlined_jit
-def _long_row(panels):
-    """Return the most panels, of those left, that one row of multiply_nonzero takes."""
-    for count in _LONG_ROWS:
-        if count // _VECTORS <= panels:
-            return count // _VECTORS
-    return 1
-
-
-@inlined_jit
 def close(scratch, grad_at, output_at, count):
     """Set a gradient to 0 where the output of its ReLU is 0 or less; a NaN output lets it pass."""
     grad = scratch[grad_at : grad_at + count]
@@ -202,73 +228,124 @@ def _transpose_panels(
 
 
 @linked_jit
-def backward_data(layers, layer, stride, state, scratch, work, rows, panels):
-    """Write some rows, and panels, of the gradient of the layer before.
+def _backward_data_thin(layers, layer, stride, state, scratch, rows, panels):
+    """Write what ``backward_data`` does for a layer of few outputs, not yet closed."""
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    weight, grad, before = layers[layer, WEIGHT], layers[layer, GRAD], layers[layer - 1, GRAD]
+    panel = panel_of(scratch)
+    if rows[1] - rows[0] == 1:
+        _multiply_row_of(
+            scratch, before + rows[0] * panel, stride * panel, scratch, grad + rows[0] * panel, 0,
+            state, weight, width * panel, width, panels, False,
+        )  # fmt: skip
+        return
+    for j in range(panels[0], panels[1]):
+        row = rows[0]
+        while row < rows[1]:
+            height = tile_height(rows[1] - row)
+            multiply_panels(
+                scratch, before + (j * stride + row) * panel,
+                scratch, grad + row * panel, 0, False,
+                state, weight + j * width * panel,
+                width, height, _used_vectors(depth - j * panel, panel), False,
+            )  # fmt: skip
+            row += height
 
-    ``work`` is where the thread's own memory begins in scratch: for the gradients of as many rows as these,
+
+@linked_jit
+def _backward_data_row(layers, layer, stride, state, scratch, panels):
+    """Write what ``backward_data`` does for a batch of one row, not yet closed."""
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    weight, grad, before = layers[layer, WEIGHT], layers[layer, GRAD], layers[layer - 1, GRAD]
+    panel = panel_of(scratch)
+    whole = width // panel
+    tail = scratch[grad + whole * stride * panel : grad + whole * stride * panel + width - whole * panel]
+    for j in range(panels[0], panels[1]):
+        stop = min((j + 1) * panel, depth)
+        for k in range(j * panel, stop, _ROW_DOT_COLS):
+            at = before + j * stride * panel + k % panel
+            cols = min(_ROW_DOT_COLS, stop - k)
+            dot_panels(
+                scratch, at, scratch, grad, stride * panel, state, weight + k * panel, depth * panel,
+                whole, 1, cols,
+            )  # fmt: skip
+            # what lies behind a matrix's last column counts for nothing, and may be anything
+            for i in range(cols):
+                last = weight + (whole * depth + k + i) * panel
+                total = scratch[at + i]
+                for m in range(tail.size):
+                    total += state[last + m] * tail[m]
+                scratch[at + i] = total
+
+
+@linked_jit
+def _backward_data_rows(layers, layer, stride, state, scratch, work, rows, panels):
+    """Write what ``backward_data`` does for at most BLOCK_BATCH rows, not yet closed."""
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    weight, grad, before = layers[layer, WEIGHT], layers[layer, GRAD], layers[layer - 1, GRAD]
+    panel = panel_of(scratch)
+    lanes = panel // _VECTORS
+    count = rows[1] - rows[0]
+    row_panels = panels_of(count, panel)
+    whole_width = panels_of(width, panel) * panel
+    whole_depth = panels_of(depth, panel) * panel
+    transposed = work + row_panels * whole_width * panel
+    # 1: this layer's gradient, with lanes along the rows
+    _transpose_panels(
+        scratch, grad + rows[0] * panel, stride * panel, scratch, work, whole_width * panel,
+        count, whole_width, lanes, panel,
+    )  # fmt: skip
+    # 2: the product, with lanes along the rows too
+    start, stop = panels[0] * panel, min(panels[1] * panel, depth)
+    for block in range(start, stop, BLOCK_ROWS):
+        block_stop = min(block + BLOCK_ROWS, stop)
+        for first in range(0, width, BLOCK_DEPTH):
+            steps = min(BLOCK_DEPTH, width - first)
+            for i in range(row_panels):
+                k = block
+                while k < block_stop:
+                    height = tile_height(block_stop - k)
+                    multiply_panels(
+                        scratch, transposed + (i * whole_depth + k) * panel,
+                        state, weight + first * depth + k * panel, depth * panel, False,
+                        scratch, work + (i * whole_width + first) * panel,
+                        steps, height, _used_vectors(count - i * panel, panel), first > 0,
+                    )  # fmt: skip
+                    k += height
+    # 3: back to lanes along the columns
+    for j in range(panels[0], panels[1]):
+        for i in range(0, count, lanes):
+            for col in range(0, panel, lanes):
+                transpose_block(
+                    scratch,
+                    transposed + (i // panel * whole_depth + j * panel + col) * panel + i % panel, panel,
+                    scratch, before + (j * stride + rows[0] + i) * panel + col, panel,
+                )  # fmt: skip
+
+
+@linked_jit
+def backward_data(layers, layer, stride, state, scratch, work, count, rows, panels):
+    """Write some rows, of a batch of count, and panels, of the gradient of the layer before.
+
+    ``work`` is where the thread's own memory begins in scratch: for the gradients of BLOCK_BATCH rows,
     transposed, of this layer and of the one before.
     """
-    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
-    weight, grad = layers[layer, WEIGHT], layers[layer, GRAD]
     before, output = layers[layer - 1, GRAD], layers[layer - 1, OUTPUT]
     closes = layers[layer - 1, HAS_RELU] == 1
     panel = panel_of(scratch)
-    lanes = panel // _VECTORS
-    if layers[layer, IS_THIN]:
-        for j in range(panels[0], panels[1]):
-            row = rows[0]
-            while row < rows[1]:
-                height = tile_height(rows[1] - row)
-                multiply_panels(
-                    scratch, before + (j * stride + row) * panel,
-                    scratch, grad + row * panel, 0, False,
-                    state, weight + j * width * panel,
-                    width, height, _used_vectors(depth - j * panel, panel), False,
-                )  # fmt: skip
-                row += height
-            if closes:
-                at = (j * stride + rows[0]) * panel
-                close(scratch, before + at, output + at, (rows[1] - rows[0]) * panel)
-    else:
-        count = rows[1] - rows[0]
-        row_panels = panels_of(count, panel)
-        whole_width = panels_of(width, panel) * panel
-        whole_depth = panels_of(depth, panel) * panel
-        transposed = work + row_panels * whole_width * panel
-        # 1: this layer's gradient, with lanes along the rows
-        _transpose_panels(
-            scratch, grad + rows[0] * panel, stride * panel, scratch, work, whole_width * panel,
-            count, whole_width, lanes, panel,
-        )  # fmt: skip
-        # 2: the product, with lanes along the rows too
-        start, stop = panels[0] * panel, min(panels[1] * panel, depth)
-        for block in range(start, stop, BLOCK_INPUTS):
-            block_stop = min(block + BLOCK_INPUTS, stop)
-            for first in range(0, width, BLOCK_DEPTH):
-                steps = min(BLOCK_DEPTH, width - first)
-                for i in range(row_panels):
-                    k = block
-                    while k < block_stop:
-                        height = tile_height(block_stop - k)
-                        multiply_panels(
-                            scratch, transposed + (i * whole_depth + k) * panel,
-                            state, weight + first * depth + k * panel, depth * panel, False,
-                            scratch, work + (i * whole_width + first) * panel,
-                            steps, height, _used_vectors(count - i * panel, panel), first > 0,
-                        )  # fmt: skip
-                        k += height
-        # 3: back to lanes along the columns
-        for j in range(panels[0], panels[1]):
-            for i in range(0, count, lanes):
-                for col in range(0, panel, lanes):
-                    transpose_block(
-                        scratch,
-                        transposed + (i // panel * whole_depth + j * panel + col) * panel + i % panel, panel,
-                        scratch, before + (j * stride + rows[0] + i) * panel + col, panel,
-                    )  # fmt: skip
-            if closes:
-                at = (j * stride + rows[0]) * panel
-                close(scratch, before + at, output + at, count * panel)
+    for first in range(rows[0], rows[1], BLOCK_BATCH):
+        part = (first, min(first + BLOCK_BATCH, rows[1]))
+        if layers[layer, IS_THIN]:
+            _backward_data_thin(layers, layer, stride, state, scratch, part, panels)
+        elif count == 1:
+            # not by how many rows this thread has: the order of sums would follow from that
+            _backward_data_row(layers, layer, stride, state, scratch, panels)
+        else:
+            _backward_data_rows(layers, layer, stride, state, scratch, work, part, panels)
+        if closes:
+            for j in range(panels[0], panels[1]):
+                at = (j * stride + first) * panel
+                close(scratch, before + at, output + at, (part[1] - first) * panel)
 
 
 @inlined_jit
@@ -312,6 +389,32 @@ def backward_weight_thin(
 
 
 @linked_jit
+def _backward_weight_row(
+    layers, layer, source, source_at, stride, state, scratch, work, panels, is_fresh, options, scale
+):
+    """Do what ``backward_weight`` does for a batch of one row, whose gradient has one product a number."""
+    depth, width = layers[layer, NUM_INPUTS], layers[layer, NUM_OUTPUTS]
+    weight, buffer, grad = layers[layer, WEIGHT], layers[layer, WEIGHT_BUFFER], layers[layer, GRAD]
+    panel = panel_of(scratch)
+    group = max(1, BLOCK_INPUTS // panel)
+    for j in range(panels_of(width, panel)):
+        for p_first in range(panels[0], panels[1], group):
+            p_stop = min(p_first + group, panels[1])
+            start, stop = p_first * panel, min(p_stop * panel, depth)
+            for p in range(p_first, p_stop):
+                outer_product(
+                    scratch, work + (p * panel - start) * panel,
+                    source, source_at + p * stride * panel,
+                    scratch, grad + j * stride * panel, min(panel, depth - p * panel),
+                )  # fmt: skip
+            at = (j * depth + start) * panel
+            update_part(
+                state, weight + at, buffer + at, is_fresh, options, scratch, work, (stop - start) * panel,
+                scale,
+            )  # fmt: skip
+
+
+@linked_jit
 def backward_weight(
     layers, layer, source, source_at, stride, state, scratch, work, count, panels, groups, is_first, scale
 ):
@@ -326,6 +429,11 @@ def backward_weight(
             layers, layer, source, source_at, stride, state, scratch, work, count, panels, groups, is_first,
             scale,
         )  # fmt: skip
+        return
+    if count == 1:
+        _backward_weight_row(
+            layers, layer, source, source_at, stride, state, scratch, work, panels, is_fresh, options, scale
+        )
         return
     group = max(1, BLOCK_INPUTS // panel)
     columns = max(1, BLOCK_COLUMNS // panel)

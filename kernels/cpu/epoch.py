@@ -286,7 +286,7 @@ def run_epoch(
                 panels = (0, panels_of(layers[layer, NUM_INPUTS], panel))
                 if by_columns:
                     panels = share(panels[1], thread, num_threads)
-                backward_data(layers, layer, stride, state, scratch, work, rows, panels)
+                backward_data(layers, layer, stride, state, scratch, work, count, rows, panels)
                 if by_columns:
                     passed = barrier.wait(counters, num_threads, passed)
             ticks = read_clock() - started

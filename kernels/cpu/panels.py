@@ -9,10 +9,10 @@ transposed or packed between the products of a training step:
     grad_input   grad_input[k, n]  += weight[k, m] grad_output[m, n]    rows k, steps m along the rows of a
     grad_weight  grad_weight[k, m] += input[n, k] grad_output[n, m]     rows k, steps n down the columns of a
 
-Three kernels multiply. ``multiply_panels`` holds a tile of sums in registers; a step loads one panel row of b
-and one number for each row of the tile. ``multiply_nonzero`` holds one long row of sums, and steps only over
-the numbers of a that aren't 0, by the set bits of a mask. ``dot_panels`` sums along the panels, for products
-that have few columns.
+Four kernels multiply. ``multiply_panels`` holds a tile of sums in registers; a step loads one panel row of b
+and one number for each row of the tile. ``multiply_row`` holds one row of several panels.
+``multiply_nonzero`` does too, and steps only over the numbers of a that aren't 0, by the set bits of a mask.
+``dot_panels`` sums along the panels, for products that have few columns.
 
 Positions and strides are in elements. Nothing here checks a bound.
 """
@@ -28,7 +28,7 @@ from numba.extending import intrinsic
 from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, Vectors, call_of, write_prefetch
 from fastdl.kernels.jit import inlined_jit
 
-# How many vectors multiply_nonzero may hold. 8 of them hide the latency of a multiply-add; WORD rows of b
+# How many vectors one row of sums may have. 8 of them hide the latency of a multiply-add; WORD rows of b
 # that are as long must fit L1.
 LONG_ROWS = (8, 4, 2) if TILE.vector_bytes == 64 else (12, 8, 4, 2)
 WORD = 64
@@ -60,14 +60,27 @@ def tile_height(rows):
     return 1
 
 
-def _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors):
-    """Write the loop that adds ``a[i, p] * b[p, j]`` for each step p to a tile of sums in registers."""
+def _long_row(vectors, start, stride, num_vectors):
+    """Return the places of the vectors of a row that goes on in the panels after the first, stride apart."""
+    distances = [vectors.builder.mul(stride, INTP(p)) for p in range(-(-num_vectors // TILE.vectors))]
+    starts = [vectors.at(start, distance) for distance in distances]
+    return [
+        vectors.at(starts[v // TILE.vectors], v % TILE.vectors * vectors.width) for v in range(num_vectors)
+    ]
+
+
+def _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors, b_panel=None):
+    """Write the loop that adds ``a[i, p] * b[p, j]`` for each step p to a tile of sums in registers.
+
+    Columns behind those of a panel are in the panels after it, b_panel apart.
+    """
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
     a_step = panel if is_down else 1
+    b_panel = INTP(0) if b_panel is None else b_panel
 
     def step(a, b, sums):
-        right = [vectors.load(vectors.at(b, v * vectors.width)) for v in range(num_vectors)]
+        right = [vectors.load(place) for place in _long_row(vectors, b, b_panel, num_vectors)]
         left = [
             vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel))) for i in range(num_rows)
         ]
@@ -163,6 +176,37 @@ def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, r
     _choose_tile(vectors, used, rows, down, [False, True], write)
 
 
+def _multiply_row(vectors, output, output_panel, a, a_run, b, b_panel, depth, used, accumulate):
+    def write(num_vectors):
+        places = _long_row(vectors, output, output_panel, num_vectors)
+        sums = vectors.choose(
+            accumulate,
+            [False, True],
+            lambda added: [vectors.load(place) if added else vectors.zero for place in places],
+        )
+        sums = _add_products(vectors, sums, a, a_run, False, b, depth, 1, num_vectors, b_panel)
+        for place, total in zip(places, sums, strict=True):
+            vectors.store(total, place)
+        return []
+
+    vectors.choose(used, LONG_ROWS, write)
+
+
+def _outer_product(vectors, output, a, b, rows):
+    panel = TILE.vectors * vectors.width
+    columns = [v * vectors.width for v in range(TILE.vectors)]
+    right = [vectors.load(vectors.at(b, column)) for column in columns]
+
+    def row(i, state):
+        (output,) = state
+        factor = vectors.splat(vectors.builder.load(vectors.at(a, i)))
+        for column, y in zip(columns, right, strict=True):
+            vectors.store(vectors.builder.fmul(factor, y), vectors.at(output, column))
+        return [vectors.at(output, panel)]
+
+    vectors.loop(rows, 1, [output], row)
+
+
 def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
@@ -196,20 +240,11 @@ def _multiply_nonzero(vectors, output, output_panel, values, masks, rows, b, b_p
     panel = TILE.vectors * vectors.width
 
     def write(num_vectors):
-        def long_row(start, stride):
-            starts = [
-                vectors.at(start, builder.mul(stride, INTP(p)))
-                for p in range(-(-num_vectors // TILE.vectors))
-            ]
-            return [(starts[v // TILE.vectors], v % TILE.vectors * vectors.width) for v in range(num_vectors)]
-
-        output_row, b_row = long_row(output, output_panel), long_row(b, b_panel)
-
         def row(n, _):
             bits = builder.load(builder.gep(masks, [n]))
             row_values = builder.gep(values, [builder.mul(n, INTP(WORD))])
             at = builder.mul(n, INTP(panel))
-            places = [vectors.at(vectors.at(start, at), v) for start, v in output_row]
+            places = _long_row(vectors, vectors.at(output, at), output_panel, num_vectors)
             first, inside, last, after = (
                 builder.append_basic_block(name) for name in ("first", "bit", "last", "after")
             )
@@ -229,9 +264,10 @@ def _multiply_nonzero(vectors, output, output_panel, values, masks, rows, b, b_p
                 value = builder.sitofp(builder.zext(value, _INT32), vectors.element)
             factor = vectors.splat(value)
             at = builder.mul(position, INTP(panel))
+            b_row = _long_row(vectors, vectors.at(b, at), b_panel, num_vectors)
             added = [
-                vectors.multiply_add(factor, vectors.load(vectors.at(vectors.at(start, at), v)), total)
-                for (start, v), total in zip(b_row, sums, strict=True)
+                vectors.multiply_add(factor, vectors.load(place), total)
+                for place, total in zip(b_row, sums, strict=True)
             ]
             for phi, value in zip([left, *sums], [rest, *added], strict=True):
                 phi.add_incoming(value, builder.block)
@@ -291,6 +327,31 @@ def multiply_panels(
     if isinstance(down, types.BooleanLiteral):
         write = _multiply_panels_down if down.literal_value else _multiply_panels_along
     return call_of(write, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate)
+
+
+@intrinsic
+def multiply_row(
+    typing_context,
+    output, output_at, output_panel,
+    a, a_at, a_run,
+    b, b_at, b_panel,
+    depth, vectors, accumulate,
+):  # fmt: skip
+    """Write, or add, one row of a product as ``multiply_panels`` does, over several panels.
+
+    A row alone is too few sums to hide the latency of a multiply-add; here it is as many vectors long, one of
+    ``LONG_ROWS``, which lie in successive panels.
+    """
+    return call_of(
+        _multiply_row, output, output_at, output_panel, a, a_at, a_run, b, b_at, b_panel, depth, vectors,
+        accumulate,
+    )  # fmt: skip
+
+
+@intrinsic
+def outer_product(typing_context, output, output_at, a, a_at, b, b_at, rows):
+    """Write rows of a panel, one after the other: ``output[i, j] = a[i] b[j]``, with b one row of a panel."""
+    return call_of(_outer_product, output, output_at, a, a_at, b, b_at, rows)
 
 
 @intrinsic
