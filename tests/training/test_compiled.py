@@ -192,10 +192,13 @@ def test_any_depth_width_and_batch(widths, num, batch_size, zeros, integers, has
     )
 
 
-def test_results_are_bit_identical_run_to_run_and_for_any_number_of_threads(seed):
+@pytest.mark.parametrize(
+    ("widths", "batch_size"), [((784, 100, 60, 10), 100), ((784, 300, 60, 10), 7), ((784, 300, 60, 10), 1)]
+)
+def test_results_are_bit_identical_run_to_run_and_for_any_number_of_threads(widths, batch_size, seed):
     # whose parts of the work change while they run, too
     X, y = images(500)
-    net = mlp(784, 100, 60, 10)
+    net = mlp(*widths)
     before = torch.get_num_threads()
     runs = []
     try:
@@ -203,7 +206,7 @@ def test_results_are_bit_identical_run_to_run_and_for_any_number_of_threads(seed
             torch.set_num_threads(threads)
             twin = copy.deepcopy(net)
             history = fastdl.fit(
-                twin, nn.CrossEntropyLoss(), optimizer_of(twin), X, y, epochs=2, batch_size=100,
+                twin, nn.CrossEntropyLoss(), optimizer_of(twin), X, y, epochs=2, batch_size=batch_size,
                 progress=False, generator=torch.Generator().manual_seed(0), test=(X, y),
             )  # fmt: skip
             runs.append((twin, history))

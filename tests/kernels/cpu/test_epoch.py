@@ -14,7 +14,7 @@ from fastdl.kernels.cpu.intrinsics import TILE
 from tests.kernels.cpu import widths
 
 
-@pytest.mark.parametrize("batch_size", [70, 9])
+@pytest.mark.parametrize("batch_size", [70, 9, 1])
 def test_the_compiled_epoch_gives_the_loops_numbers(batch_size, seed):
     bits = 8 * TILE.vector_bytes
     assert bits == int(os.environ.get("FASTDL_VECTOR_BITS", bits))

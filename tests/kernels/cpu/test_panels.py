@@ -14,6 +14,8 @@ from fastdl.kernels.cpu.panels import (
     mask_of_nonzero,
     multiply_nonzero,
     multiply_panels,
+    multiply_row,
+    outer_product,
     panel_of,
     transpose_bytes,
 )
@@ -68,6 +70,57 @@ def test_tiles_along_rows_and_down_columns(dtype, rows, vectors, accumulate, see
             close(output[:, :used], expected[:, :used], dtype)
             if not accumulate:
                 assert np.isnan(output[:, used:]).all()
+
+
+@jit
+def _multiply_row(output, output_panel, a, a_run, b, b_panel, depth, vectors, accumulate):
+    multiply_row(output, 0, output_panel, a, 0, a_run, b, 0, b_panel, depth, vectors, accumulate)
+
+
+@each_dtype
+@pytest.mark.parametrize("vectors", LONG_ROWS)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_a_long_row_has_the_bits_of_tiles_of_one_row(dtype, vectors, accumulate, seed):
+    rng = np.random.default_rng(seed)
+    panel = panel_of(np.empty(0, dtype))
+    num_panels = vectors // TILE.vectors
+    for depth in (0, 1, 3, panel, 2 * panel + 5):
+        a = rng.standard_normal((depth // panel + 1, 3, panel)).astype(dtype)
+        b = rng.standard_normal((num_panels, depth + 1, panel)).astype(dtype)
+        # a row of three is written, and one row of b lies behind those that are read
+        b[:, depth:] = np.nan
+        output = np.full((num_panels, 3, panel), np.nan, dtype)
+        if accumulate:
+            output[:, 0] = rng.standard_normal((num_panels, panel))
+        expected = output.copy()
+        for p in range(num_panels):
+            _multiply(
+                expected[p].reshape(-1), a.reshape(-1), 3 * panel, False, b[p].reshape(-1), depth, 1,
+                TILE.vectors, accumulate,
+            )  # fmt: skip
+        _multiply_row(
+            output.reshape(-1), 3 * panel, a.reshape(-1), 3 * panel, b.reshape(-1), (depth + 1) * panel,
+            depth, vectors, accumulate,
+        )  # fmt: skip
+        np.testing.assert_array_equal(output, expected)
+        assert np.isfinite(output[:, 0]).all()
+
+
+@jit
+def _outer(output, a, b, rows):
+    outer_product(output, 0, a, 0, b, 0, rows)
+
+
+@each_dtype
+def test_an_outer_product_has_a_row_for_each_factor(dtype, seed):
+    rng = np.random.default_rng(seed)
+    panel = panel_of(np.empty(0, dtype))
+    a, b = rng.standard_normal(panel).astype(dtype), rng.standard_normal(panel).astype(dtype)
+    for rows in (0, 1, panel - 1, panel):
+        output = np.full((panel, panel), np.nan, dtype)
+        _outer(output.reshape(-1), a, b, rows)
+        np.testing.assert_array_equal(output[:rows], a[:rows, None] * b)
+        assert np.isnan(output[rows:]).all()
 
 
 @jit
