@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _MIN_FLOPS_PER_THREAD = 4e5
 # An epoch of fewer FLOPs takes about a millisecond: handing it to another thread isn't worth it.
 _MIN_FLOPS_TO_HAND_OVER = 5e7
+# Copying fewer numbers takes less time than starting threads.
+_MIN_NUMBERS_TO_SHARE = 1 << 20
 # Fewer rows than this many for each thread are split by columns.
 _FEW_ROWS = 16
 # Skipping zeros pays where at least this share of the examples' numbers is 0.
@@ -63,21 +65,23 @@ class _Layout:
 
 @dataclass
 class _Place:
-    """Where a parameter lies in the state."""
+    """Where a tensor lies in the state."""
 
-    tensor: Tensor
     start: int
     is_thin: bool
+
+
+@dataclass
+class _Parameter(_Place):
+    tensor: Tensor
     trains: bool
 
 
 @dataclass
-class _Buffer:
-    """Where a parameter's momentum buffer lies in the state."""
+class _Buffer(_Place):
+    """The momentum buffer of a parameter."""
 
     parameter: Tensor
-    start: int
-    is_thin: bool
     is_fresh: NDArray[Any]
     group: int
 
@@ -250,7 +254,7 @@ class Program:
             ("weight", dense.WEIGHT, dense.WEIGHT_BUFFER, dense.WEIGHT_IS_FRESH),
             ("bias", dense.BIAS, dense.BIAS_BUFFER, dense.BIAS_IS_FRESH),
         )
-        self._parameters: list[_Place] = []
+        self._parameters: list[_Parameter] = []
         self._buffers: list[_Buffer] = []
         self._freshness = self._layers[:, dense.WEIGHT_IS_FRESH : dense.BIAS_IS_FRESH + 1]
         for row, layer in zip(self._layers, self._lowered.layers, strict=True):
@@ -259,10 +263,10 @@ class Program:
                 parameter, group = getattr(layer.module, name), getattr(layer, f"{name}_group")
                 if parameter is None:
                     continue
-                self._parameters.append(_Place(parameter, int(row[place]), is_thin, group is not None))
+                self._parameters.append(_Parameter(int(row[place]), is_thin, parameter, group is not None))
                 if group is not None:
                     self._buffers.append(
-                        _Buffer(parameter, int(row[buffer_place]), is_thin, row[fresh : fresh + 1], group)
+                        _Buffer(int(row[buffer_place]), is_thin, parameter, row[fresh : fresh + 1], group)
                     )
 
     def read(self) -> None:
@@ -277,47 +281,67 @@ class Program:
         self._groups = np.array(
             [[float(group[name]) for name in _OPTIONS] for group in groups], dtype=np.float64
         )
-        for place in self._parameters:
-            self._read(place.tensor, place.start, place.is_thin)
+        found: list[tuple[NDArray[Any], _Place]] = [
+            (array(place.tensor), place) for place in self._parameters
+        ]
         for buffer in self._buffers:
             if groups[buffer.group]["momentum"] != 0:
-                found = optimizer.state.get(buffer.parameter, {}).get("momentum_buffer")
-                buffer.is_fresh[0] = found is None
-                if found is not None:
-                    self._read(found, buffer.start, buffer.is_thin)
+                before = optimizer.state.get(buffer.parameter, {}).get("momentum_buffer")
+                buffer.is_fresh[0] = before is None
+                if before is not None:
+                    found.append((array(before), buffer))
+
+        def copy(thread: int, num_threads: int) -> None:
+            for source, place in found:
+                if source.ndim == 2:
+                    self._kernels.weights.read_weight(
+                        source, self._state, place.start, place.is_thin, thread, num_threads
+                    )
+                elif thread == 0:
+                    self._state[place.start : place.start + source.size] = source
+
+        self._copy(copy, sum(source.size for source, _ in found))
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer."""
         optimizer = self._lowered.optimizer
-        for place in self._parameters:
-            if place.trains:
-                self._write(place.tensor, place.start, place.is_thin)
+        found: list[tuple[Tensor, _Place]] = [
+            (place.tensor, place) for place in self._parameters if place.trains
+        ]
         for buffer in self._buffers:
             if optimizer.param_groups[buffer.group]["momentum"] != 0:
                 state = optimizer.state[buffer.parameter]
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.empty_like(buffer.parameter, requires_grad=False)
-                self._write(state["momentum_buffer"], buffer.start, buffer.is_thin)
+                found.append((state["momentum_buffer"], buffer))
+        targets = [
+            tensor.detach().numpy() if tensor.is_contiguous() else np.empty(tensor.shape, self._dtype)
+            for tensor, _ in found
+        ]
 
-    def _read(self, tensor: Tensor, start: int, is_thin: bool) -> None:
-        source = array(tensor)
-        if source.ndim == 2:
-            self._kernels.epoch.read_weight(source, self._state, start, is_thin)
-        else:
-            self._state[start : start + source.size] = source
+        def copy(thread: int, num_threads: int) -> None:
+            for target, (_, place) in zip(targets, found, strict=True):
+                if target.ndim == 2:
+                    self._kernels.weights.write_weight(
+                        self._state, place.start, place.is_thin, target, thread, num_threads
+                    )
+                elif thread == 0:
+                    target[:] = self._state[place.start : place.start + target.size]
 
-    def _write(self, tensor: Tensor, start: int, is_thin: bool) -> None:
-        # a graph that saved the tensor must notice: numpy's writes aren't counted, torch's are
-        is_contiguous = tensor.is_contiguous()
-        target = tensor.detach().numpy() if is_contiguous else np.empty(tensor.shape, self._dtype)
-        if target.ndim == 2:
-            self._kernels.epoch.write_weight(self._state, start, is_thin, target)
+        self._copy(copy, sum(target.size for target in targets))
+        for target, (tensor, _) in zip(targets, found, strict=True):
+            if tensor.is_contiguous():
+                # a graph that saved the tensor must notice: numpy's writes aren't counted, torch's are
+                increment_version(tensor)
+            else:
+                tensor.detach().copy_(torch.from_numpy(target))
+
+    def _copy(self, copy: Callable[[int, int], None], size: int) -> None:
+        """Call ``copy(thread, num_threads)`` for as many threads as so many numbers pay for."""
+        if self._num_threads > 1 and size >= _MIN_NUMBERS_TO_SHARE:
+            self._in_threads(lambda thread: copy(thread, self._num_threads))
         else:
-            target[:] = self._state[start : start + target.size]
-        if is_contiguous:
-            increment_version(tensor)
-        else:
-            tensor.detach().copy_(torch.from_numpy(target))
+            copy(0, 1)
 
     def epoch(
         self,
@@ -399,8 +423,8 @@ class Program:
     def _in_threads(
         self,
         run: Callable[[int], None],
-        tick: Callable[[int], None] | None,
-        meanwhile: Callable[[], object] | None,
+        tick: Callable[[int], None] | None = None,
+        meanwhile: Callable[[], object] | None = None,
     ) -> None:
         """Run in threads of their own, so that this one sees Ctrl-C."""
         threads = [

@@ -351,36 +351,3 @@ def run_epoch(
         if barrier.load(counters, STOPPING) != 0:
             return False
     return True
-
-
-@inlined_jit
-def _read_panels(matrix, state, at, is_thin, panel):
-    """Lay a weight, (M, K), out in panels."""
-    width, depth = matrix.shape
-    for m in range(width):
-        row = matrix[m]
-        for k in range(depth):
-            if is_thin:
-                state[at + (k // panel * width + m) * panel + k % panel] = row[k]
-            else:
-                state[at + (m // panel * depth + k) * panel + m % panel] = row[k]
-
-
-@jit
-def read_weight(matrix, state, at, is_thin):
-    """Copy a weight, (M, K), to its panels in state."""
-    _read_panels(matrix, state, at, is_thin, panel_of(state))
-
-
-@jit
-def write_weight(state, at, is_thin, matrix):
-    """Copy a weight from its panels in state to a matrix (M, K)."""
-    width, depth = matrix.shape
-    panel = panel_of(state)
-    for m in range(width):
-        row = matrix[m]
-        for k in range(depth):
-            if is_thin:
-                row[k] = state[at + (k // panel * width + m) * panel + k % panel]
-            else:
-                row[k] = state[at + (m // panel * depth + k) * panel + m % panel]

@@ -20,6 +20,7 @@ import fastdl
 from fastdl import data, models
 from fastdl.training.lower import lower
 from fastdl.training.orders import Orders
+from fastdl.training.program import _MIN_NUMBERS_TO_SHARE
 
 # sums of other order, over a whole run: the rule of the convergence tests in float64
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
@@ -95,6 +96,13 @@ def test_whole_runs_are_the_loops_in_float64(widths, batch_size, seed):
 def test_every_option_of_sgd(options, seed):
     X, y = images()
     assert_same(both(mlp(784, 40, 10).double(), X, y, options=options), **FLOAT64)
+
+
+def test_all_threads_copy_a_large_net_with_its_buffers(seed):
+    X, y = images()
+    net = mlp(784, 1400, 10).double()
+    assert net[0].weight.numel() >= _MIN_NUMBERS_TO_SHARE
+    assert_same(both(net, X, y, options={"momentum": 0.9}), **FLOAT64)
 
 
 def test_parameter_groups_keep_their_own_options(seed):

@@ -1,0 +1,71 @@
+"""Weights between torch's layout, (M, K) row after row, and the panels of a training run.
+
+Floor: a weight read once and written once. A column's numbers often lie a power of 2 apart, where all fall on
+the same 8 places of L1; so square blocks, of a vector's width, are turned over in registers, and no more rows
+than that are read at a time.
+"""
+
+from __future__ import annotations
+
+from fastdl.kernels.cpu.intrinsics import TILE, transpose_block
+from fastdl.kernels.cpu.panels import panel_of, panels_of
+from fastdl.kernels.cpu.parallel import share
+from fastdl.kernels.jit import inlined_jit, jit
+
+_VECTORS = TILE.vectors
+
+
+@inlined_jit
+def _place(m, k, width, depth, is_thin, panel):
+    """Return where the number of output m and input k is in its panels."""
+    if is_thin:
+        return (k // panel * width + m) * panel + k % panel
+    return (m // panel * depth + k) * panel + m % panel
+
+
+@inlined_jit
+def _share_of_blocks(width, depth, is_thin, panel, thread, num_threads):
+    """Return a thread's rows of a weight, and how many rows and columns of them are whole blocks."""
+    start, stop = share(panels_of(width, panel), thread, num_threads)
+    first, last = start * panel, min(stop * panel, width)
+    if is_thin:
+        return first, last, 0, 0
+    return first, last, (last - first) // panel * panel, depth // panel * panel
+
+
+@jit
+def read_weight(matrix, state, at, is_thin, thread, num_threads):
+    """Copy one thread's share of a weight, (M, K), to its panels in state, which begin at ``at``."""
+    width, depth = matrix.shape
+    flat = matrix.reshape(-1)
+    panel = panel_of(state)
+    lanes = panel // _VECTORS
+    first, stop, rows, columns = _share_of_blocks(width, depth, is_thin, panel, thread, num_threads)
+    for m_first in range(first, first + rows, panel):
+        for k_first in range(0, columns, panel):
+            for m in range(m_first, m_first + panel, lanes):
+                for k in range(k_first, k_first + panel, lanes):
+                    place = at + _place(m, k, width, depth, False, panel)
+                    transpose_block(flat, m * depth + k, depth, state, place, panel)
+    for m in range(first, stop):
+        for k in range(columns if m < first + rows else 0, depth):
+            state[at + _place(m, k, width, depth, is_thin, panel)] = flat[m * depth + k]
+
+
+@jit
+def write_weight(state, at, is_thin, matrix, thread, num_threads):
+    """Copy one thread's share of a weight from its panels in state to a matrix (M, K)."""
+    width, depth = matrix.shape
+    flat = matrix.reshape(-1)
+    panel = panel_of(state)
+    lanes = panel // _VECTORS
+    first, stop, rows, columns = _share_of_blocks(width, depth, is_thin, panel, thread, num_threads)
+    for m_first in range(first, first + rows, panel):
+        for k_first in range(0, columns, panel):
+            for m in range(m_first, m_first + panel, lanes):
+                for k in range(k_first, k_first + panel, lanes):
+                    place = at + _place(m, k, width, depth, False, panel)
+                    transpose_block(state, place, panel, flat, m * depth + k, depth)
+    for m in range(first, stop):
+        for k in range(columns if m < first + rows else 0, depth):
+            flat[m * depth + k] = state[at + _place(m, k, width, depth, is_thin, panel)]
