@@ -321,7 +321,8 @@ def run_epoch(
                     )  # fmt: skip
                 elif layer == 0:
                     # a few panels at a time, with some of the next batch's examples asked for in between
-                    shares = max(1, (panels[1] - panels[0]) // _ASKING_PANELS)
+                    shares = (panels[1] - panels[0]) // _ASKING_PANELS
+                    shares = max(1, min(shares, upcoming[3] - upcoming[2]))
                     for index in range(shares):
                         start, stop = share(panels[1] - panels[0], index, shares)
                         part = (panels[0] + start, panels[0] + stop)
