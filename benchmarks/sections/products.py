@@ -73,7 +73,8 @@ def measure(settings: Settings) -> Section:
             100 * found["fastdl"] / found["peak"],
             _GOAL,
             unit="%",
-            note=f"torch {100 * found['torch'] / found['peak']:.0f} %; of {found['peak']:.0f} GFLOP/s",
+            note=f"{100 * found['best'] / found['peak']:.0f} % at its best, torch "
+            f"{100 * found['torch'] / found['peak']:.0f} % in the median; of {found['peak']:.0f} GFLOP/s",
         )
         for found in figures
         if tuple(found["shape"]) == _GOAL_SHAPE and found["threads"] == 1
@@ -110,6 +111,7 @@ def _measure_product(
                 "fastdl": num_flops / each["fastdl"].median / 1e9,
                 "torch": num_flops / each["torch"].median / 1e9,
                 "peak": peak_flops / each["peak"].median / 1e9,
+                "best": num_flops / min(each["fastdl"].seconds) / 1e9,
                 "times": {name: timing.as_json() for name, timing in each.items()},
             }
         )
