@@ -19,6 +19,7 @@ from numba.extending import overload
 from fastdl.kernels.cpu.intrinsics import TILE, sum_open, transpose_block
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
+    PANEL_BYTES,
     WORD,
     copy_panel,
     dot_panels,
@@ -49,9 +50,9 @@ NUM_OPTIONS = 6
 # in place of a group: a parameter that isn't there
 NO_GROUP = -1
 
-# The parts that a product is done in, so that what is read again is in L1 or L2 still.
+# The parts that a product is done in, so that what is read again is in L1 or L2 still. Of rows, whole tiles.
 BLOCK_ROWS = 252
-BLOCK_DEPTH = 256
+BLOCK_DEPTH = PANEL_BYTES // (TILE.vectors * TILE.vector_bytes)
 BLOCK_COLUMNS = 256
 BLOCK_BATCH = 256
 BLOCK_INPUTS = 64

@@ -43,13 +43,19 @@ from fastdl.kernels.cpu.intrinsics import (
     sum_open,
     transpose_block,
 )
-from fastdl.kernels.cpu.panels import multiply_packed, pack_panel, panel_of, panels_of, tile_height
+from fastdl.kernels.cpu.panels import (
+    PANEL_BYTES,
+    multiply_packed,
+    pack_panel,
+    panel_of,
+    panels_of,
+    tile_height,
+)
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.jit import inlined_jit, linked_jit
 
-# What is packed at a time: so many bytes of a panel of b, which stay in L1 (a step of its depth is one row of
-# the panel); so many rows of a, which stay in L2; and so many columns of b.
-PANEL_BYTES = 16384
+# What is packed at a time: PANEL_BYTES of a panel of b (a step of its depth is one row of the panel); so many
+# rows of a, which stay in L2; and so many columns of b.
 BLOCK_ROWS = 256
 BLOCK_COLUMNS = 1024
 # Up to this depth b isn't packed: a tile's part of it fits L1 as it lies.

@@ -32,6 +32,8 @@ from fastdl.kernels.jit import inlined_jit
 # that are as long must fit L1.
 LONG_ROWS = (8, 4, 2) if TILE.vector_bytes == 64 else (12, 8, 4, 2)
 WORD = 64
+# So many bytes of a panel of b are multiplied at a time: they stay in L1, of which they take half.
+PANEL_BYTES = 16384
 
 _ROW_COUNTS = tuple(ROW_COUNTS)
 _INT32 = ir.IntType(32)
