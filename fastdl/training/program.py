@@ -291,16 +291,7 @@ class Program:
                 if before is not None:
                     found.append((array(before), buffer))
 
-        def copy(thread: int, num_threads: int) -> None:
-            for source, place in found:
-                if source.ndim == 2:
-                    self._kernels.weights.read_weight(
-                        source, self._state, place.start, place.is_thin, thread, num_threads
-                    )
-                elif thread == 0:
-                    self._state[place.start : place.start + source.size] = source
-
-        self._copy(copy, sum(source.size for source, _ in found))
+        self._copy(found, to_state=True)
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer."""
@@ -318,17 +309,9 @@ class Program:
             tensor.detach().numpy() if tensor.is_contiguous() else np.empty(tensor.shape, self._dtype)
             for tensor, _ in found
         ]
-
-        def copy(thread: int, num_threads: int) -> None:
-            for target, (_, place) in zip(targets, found, strict=True):
-                if target.ndim == 2:
-                    self._kernels.weights.write_weight(
-                        self._state, place.start, place.is_thin, target, thread, num_threads
-                    )
-                elif thread == 0:
-                    target[:] = self._state[place.start : place.start + target.size]
-
-        self._copy(copy, sum(target.size for target in targets))
+        self._copy(
+            [(target, place) for target, (_, place) in zip(targets, found, strict=True)], to_state=False
+        )
         for target, (tensor, _) in zip(targets, found, strict=True):
             if tensor.is_contiguous():
                 # a graph that saved the tensor must notice: numpy's writes aren't counted, torch's are
@@ -336,12 +319,27 @@ class Program:
             else:
                 tensor.detach().copy_(torch.from_numpy(target))
 
-    def _copy(self, copy: Callable[[int, int], None], size: int) -> None:
-        """Call ``copy(thread, num_threads)`` for as many threads as so many numbers pay for."""
-        if self._num_threads > 1 and size >= _MIN_NUMBERS_TO_SHARE:
-            self._in_threads(lambda thread: copy(thread, self._num_threads))
+    def _copy(self, arrays: list[tuple[NDArray[Any], _Place]], *, to_state: bool) -> None:
+        """Copy arrays to their places in the state, or back, on as many threads as that pays for."""
+        pays = sum(values.size for values, _ in arrays) >= _MIN_NUMBERS_TO_SHARE
+        num_threads = self._num_threads if pays else 1
+
+        def run(thread: int) -> None:
+            for values, place in arrays:
+                part = self._state[place.start : place.start + values.size]
+                if values.ndim == 2:
+                    self._kernels.weights.copy_weight(
+                        values, self._state, place.start, place.is_thin, to_state, thread, num_threads
+                    )
+                elif thread == 0 and to_state:
+                    part[:] = values
+                elif thread == 0:
+                    values[:] = part
+
+        if num_threads > 1:
+            self._in_threads(run)
         else:
-            copy(0, 1)
+            run(0)
 
     def epoch(
         self,

@@ -34,8 +34,8 @@ def _share_of_blocks(width, depth, is_thin, panel, thread, num_threads):
 
 
 @jit
-def read_weight(matrix, state, at, is_thin, thread, num_threads):
-    """Copy one thread's share of a weight, (M, K), to its panels in state, which begin at ``at``."""
+def copy_weight(matrix, state, at, is_thin, to_panels, thread, num_threads):
+    """Copy one thread's share of a weight, (M, K), to its panels in state, which begin at ``at``, or back."""
     width, depth = matrix.shape
     flat = matrix.reshape(-1)
     panel = panel_of(state)
@@ -46,26 +46,14 @@ def read_weight(matrix, state, at, is_thin, thread, num_threads):
             for m in range(m_first, m_first + panel, lanes):
                 for k in range(k_first, k_first + panel, lanes):
                     place = at + _place(m, k, width, depth, False, panel)
-                    transpose_block(flat, m * depth + k, depth, state, place, panel)
+                    if to_panels:
+                        transpose_block(flat, m * depth + k, depth, state, place, panel)
+                    else:
+                        transpose_block(state, place, panel, flat, m * depth + k, depth)
     for m in range(first, stop):
         for k in range(columns if m < first + rows else 0, depth):
-            state[at + _place(m, k, width, depth, is_thin, panel)] = flat[m * depth + k]
-
-
-@jit
-def write_weight(state, at, is_thin, matrix, thread, num_threads):
-    """Copy one thread's share of a weight from its panels in state to a matrix (M, K)."""
-    width, depth = matrix.shape
-    flat = matrix.reshape(-1)
-    panel = panel_of(state)
-    lanes = panel // _VECTORS
-    first, stop, rows, columns = _share_of_blocks(width, depth, is_thin, panel, thread, num_threads)
-    for m_first in range(first, first + rows, panel):
-        for k_first in range(0, columns, panel):
-            for m in range(m_first, m_first + panel, lanes):
-                for k in range(k_first, k_first + panel, lanes):
-                    place = at + _place(m, k, width, depth, False, panel)
-                    transpose_block(state, place, panel, flat, m * depth + k, depth)
-    for m in range(first, stop):
-        for k in range(columns if m < first + rows else 0, depth):
-            flat[m * depth + k] = state[at + _place(m, k, width, depth, is_thin, panel)]
+            place = at + _place(m, k, width, depth, is_thin, panel)
+            if to_panels:
+                state[place] = flat[m * depth + k]
+            else:
+                flat[m * depth + k] = state[place]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastdl.kernels.cpu.panels import panel_of
-from fastdl.kernels.cpu.weights import read_weight, write_weight
+from fastdl.kernels.cpu.weights import copy_weight
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -24,9 +24,9 @@ def test_threads_lay_a_weight_out_in_panels_and_back(dtype, width, depth, is_thi
     expected = padded.reshape(-1, num_panels, panel).swapaxes(0, 1).reshape(-1)
     state = np.zeros(7 + expected.size, dtype)
     for thread in range(num_threads):
-        read_weight(matrix, state, 7, is_thin, thread, num_threads)
+        copy_weight(matrix, state, 7, is_thin, True, thread, num_threads)
     np.testing.assert_array_equal(state, np.concatenate([np.zeros(7, dtype), expected]))
     back = np.full_like(matrix, np.nan)
     for thread in range(num_threads):
-        write_weight(state, 7, is_thin, back, thread, num_threads)
+        copy_weight(back, state, 7, is_thin, False, thread, num_threads)
     np.testing.assert_array_equal(back, matrix)
