@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from fastdl.kernels.cpu.intrinsics import TILE, sum_open, transpose_block
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix, sum_open, transpose_block
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     PANEL_BYTES,
@@ -223,9 +223,9 @@ def _transpose_panels(
     for row in range(0, rows, lanes):
         for col in range(0, columns, lanes):
             transpose_block(
-                source, source_at + col // panel * source_panel + row * panel + col % panel, panel,
-                target, target_at + row // panel * target_panel + col * panel + row % panel, panel,
-            )  # fmt: skip
+                Matrix(source, source_at + col // panel * source_panel + row * panel + col % panel, panel),
+                Matrix(target, target_at + row // panel * target_panel + col * panel + row % panel, panel),
+            )
 
 
 @linked_jit
@@ -317,11 +317,9 @@ def _backward_data_rows(layers, layer, stride, state, scratch, work, rows, panel
     for j in range(panels[0], panels[1]):
         for i in range(0, count, lanes):
             for col in range(0, panel, lanes):
-                transpose_block(
-                    scratch,
-                    transposed + (i // panel * whole_depth + j * panel + col) * panel + i % panel, panel,
-                    scratch, before + (j * stride + rows[0] + i) * panel + col, panel,
-                )  # fmt: skip
+                source = transposed + (i // panel * whole_depth + j * panel + col) * panel + i % panel
+                target = before + (j * stride + rows[0] + i) * panel + col
+                transpose_block(Matrix(scratch, source, panel), Matrix(scratch, target, panel))
 
 
 @linked_jit
@@ -613,9 +611,9 @@ def _transpose_floats_of(values, stride, inputs, count, target):
     for k in range(inputs[0], inputs[1], lanes):
         for n in range(0, count, lanes):
             transpose_block(
-                values, (k // WORD * stride + n) * WORD + k % WORD, WORD,
-                target, (n // WORD * target_stride + k - inputs[0]) * WORD + n % WORD, WORD,
-            )  # fmt: skip
+                Matrix(values, (k // WORD * stride + n) * WORD + k % WORD, WORD),
+                Matrix(target, (n // WORD * target_stride + k - inputs[0]) * WORD + n % WORD, WORD),
+            )
 
 
 def _transpose_of(values, stride, inputs, count, target):

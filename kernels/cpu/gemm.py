@@ -36,6 +36,7 @@ from fastdl.kernels.cpu.intrinsics import (
     ROW_DEPTH,
     SUM_VECTORS,
     TILE,
+    Matrix,
     add_rows,
     aligned,
     dot_tile,
@@ -118,7 +119,8 @@ def _pack_b(b, b_is_transposed, first, last, cols, panels, at):
             rest = first + depth // lanes * lanes
             for p in range(first, rest, lanes):
                 transpose_block(
-                    b, j * b.shape[1] + p, b.shape[1], panels, target + (p - first) * panel, panel
+                    Matrix(b, j * b.shape[1] + p, b.shape[1]),
+                    Matrix(panels, target + (p - first) * panel, panel),
                 )
         for p in range(rest, last):
             for column in range(j, j + lanes):

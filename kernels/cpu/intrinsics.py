@@ -11,7 +11,7 @@ start; strides are in elements too. Nothing here checks a bound.
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
 from numba import config, types
@@ -52,6 +52,19 @@ def _vector_bits():
 
 
 TILE = _TILES[_vector_bits()]
+
+
+class Matrix(NamedTuple):
+    """A matrix in an array, as a kernel is told of it; positions are in elements.
+
+    An intrinsic takes one in the place of three arguments. What the stride lies between (rows, panels), the
+    intrinsic says.
+    """
+
+    storage: Any
+    offset: int
+    stride: int
+
 
 # how many rows a tile may have; a remainder is made of several
 ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
@@ -313,29 +326,47 @@ class _TileOf:
         )
 
 
+def _argument_type(kind):
+    """Return the type that an intrinsic takes for an argument: its own for arrays and tuples."""
+    if isinstance(kind, types.Array | types.BaseTuple):
+        return kind
+    return types.boolean if isinstance(types.unliteral(kind), types.Boolean) else types.intp
+
+
+def _flattened(context, builder, kinds, values):
+    """Return types and values with those of tuples' members in the tuples' places."""
+    flat = []
+    for kind, value in zip(kinds, values, strict=True):
+        if isinstance(kind, types.BaseTuple):
+            members = cgutils.unpack_tuple(builder, value, len(kind))
+            flat += _flattened(context, builder, kind.types, members)
+        else:
+            target = _argument_type(kind)
+            flat.append((target, context.cast(builder, value, kind, target)))
+    return flat
+
+
 def call_of(write, *kinds):
-    """Return the signature and the code generator of a call of the function that write writes."""
-    integers = [
-        types.boolean if isinstance(types.unliteral(kind), types.Boolean) else types.intp for kind in kinds
-    ]
-    signature = types.void(
-        *(
-            kind if isinstance(kind, types.Array) else integer
-            for kind, integer in zip(kinds, integers, strict=True)
-        )
-    )
+    """Return the signature and the code generator of a call of the function that write writes.
+
+    It is called with a pointer for each array and the position behind it, and with the members of a tuple,
+    such as a Matrix, in the tuple's place.
+    """
+    signature = types.void(*map(_argument_type, kinds))
 
     def generate(context, builder, signature, values):
         arguments = []
-        pairs = iter(zip(signature.args, values, strict=True))
+        pairs = iter(_flattened(context, builder, signature.args, values))
+        arrays = []
         for kind, value in pairs:
             if isinstance(kind, types.Array):
+                arrays.append(kind)
                 data = context.make_array(kind)(context, builder, value).data
                 _, position = next(pairs)
                 arguments.append(builder.gep(data, [position]))
             else:
                 arguments.append(value)
-        element = context.get_value_type(signature.args[0].dtype)
+        element = context.get_value_type(arrays[0].dtype)
         kinds = [str(value.type.pointee) for value in arguments if value.type.is_pointer]
         function = cgutils.get_or_insert_function(
             builder.module,
@@ -548,9 +579,9 @@ def dot_tile(
 
 
 @intrinsic
-def transpose_block(typing_context, source, source_at, source_stride, target, target_at, target_stride):
-    """Write the transpose of a square block, one vector wide."""
-    return call_of(_transpose_block, source, source_at, source_stride, target, target_at, target_stride)
+def transpose_block(typing_context, source, target):
+    """Write the transpose of a square block, one vector wide; both are a Matrix with a stride of rows."""
+    return call_of(_transpose_block, source, target)
 
 
 @intrinsic

@@ -7,7 +7,7 @@ than that are read at a time.
 
 from __future__ import annotations
 
-from fastdl.kernels.cpu.intrinsics import TILE, transpose_block
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix, transpose_block
 from fastdl.kernels.cpu.panels import panel_of, panels_of
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.jit import inlined_jit, jit
@@ -47,9 +47,9 @@ def copy_weight(matrix, state, at, is_thin, to_panels, thread, num_threads):
                 for k in range(k_first, k_first + panel, lanes):
                     place = at + _place(m, k, width, depth, False, panel)
                     if to_panels:
-                        transpose_block(flat, m * depth + k, depth, state, place, panel)
+                        transpose_block(Matrix(flat, m * depth + k, depth), Matrix(state, place, panel))
                     else:
-                        transpose_block(state, place, panel, flat, m * depth + k, depth)
+                        transpose_block(Matrix(state, place, panel), Matrix(flat, m * depth + k, depth))
     for m in range(first, stop):
         for k in range(columns if m < first + rows else 0, depth):
             place = at + _place(m, k, width, depth, is_thin, panel)
