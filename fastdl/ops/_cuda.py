@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastdl.cuda_arrays import cuda_kernels, run
+from fastdl.kernels.options import CrossEntropyOptions, SGDOptions
 
 # Products of more multiply-adds than this are torch's, with the kernels' epilogue: cuBLAS keeps a whole GPU
 # busy. Where torch may use tensor cores it is ahead sooner. Both are estimates: no GPU has measured them yet.
@@ -122,9 +123,7 @@ def cross_entropy_forward(
         logits.contiguous(),
         target.contiguous(),
         _contiguous(weight),
-        ignore_index,
-        label_smoothing,
-        kernels.reduction.CODES[reduction],
+        CrossEntropyOptions(ignore_index, label_smoothing, kernels.reduction.CODES[reduction]),
         loss,
         grad_logits if need_grad else None,
         _scratch(logits, num_sums),
@@ -213,12 +212,7 @@ def sgd(
         cuda_kernels().sgd,
         table,
         params[0],
-        lr,
-        momentum,
-        dampening,
-        weight_decay,
-        nesterov,
-        maximize,
+        SGDOptions(lr, momentum, dampening, weight_decay, nesterov, maximize),
     )
     # the kernel writes where torch can't see it; a graph that saved a parameter must notice
     increment_version([*params, *momentum_buffers])

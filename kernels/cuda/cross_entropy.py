@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import exp, log
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastdl.kernels.cuda.intrinsics import (
     computed_in,
@@ -31,12 +31,14 @@ from fastdl.kernels.cuda.launch import (
     ELEMENTS,
     SCALARS,
     Array,
+    Elements,
+    Integers,
     Kernel,
     Stream,
+    Sums,
     address,
     element_of,
     is_wide,
-    pointer,
     size_of,
 )
 from fastdl.kernels.cuda.numba_cuda import cuda, types
@@ -53,6 +55,7 @@ from fastdl.kernels.cuda.reduction import (
     lanes_max,
     lanes_sum,
 )
+from fastdl.kernels.options import CrossEntropyOptions
 
 # Rows of more classes get a block each: the rows that a multiprocessor works on must fit its cache.
 LONG_ROW = 1024
@@ -60,23 +63,71 @@ LONG_ROW = 1024
 _ROWS_OF_ONE_BLOCK = 4
 
 
-def _build_total_weight(real: Any) -> Callable[..., None]:
-    def total_weight(target, weight, total, num_rows, num_classes, ignore_index):
-        """Write the sum of the rows' weights to total (1,); one block."""
-        shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
+class Rows(NamedTuple):
+    """The rows of logits, and how threads share them out: so many lanes each have a row."""
+
+    num_rows: int
+    num_classes: int
+    lanes: int
+    num_blocks: int
+    is_wide: bool
+
+
+class Shares(NamedTuple):
+    """How a row's loss is summed: the weights of its label's part and of each class's, and the reduction."""
+
+    ignore_index: int
+    of_label: float
+    of_all: float
+    reduction: int
+
+
+class Results(NamedTuple):
+    """What is written: the loss, or each block's sum of it where there are more blocks, and the gradient."""
+
+    loss: Elements
+    partial_sums: Sums
+    grad_logits: Elements
+
+
+@cuda.jit(device=True, inline="always")
+def is_counted(label, ignore_index, num_classes):
+    """Return whether a row with this label has a loss."""
+    return label != ignore_index and label >= 0 and label < num_classes
+
+
+def _build_sum_of_weights(real: Any) -> Any:
+    @cuda.jit(device=True, inline="always")
+    def sum_of_weights(target, weight, ignore_index, num_rows, num_classes, shared):
+        """Return the sum of all rows' weights to every thread of a block."""
         own = real(0)
         for n in range(types.int64(cuda.threadIdx.x), num_rows, THREADS):
             label = target[n]
-            if label != ignore_index and label >= 0 and label < num_classes:
+            if is_counted(label, ignore_index, num_classes):
                 own += real(1) if is_null(weight) else load(weight, label)
-        own = block_sum(own, shared)
+        return block_sum(own, shared)
+
+    return sum_of_weights
+
+
+def _build_total_weight(real: Any) -> Callable[..., None]:
+    sum_of_weights = _build_sum_of_weights(real)
+
+    def total_weight(
+        target: Integers, weight: Elements, total: Sums, num_rows: int, num_classes: int, ignore_index: int
+    ) -> None:
+        """Write the sum of the rows' weights to total (1,); one block."""
+        shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
+        weights = sum_of_weights(target, weight, ignore_index, num_rows, num_classes, shared)
         if cuda.threadIdx.x == 0:
-            store(total, 0, own)
+            store(total, 0, weights)
 
     return total_weight
 
 
 def _build_rows(real: Any) -> Callable[..., None]:
+    sum_of_weights = _build_sum_of_weights(real)
+
     @cuda.jit(device=True, inline="always")
     def row_max(value, lanes, shared):
         return block_max(value, shared) if lanes > WARP else lanes_max(value, lanes)
@@ -98,39 +149,28 @@ def _build_rows(real: Any) -> Callable[..., None]:
             load(logits, at + c + 3) if c + 3 < num_classes else least,
         )
 
-    def rows(
-        logits,
-        target,
-        weight,
-        total,
-        loss,
-        partial,
-        grad_logits,
-        num_rows,
-        num_classes,
-        ignore_index,
-        share_of_label,
-        share_of_all,
-        reduction,
-        lanes,
-        num_blocks,
-        wide,
-    ):
+    def cross_entropy_of_rows(
+        logits: Elements,
+        target: Integers,
+        weight: Elements,
+        total: Sums,
+        shares: Shares,
+        results: Results,
+        rows: Rows,
+    ) -> None:
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
         block = types.int64(cuda.blockIdx.x)
         zero, one = real(0), real(1)
+        num_rows, num_classes, lanes, num_blocks, wide = rows
+        loss, partial_sums, grad_logits = results
+        ignore_index, share_of_label, share_of_all, reduction = shares
 
         # 1: the sums of the rows' weights, for the mean, and of the classes' weights
         total_weight = one
         if reduction == MEAN:
             if is_null(total):
-                own = zero
-                for n in range(thread, num_rows, THREADS):
-                    label = target[n]
-                    if label != ignore_index and label >= 0 and label < num_classes:
-                        own += one if is_null(weight) else load(weight, label)
-                total_weight = block_sum(own, shared)
+                total_weight = sum_of_weights(target, weight, ignore_index, num_rows, num_classes, shared)
             else:
                 total_weight = load(total, 0)
         scale = one / total_weight
@@ -179,8 +219,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
             label = ignore_index
             if is_row:
                 label = target[n]
-            is_ignored = label == ignore_index
-            is_class = not is_ignored and label >= 0 and label < num_classes
+            is_class = is_counted(label, ignore_index, num_classes)
             row_loss, label_weight = zero, zero
             if is_class:
                 label_weight = one if is_null(weight) else load(weight, label)
@@ -188,7 +227,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
                 row_loss = -share_of_label * label_weight * log_probability
                 if share_of_all > zero:
                     row_loss -= share_of_all * (weighted_logits - weight_sum * log_total)
-            elif not is_ignored:
+            elif label != ignore_index:
                 row_loss = real(float("nan"))
             if is_row and lane == 0:
                 if reduction == NONE:
@@ -236,34 +275,31 @@ def _build_rows(real: Any) -> Callable[..., None]:
         if reduction != NONE:
             own_losses = block_sum(own_losses, shared)
             if thread == 0:
-                if is_null(partial):
+                if is_null(partial_sums):
                     store(loss, 0, own_losses / total_weight)
                 else:
-                    store(partial, block, own_losses)
+                    store(partial_sums, block, own_losses)
 
-    return rows
+    return cross_entropy_of_rows
 
 
 def _scale_rows(
-    grad_loss,
-    grad_logits,
-    target,
-    ignore_index,
-    scaled,
-    num_rows,
-    num_classes,
-    num_upstream,
-    lanes,
-    num_blocks,
-    wide,
-):
+    grad_loss: Elements,
+    grad_logits: Elements,
+    target: Integers,
+    ignore_index: int,
+    scaled: Elements,
+    num_upstream: int,
+    rows: Rows,
+) -> None:
+    num_rows, num_classes, lanes, num_blocks, wide = rows
     thread = types.int64(cuda.threadIdx.x)
     groups = THREADS // lanes
     first = types.int64(cuda.blockIdx.x) * groups + thread // lanes
     for n in range(first, num_rows, num_blocks * groups):
         label = target[n]
         # torch gives a row without a class no part in an infinite or NaN upstream gradient
-        is_class = label != ignore_index and label >= 0 and label < num_classes
+        is_class = is_counted(label, ignore_index, num_classes)
         factor = load(grad_loss, n if num_upstream > 1 else 0)
         at = n * num_classes
         for c in range(thread % lanes * CHUNK, num_classes, lanes * CHUNK):
@@ -278,44 +314,20 @@ def _scale_rows(
                     store(scaled, i, value * factor if is_class else value)
 
 
-def _kernels(element: str) -> tuple[Kernel, Kernel, Kernel]:
-    real = computed_in(ELEMENTS[element])
-    elements, reals, labels = pointer(element), types.CPointer(real), types.CPointer(types.int64)
-    return (
-        Kernel(
-            f"cross_entropy_total_weight_{element}",
-            _build_total_weight(real),
-            (labels, elements, reals, *(types.int64,) * 3),
-            THREADS,
-        ),
-        Kernel(
-            f"cross_entropy_rows_{element}",
-            _build_rows(real),
-            (
-                elements,
-                labels,
-                elements,
-                reals,
-                elements,
-                reals,
-                elements,
-                *(types.int64,) * 3,
-                real,
-                real,
-                *(types.int64,) * 4,
-            ),
-            THREADS,
-        ),
-        Kernel(
-            f"cross_entropy_scale_rows_{element}",
-            _scale_rows,
-            (elements, elements, labels, types.int64, elements, *(types.int64,) * 6),
-            THREADS,
-        ),
+_TOTAL_WEIGHT = {
+    element: Kernel(
+        f"cross_entropy_total_weight_{element}", _build_total_weight(computed_in(kind)), THREADS, element
     )
-
-
-_KERNELS = {element: _kernels(element) for element in ELEMENTS}
+    for element, kind in ELEMENTS.items()
+}
+_ROWS = {
+    element: Kernel(f"cross_entropy_rows_{element}", _build_rows(computed_in(kind)), THREADS, element)
+    for element, kind in ELEMENTS.items()
+}
+_SCALE_ROWS = {
+    element: Kernel(f"cross_entropy_scale_rows_{element}", _scale_rows, THREADS, element)
+    for element in ELEMENTS
+}
 
 
 def _lanes(num_classes: int) -> int:
@@ -336,7 +348,7 @@ def _num_blocks(num_rows: int, num_classes: int) -> int:
 
 
 def cross_entropy_partial_sums(num_rows: int, num_classes: int) -> int:
-    """Return how many numbers of scratch ``cross_entropy_forward`` needs for a mean or sum."""
+    """Return how many numbers of workspace ``cross_entropy_forward`` needs for a mean or sum."""
     blocks = _num_blocks(num_rows, num_classes)
     return 0 if blocks == 1 else blocks + 1
 
@@ -345,12 +357,10 @@ def cross_entropy_forward(
     logits: Array,
     target: Array,
     weight: Array | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
+    options: CrossEntropyOptions,
     loss: Array,
     grad_logits: Array | None,
-    partial: Array | None,
+    partial_sums: Array | None,
     stream: Stream,
 ) -> None:
     """Write the loss and its gradient with respect to the logits.
@@ -359,62 +369,58 @@ def cross_entropy_forward(
     ----------
     logits : (N, C)
     target : (N,), int64
-        Class indices. One that is neither a class nor ignore_index is never used to read: its row's loss is
-        NaN, and its gradient is 0.
+        Class indices. One that is neither a class nor the ignore_index is never used to read: its row's loss
+        is NaN, and its gradient is 0.
     weight : (C,) or None
         A weight for each class, or none.
-    ignore_index : int
-        Rows with this label have no loss and no gradient.
-    label_smoothing : float
-        The part of a row's probability that is spread over all classes.
-    reduction : int
-        One of ``reduction.CODES``.
+    options : CrossEntropyOptions
+        Rows with the label ignore_index have no loss and no gradient.
     loss : (N,) without reduction, else (1,)
     grad_logits : (N, C) or None
         Of the reduced loss, or row by row of each loss; None where it isn't wanted.
-    partial : (cross_entropy_partial_sums(N, C),) or None
-        Scratch for a reduced loss, float64 or float32 as the logits are computed in.
+    partial_sums : (cross_entropy_partial_sums(N, C),) or None
+        Workspace for a reduced loss, float64 or float32 as the logits are computed in.
     stream : Stream
     """
     element = element_of(logits)
     num_rows, num_classes = logits.shape
+    ignore_index, smoothing, reduction = options
     if num_rows == 0 and reduction == NONE:
         return
-    scalar = SCALARS[element]
-    total_weight, rows, _ = _KERNELS[element]
     blocks = _num_blocks(num_rows, num_classes)
     sums_at = total_at = 0
     if blocks > 1 and reduction != NONE:
-        sums_at = address(partial)
-        total_at = sums_at + blocks * scalar().itemsize if reduction == MEAN else 0
+        sums_at = address(partial_sums)
+        total_at = sums_at + blocks * SCALARS[element]().itemsize if reduction == MEAN else 0
     elif reduction == NONE:
         blocks = -(-num_rows // (THREADS // _lanes(num_classes)))
     if total_at:
-        total_weight.launch(
-            stream, 1, address(target), address(weight), total_at, num_rows, num_classes, ignore_index
+        _TOTAL_WEIGHT[element].launch(
+            stream,
+            1,
+            target=target,
+            weight=weight,
+            total=total_at,
+            num_rows=num_rows,
+            num_classes=num_classes,
+            ignore_index=ignore_index,
         )
-    rows.launch(
+    wide = is_wide(num_classes, logits, grad_logits)
+    _ROWS[element].launch(
         stream,
         blocks,
-        address(logits),
-        address(target),
-        address(weight),
-        total_at,
-        address(loss),
-        sums_at,
-        address(grad_logits),
-        num_rows,
-        num_classes,
-        ignore_index,
-        scalar(1.0 - label_smoothing),
-        scalar(label_smoothing / max(num_classes, 1)),
-        reduction,
-        _lanes(num_classes),
-        blocks,
-        is_wide(num_classes, logits, grad_logits),
+        logits=logits,
+        target=target,
+        weight=weight,
+        total=total_at,
+        shares=Shares(ignore_index, 1.0 - smoothing, smoothing / max(num_classes, 1), reduction),
+        results=Results(loss, sums_at, grad_logits),
+        rows=Rows(num_rows, num_classes, _lanes(num_classes), blocks, wide),
     )
     if sums_at:
-        ADD_PARTIAL_SUMS[element].launch(stream, 1, sums_at, blocks, scalar(1.0), total_at, address(loss))
+        ADD_PARTIAL_SUMS[element].launch(
+            stream, 1, partial_sums=sums_at, count=blocks, factor=1.0, divisor=total_at, loss=loss
+        )
 
 
 def cross_entropy_backward(
@@ -438,18 +444,14 @@ def cross_entropy_backward(
         return
     lanes = _lanes(num_classes)
     blocks = -(-num_rows // (THREADS // lanes))
-    _KERNELS[element_of(grad_logits)][2].launch(
+    _SCALE_ROWS[element_of(grad_logits)].launch(
         stream,
         blocks,
-        address(grad_loss),
-        address(grad_logits),
-        address(target),
-        ignore_index,
-        address(scaled),
-        num_rows,
-        num_classes,
-        size_of(grad_loss),
-        lanes,
-        blocks,
-        is_wide(num_classes, grad_logits, scaled),
+        grad_loss=grad_loss,
+        grad_logits=grad_logits,
+        target=target,
+        ignore_index=ignore_index,
+        scaled=scaled,
+        num_upstream=size_of(grad_loss),
+        rows=Rows(num_rows, num_classes, lanes, blocks, is_wide(num_classes, grad_logits, scaled)),
     )

@@ -276,27 +276,24 @@ def as_pointer(typing_context, address, like):
 
 
 @extending.intrinsic
-def row_of_block(typing_context, table, num_columns, size_column, block, block_size):
-    """Return the row of a table whose elements a block of the grid works on, and which of its blocks that is.
+def row_of_block(typing_context, table, size_field, block, block_size):
+    """Return the record of a table whose elements a block works on, and which of its blocks that is.
 
-    The table is laid out flat, with the number of a row's elements in one of its columns. A chain of selects
-    finds the row: a table that is indexed by a number known at run time would have to be copied to memory.
+    The number of a record's elements is in the field of this name. A chain of selects finds the record: a
+    table that is indexed by a number known at run time would have to be copied to memory.
     """
-    literals = (num_columns, size_column, block_size)
-    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
+    if not (isinstance(size_field, types.StringLiteral) and isinstance(block_size, types.IntegerLiteral)):
         return None
-    columns, at_size, elements = (literal.literal_value for literal in literals)
-    row_type = types.UniTuple(types.int64, columns)
+    row_type, elements = table.dtype, block_size.literal_value
+    at_size = row_type.fields.index(size_field.literal_value)
 
     def codegen(context, builder, signature, arguments):
         integer = ir.IntType(64)
-        own = context.cast(builder, arguments[3], signature.args[3], types.int64)
+        own = context.cast(builder, arguments[2], signature.args[2], types.int64)
         first = ir.Constant(integer, 0)
-        found, found_block = [first] * columns, first
-        for row in range(table.count // columns):
-            numbers = [
-                builder.extract_value(arguments[0], row * columns + column) for column in range(columns)
-            ]
+        found, found_block = [first] * row_type.count, first
+        for row in range(table.count):
+            numbers = [builder.extract_value(arguments[0], [row, field]) for field in range(row_type.count)]
             padded = builder.add(numbers[at_size], ir.Constant(integer, elements - 1))
             stop = builder.add(first, builder.udiv(padded, ir.Constant(integer, elements)))
             is_here = builder.and_(builder.icmp_signed(">=", own, first), builder.icmp_signed("<", own, stop))
@@ -307,7 +304,7 @@ def row_of_block(typing_context, table, num_columns, size_column, block, block_s
         return context.make_tuple(builder, signature.return_type, [row_value, found_block])
 
     result = types.Tuple((row_type, types.int64))
-    return result(table, num_columns, size_column, block, block_size), codegen
+    return result(table, size_field, block, block_size), codegen
 
 
 @extending.intrinsic
@@ -344,17 +341,17 @@ def add_tuples(typing_context, a, b):
 
 
 @extending.intrinsic
-def zero_where_closed(typing_context, values, gate):
-    """Return each value, or 0 where its gate is 0 or less. A NaN gate is open, as ReLU lets NaN pass."""
+def relu_masked(typing_context, values, outputs):
+    """Return each value, or 0 where the ReLU's output is 0 or less; NaN isn't, as ReLU lets NaN pass."""
 
     def codegen(context, builder, signature, arguments):
         chosen = []
         for i in range(values.count):
             value = builder.extract_value(arguments[0], i)
-            closed = builder.fcmp_ordered(
+            is_masked = builder.fcmp_ordered(
                 "<=", builder.extract_value(arguments[1], i), ir.Constant(value.type, 0.0)
             )
-            chosen.append(builder.select(closed, ir.Constant(value.type, 0.0), value))
+            chosen.append(builder.select(is_masked, ir.Constant(value.type, 0.0), value))
         return context.make_tuple(builder, signature.return_type, chosen)
 
-    return values(values, gate), codegen
+    return values(values, outputs), codegen

@@ -5,6 +5,10 @@ machine code for the GPU that is there, and cuda.core loads and launches it. Num
 microseconds for its look at every argument; here the types are fixed, each argument is a number already, and
 a launch takes two.
 
+A kernel's arguments, and the fields of the records among them, are annotated: ``int`` and ``bool`` are 64-bit
+integers on the GPU, ``float`` is the type that the kernel computes in, the names below are pointers. Numba's
+types are made of this, and a launch names each argument.
+
 A kernel runs on the stream that its caller names, and nothing here waits for it.
 """
 
@@ -18,7 +22,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 
@@ -34,6 +38,13 @@ ELEMENTS = {
     "bfloat16": types.bfloat16,
 }
 SCALARS = {"float32": np.float32, "float64": np.float64, "float16": np.float32, "bfloat16": np.float32}
+
+# the annotations of pointers: to a kernel's element type, to what its sums are kept in, to int64, and to
+# uint8 or the element type. A launch is given arrays, or None for one left out.
+Elements = Annotated[Any, "elements"]
+Sums = Annotated[Any, "sums"]
+Integers = Annotated[Any, "integers"]
+Inputs = Annotated[Any, "inputs"]
 
 # PTX for this compute capability can be made into machine code for every newer GPU.
 OLDEST_CAPABILITY = (8, 0)
@@ -69,9 +80,11 @@ def element_of(array: Array) -> str:
     return name
 
 
-def address(array: Array | None) -> int:
-    """Return an array's address, or 0 for an array left out."""
-    return 0 if array is None else array.data_ptr()
+def address(array: Array | int | None) -> int:
+    """Return an array's address, or 0 for an array left out; an address is itself."""
+    if array is None:
+        return 0
+    return array if isinstance(array, int) else array.data_ptr()
 
 
 def size_of(array: Array) -> int:
@@ -79,11 +92,9 @@ def size_of(array: Array) -> int:
     return math.prod(array.shape)
 
 
-def is_wide(length: int, *arrays: Array | None) -> int:
-    """Return 1 if rows of this length can be read a chunk at a time in all the arrays, else 0."""
-    if length % CHUNK:
-        return 0
-    return int(not any(address(array) % VECTOR_BYTES for array in arrays))
+def is_wide(length: int, *arrays: Array | None) -> bool:
+    """Return whether rows of this length can be read a chunk at a time in all the arrays."""
+    return length % CHUNK == 0 and not any(address(array) % VECTOR_BYTES for array in arrays)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -148,26 +159,76 @@ def _toolchain() -> str:
     return hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
 
 
+class Table(NamedTuple):
+    """The type of an argument that is so many records of one kind."""
+
+    record: type
+    num_rows: int
+
+
+# a type of Numba's, and for each number in it what makes it of what a launch is given
+_Argument = tuple[Any, list[Callable[[Any], Any] | None]]
+
+
+def _argument(hint: Any, scalars: dict[Any, _Argument]) -> _Argument:
+    if isinstance(hint, Table):
+        row, convert = _argument(hint.record, scalars)
+        return types.UniTuple(row, hint.num_rows), convert * hint.num_rows
+    if hint in scalars:
+        return scalars[hint]
+    fields = [_argument(field, scalars) for field in get_type_hints(hint, include_extras=True).values()]
+    return types.BaseTuple.from_types([field for field, _ in fields], hint), [
+        convert for _, converts in fields for convert in converts
+    ]
+
+
 class Kernel:
-    """A kernel for fixed argument types and a fixed number of threads a block.
+    """A kernel for one element type and a fixed number of threads a block.
 
     Parameters
     ----------
     name : str
         What profilers show, and the name of its file on disk.
     function
-        The kernel's Python, in the part of it that Numba compiles for CUDA.
-    arguments
-        Their Numba types: pointers, ``int64``, ``float32`` or ``float64``.
+        The kernel's Python, in the part of it that Numba compiles for CUDA, with annotated arguments.
     threads : int
         Threads of a block.
+    element : str
+        The name of the type that `Elements` are of.
+    inputs : str, optional
+        The name of the type that `Inputs` are of; the element type without it.
+    **tables : Table
+        The types of arguments whose size is no annotation's.
     """
 
-    def __init__(self, name: str, function: Callable[..., None], arguments: Sequence[Any], threads: int):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., None],
+        threads: int,
+        element: str,
+        inputs: str | None = None,
+        **tables: Table,
+    ):
+        scalar = SCALARS[element]
+        real = ELEMENTS[scalar.__name__]
+        scalars: dict[Any, _Argument] = {
+            int: (types.int64, [None]),
+            bool: (types.int64, [int]),
+            float: (real, [scalar]),
+            Elements: (pointer(element), [address]),
+            Sums: (types.CPointer(real), [address]),
+            Integers: (pointer("int64"), [address]),
+            Inputs: (pointer(inputs or element), [address]),
+        }
+        hints = get_type_hints(function, include_extras=True) | tables
+        self.arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+        parts = [_argument(hints[argument], scalars) for argument in self.arguments]
         self.name = name
         self.function = function
-        self.signature = types.void(*arguments)
+        self.signature = types.void(*(part for part, _ in parts))
         self.threads = threads
+        self._converts = [convert for _, converts in parts for convert in converts]
         self._loaded: dict[str, Any] = {}
         KERNELS[name] = self
 
@@ -201,10 +262,40 @@ class Kernel:
             os.replace(temporary, path)
         return path.read_bytes()
 
-    def launch(self, stream: Stream, blocks: int, *arguments: Any) -> None:
-        """Start so many blocks on a stream; arrays are given by their addresses."""
+    def launch(self, stream: Stream, blocks: int, /, **arguments: Any) -> None:
+        """Start so many blocks on a stream; arrays are given as such, or by their addresses."""
         kernel = self._loaded.get(stream.architecture) or self._load(stream)
-        core.launch(stream.core, _configuration(blocks, self.threads), kernel, *arguments)
+        core.launch(stream.core, _configuration(blocks, self.threads), kernel, *self.numbers(arguments))
+
+    def numbers(self, arguments: dict[str, Any]) -> list[Any]:
+        """Return what the driver gets for a launch's arguments: a number for each pointer and scalar."""
+        if tuple(arguments) != self.arguments:
+            arguments = self._ordered(arguments)
+        values: list[Any] = []
+        for argument in arguments.values():
+            # a record or a table is handed over number by number
+            if isinstance(argument, tuple | list):
+                values += argument
+            else:
+                values.append(argument)
+        return [
+            value if convert is None else convert(value)
+            for convert, value in zip(self._converts, values, strict=True)
+        ]
+
+    def _ordered(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        missing = [name for name in self.arguments if name not in arguments]
+        unknown = [name for name in arguments if name not in self.arguments]
+        if missing or unknown:
+            raise TypeError(
+                f"the CUDA kernel {self.name} takes {', '.join(self.arguments)}, but its launch "
+                + " and ".join(
+                    f"{verb} {', '.join(names)}"
+                    for verb, names in (("lacks", missing), ("has", unknown))
+                    if names
+                )
+            )
+        return {name: arguments[name] for name in self.arguments}
 
     def _load(self, stream: Stream) -> Any:
         if stream.is_capturing():

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
-from fastdl.kernels.cuda.launch import ELEMENTS, Kernel, pointer
+from fastdl.kernels.cuda.launch import ELEMENTS, Elements, Kernel, Sums
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 
 # the codes by which a kernel is told the reduction
@@ -77,12 +77,14 @@ def block_max(value, shared):
 
 
 def _build(real: Any) -> Callable[..., None]:
-    def add_partial_sums(partial, count, factor, divisor, loss):
-        """Write the sum of partial (count,), times factor or over the divisor, to loss (1,)."""
+    def add_partial_sums(
+        partial_sums: Sums, count: int, factor: float, divisor: Sums, loss: Elements
+    ) -> None:
+        """Write the sum of partial_sums (count,), times factor or over the divisor, to loss (1,)."""
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         total = real(0)
         for i in range(types.int64(cuda.threadIdx.x), count, THREADS):
-            total += load(partial, i)
+            total += load(partial_sums, i)
         total = block_sum(total, shared)
         if cuda.threadIdx.x == 0:
             store(loss, 0, total * factor if is_null(divisor) else total / load(divisor, 0))
@@ -90,10 +92,7 @@ def _build(real: Any) -> Callable[..., None]:
     return add_partial_sums
 
 
-def _kernel(element: str) -> Kernel:
-    real = computed_in(ELEMENTS[element])
-    arguments = (types.CPointer(real), types.int64, real, types.CPointer(real), pointer(element))
-    return Kernel(f"add_partial_sums_{element}", _build(real), arguments, THREADS)
-
-
-ADD_PARTIAL_SUMS = {element: _kernel(element) for element in ELEMENTS}
+ADD_PARTIAL_SUMS = {
+    element: Kernel(f"add_partial_sums_{element}", _build(computed_in(kind)), THREADS, element)
+    for element, kind in ELEMENTS.items()
+}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from fastdl.kernels.cuda.intrinsics import load, load_tuple, store, store_tuple, zero_where_closed
+from fastdl.kernels.cuda.intrinsics import load, load_tuple, relu_masked, store, store_tuple
 from fastdl.kernels.cuda.launch import (
     CHUNK,
     ELEMENTS,
     Array,
+    Elements,
     Kernel,
     Stream,
-    address,
     element_of,
     is_wide,
-    pointer,
     size_of,
 )
 from fastdl.kernels.cuda.numba_cuda import cuda, types
@@ -20,35 +19,32 @@ from fastdl.kernels.cuda.numba_cuda import cuda, types
 THREADS = 256
 
 
-def _masked(values, gate, masked, size, wide):
-    """Write the values, or 0 where the gate is 0 or less; NaN <= 0 is false, so a NaN gate is open."""
+def _masked(values: Elements, output: Elements, masked: Elements, size: int, wide: bool) -> None:
+    """Write the values, or 0 where the output is 0 or less; NaN <= 0 is false."""
     start = (types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * CHUNK
     if wide and start + CHUNK <= size:
-        chunk = zero_where_closed(load_tuple(values, start, CHUNK), load_tuple(gate, start, CHUNK))
+        chunk = relu_masked(load_tuple(values, start, CHUNK), load_tuple(output, start, CHUNK))
         store_tuple(masked, start, chunk)
     else:
         for i in range(start, min(start + CHUNK, size)):
             value = (load(values, i),)
-            store(masked, i, zero_where_closed(value, (load(gate, i),))[0])
+            store(masked, i, relu_masked(value, (load(output, i),))[0])
 
 
-_MASKED = {
-    element: Kernel(f"relu_{element}", _masked, (pointer(element),) * 3 + (types.int64, types.int64), THREADS)
-    for element in ELEMENTS
-}
+_MASKED = {element: Kernel(f"relu_{element}", _masked, THREADS, element) for element in ELEMENTS}
 
 
-def _launch(values: Array, gate: Array, masked: Array, stream: Stream) -> None:
+def _launch(values: Array, output: Array, masked: Array, stream: Stream) -> None:
     size = size_of(values)
     if size > 0:
         _MASKED[element_of(values)].launch(
             stream,
             -(-size // (THREADS * CHUNK)),
-            address(values),
-            address(gate),
-            address(masked),
-            size,
-            is_wide(0, values, gate, masked),
+            values=values,
+            output=output,
+            masked=masked,
+            size=size,
+            wide=is_wide(0, values, output, masked),
         )
 
 

@@ -11,20 +11,62 @@ the last: about 200 cycles.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.dense import REALS, Examples, Layer, build_options_of
 from fastdl.kernels.cuda.intrinsics import is_null, load, pointer_to, store
-from fastdl.kernels.cuda.launch import ELEMENTS, SCALARS, Array, Kernel, Stream, address, element_of, pointer
+from fastdl.kernels.cuda.launch import ELEMENTS, Array, Elements, Inputs, Integers, Kernel, Stream, element_of
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 from fastdl.kernels.cuda.reduction import ALL_LANES, WARP, lanes_sum
 from fastdl.kernels.cuda.sgd import build_update_one
+from fastdl.kernels.cuda.step import REALS, Layer, Updates, build_options_of
 
 THREADS = 256
 # so many inputs at most; a lane holds them in registers
 MAX_INPUTS = 4
 # rows that are gathered at a time, and so the largest batch
 MAX_ROWS = 1024
+
+
+class Examples(NamedTuple):
+    """What an epoch of linear regression trains on.
+
+    Parameters
+    ----------
+    X : (examples, K), uint8 or the type that is computed in
+    order : (num_rows,), int64
+        Which examples, in the order in which they come.
+    targets : (examples, 1)
+    scale : float
+        What a number of X is multiplied by.
+    num_rows : int
+        Rows of the epoch.
+    num_inputs : int
+        K, at most MAX_INPUTS.
+    """
+
+    X: Inputs
+    order: Integers
+    targets: Elements
+    scale: float
+    num_rows: int
+    num_inputs: int
+
+
+class Parameters(NamedTuple):
+    """A layer's parameters, and their momentum buffers, which are null where a parameter isn't trained."""
+
+    weight: Elements
+    weight_buffer: Elements
+    bias: Elements
+    bias_buffer: Elements
+
+
+class Batches(NamedTuple):
+    """The rows of a batch, how many lanes share them, and the rows that are gathered at a time."""
+
+    size: int
+    lanes: int
+    piece: int
 
 
 def _build(real: Any) -> Callable[..., None]:
@@ -34,59 +76,40 @@ def _build(real: Any) -> Callable[..., None]:
     targets_at, shared_size = MAX_INPUTS * MAX_ROWS, (MAX_INPUTS + 1) * MAX_ROWS
 
     @cuda.jit(device=True, inline="always")
-    def updated(param, buffer, grad, trains, options, is_first):
+    def updated(param, buffer, grad, trains, is_first_step, options):
         """Return a parameter and its momentum buffer after a step."""
-        is_fresh, lr, momentum, dampening, weight_decay, nesterov, maximize = options
         if not trains:
             return param, buffer
-        step, velocity = stepped(
-            param,
-            grad,
-            buffer,
-            is_fresh and is_first,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize,
-        )
-        return param - lr * step, velocity
+        step, velocity = stepped(param, grad, buffer, is_first_step, options)
+        return param - options.lr * step, velocity
 
     @cuda.jit(device=True, inline="always")
     def has_plain_update(options):
         """Return whether the update is ``param -= lr * grad``."""
-        _, _, momentum, _, weight_decay, _, maximize = options
-        return momentum == real(0) and weight_decay == real(0) and not maximize
+        return options.momentum == real(0) and options.weight_decay == real(0) and not options.maximize
 
     def run_small_epoch(
-        X,
-        order,
-        targets,
-        weight,
-        weight_buffer,
-        bias,
-        bias_buffer,
-        options,
-        loss,
-        num_rows,
-        num_inputs,
-        batch_size,
-        lanes,
-        piece,
-        scale,
-        is_mean,
-        trains_weight,
-        trains_bias,
-    ):
+        examples: Examples,
+        parameters: Parameters,
+        updates: Updates,
+        batches: Batches,
+        is_mean: bool,
+        loss: Elements,
+    ) -> None:
         shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
         zero, two = real(0), real(2)
-        own, own_bias = options_of(options, 0, True), options_of(options, 1, True)
+        X, order, targets, scale, num_rows, num_inputs = examples
+        weight, weight_buffer, bias, bias_buffer = parameters
+        batch_size, lanes, piece = batches
+        trains_weight, trains_bias = not is_null(weight_buffer), not is_null(bias_buffer)
+        own, own_bias = options_of(updates, 0), options_of(updates, 1)
+        starts, starts_bias = updates.is_first_step[0] != 0, updates.is_first_step[1] != 0
         # 1: the parameters, and the momentum buffers where there is momentum, to registers of every lane
         if thread == 0:
             for k in range(MAX_INPUTS):
                 is_input = k < num_inputs
-                has_momentum = is_input and trains_weight and own[2] != zero
+                has_momentum = is_input and trains_weight and own.momentum != zero
                 value, velocity = zero, zero
                 if is_input:
                     value = load(weight, k)
@@ -97,7 +120,7 @@ def _build(real: Any) -> Callable[..., None]:
             value, velocity = zero, zero
             if not is_null(bias):
                 value = load(bias, 0)
-            if trains_bias and own_bias[2] != zero:
+            if trains_bias and own_bias.momentum != zero:
                 velocity = load(bias_buffer, 0)
             store(shared, 2 * MAX_INPUTS, value)
             store(shared, 2 * MAX_INPUTS + 1, velocity)
@@ -154,19 +177,19 @@ def _build(real: Any) -> Callable[..., None]:
                         factor = two / real(count)
                     step = factor * scale
                     if is_plain:
-                        rate = own[1] * step
+                        rate = own.lr * step
                         w0 -= rate * g0
                         w1 -= rate * g1
                         w2 -= rate * g2
                         w3 -= rate * g3
-                        b -= own_bias[1] * factor * g
+                        b -= own_bias.lr * factor * g
                     else:
                         is_first = start + first == 0
-                        w0, v0 = updated(w0, v0, step * g0, trains_weight, own, is_first)
-                        w1, v1 = updated(w1, v1, step * g1, trains_weight, own, is_first)
-                        w2, v2 = updated(w2, v2, step * g2, trains_weight, own, is_first)
-                        w3, v3 = updated(w3, v3, step * g3, trains_weight, own, is_first)
-                        b, v = updated(b, v, factor * g, trains_bias, own_bias, is_first)
+                        w0, v0 = updated(w0, v0, step * g0, trains_weight, is_first and starts, own)
+                        w1, v1 = updated(w1, v1, step * g1, trains_weight, is_first and starts, own)
+                        w2, v2 = updated(w2, v2, step * g2, trains_weight, is_first and starts, own)
+                        w3, v3 = updated(w3, v3, step * g3, trains_weight, is_first and starts, own)
+                        b, v = updated(b, v, factor * g, trains_bias, is_first and starts_bias, own_bias)
             cuda.syncthreads()
         # 4: one lane's copy
         if thread < WARP:
@@ -176,37 +199,30 @@ def _build(real: Any) -> Callable[..., None]:
             for k, (value, velocity) in enumerate(((w0, v0), (w1, v1), (w2, v2), (w3, v3))):
                 if k < num_inputs and trains_weight:
                     store(weight, k, value)
-                    if own[2] != zero:
+                    if own.momentum != zero:
                         store(weight_buffer, k, velocity)
             if trains_bias:
                 store(bias, 0, b)
-                if own_bias[2] != zero:
+                if own_bias.momentum != zero:
                     store(bias_buffer, 0, v)
 
     return run_small_epoch
 
 
-def _kernel(element: str, real: str) -> Kernel:
-    reals, integers, integer = pointer(real), types.CPointer(types.int64), types.int64
-    arguments = (
-        *(pointer(element), integers, *(reals,) * 7),
-        *(*(integer,) * 5, ELEMENTS[real], *(integer,) * 3),
-    )
-    name = f"small_epoch_{real}" if element == real else f"small_epoch_{element}_{real}"
-    return Kernel(name, _build(ELEMENTS[real]), arguments, THREADS)
+def _kernel(inputs: str, real: str) -> Kernel:
+    name = f"small_epoch_{real}" if inputs == real else f"small_epoch_{inputs}_{real}"
+    return Kernel(name, _build(ELEMENTS[real]), THREADS, real, inputs)
 
 
-_KERNELS = {(element, real): _kernel(element, real) for real in REALS for element in ("uint8", real)}
+_KERNELS = {(inputs, real): _kernel(inputs, real) for real in REALS for inputs in ("uint8", real)}
 
 
 def run_small_epoch(
     layer: Layer,
     examples: Examples,
-    targets: Array,
     is_mean: bool,
-    options: Array,
+    updates: Updates,
     loss: Array,
-    num_rows: int,
     batch_size: int,
     stream: Stream,
 ) -> None:
@@ -217,41 +233,25 @@ def run_small_epoch(
     layer : Layer
         Its output and grad aren't used.
     examples : Examples
-    targets : (examples, 1)
     is_mean : bool
         Whether a batch's loss is the mean, or the sum.
-    options : (2, dense.NUM_OPTIONS)
+    updates : Updates
     loss : (1,)
         Gets the sum of the squared errors.
-    num_rows : int
-        Rows of the epoch.
     batch_size : int
         At most MAX_ROWS.
     stream : Stream
     """
-    real = element_of(layer.weight)
     lanes = 1
     while lanes < min(batch_size, WARP):
         lanes *= 2
-    _KERNELS[element_of(examples.X), real].launch(
+    _KERNELS[element_of(examples.X), element_of(layer.weight)].launch(
         stream,
         1,
-        address(examples.X),
-        address(examples.order),
-        address(targets),
-        address(layer.weight),
-        address(layer.weight_buffer),
-        address(layer.bias),
-        address(layer.bias_buffer),
-        address(options),
-        address(loss),
-        num_rows,
-        layer.weight.shape[1],
-        batch_size,
-        lanes,
-        MAX_ROWS // batch_size * batch_size,
-        SCALARS[real](examples.scale),
-        int(is_mean),
-        int(layer.weight_buffer is not None),
-        int(layer.bias_buffer is not None),
+        examples=examples,
+        parameters=Parameters(layer.weight, layer.weight_buffer, layer.bias, layer.bias_buffer),
+        updates=updates,
+        batches=Batches(batch_size, lanes, MAX_ROWS // batch_size * batch_size),
+        is_mean=is_mean,
+        loss=loss,
     )

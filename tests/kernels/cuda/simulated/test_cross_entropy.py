@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from fastdl.kernels.cuda import cross_entropy
 from fastdl.kernels.cuda.reduction import CODES
+from fastdl.kernels.options import CrossEntropyOptions
 from tests.kernels.cuda.simulated.near import assert_near
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray, kernels
 
@@ -22,8 +23,8 @@ def _run(logits, target, weight, smoothing, reduction, offset=0):
     grad_logits = DeviceArray.nan((num_rows, num_classes), dtype, offset)
     count = cross_entropy.cross_entropy_partial_sums(num_rows, num_classes)
     partial = DeviceArray.nan((count,), "float64" if dtype == "float64" else "float32") if count else None
-    arguments = (logits, target, weight, IGNORE, smoothing, CODES[reduction], loss)
-    kernels.cross_entropy_forward(*arguments, grad_logits, partial, STREAM)
+    options = CrossEntropyOptions(IGNORE, smoothing, CODES[reduction])
+    kernels.cross_entropy_forward(logits, target, weight, options, loss, grad_logits, partial, STREAM)
     return loss, grad_logits
 
 
@@ -144,13 +145,7 @@ def test_the_mean_over_ignored_rows_alone_is_nan_with_a_zero_gradient(smoothing)
 
 def test_the_gradient_is_left_out_where_it_is_not_wanted():
     loss = DeviceArray.nan((1,))
-    arguments = (
-        DeviceArray(np.zeros((2, 4))),
-        DeviceArray([0, 3], "int64"),
-        None,
-        IGNORE,
-        0.0,
-        CODES["mean"],
-    )
-    kernels.cross_entropy_forward(*arguments, loss, None, None, STREAM)
+    logits, target = DeviceArray(np.zeros((2, 4))), DeviceArray([0, 3], "int64")
+    options = CrossEntropyOptions(IGNORE, 0.0, CODES["mean"])
+    kernels.cross_entropy_forward(logits, target, None, options, loss, None, None, STREAM)
     np.testing.assert_allclose(loss.numpy(), [np.log(4)], rtol=1e-6)

@@ -282,9 +282,9 @@ def test_ctrl_c_stops_the_steps_that_are_queued(seed, gpu, monkeypatch):
     _fit_and_fail(KeyboardInterrupt, X, y)
     assert gpu.synchronized == 1
     (stopped,) = programs
-    before = [own.clone() for _, own in stopped._copies]
+    before = [copied.own.clone() for copied in stopped._copies]
     gpu.graphs[0].replay()
-    assert all(torch.equal(own, kept) for (_, own), kept in zip(stopped._copies, before, strict=True))
+    assert all(torch.equal(copied.own, kept) for copied, kept in zip(stopped._copies, before, strict=True))
 
 
 def test_runs_are_bit_identical(seed):
