@@ -234,7 +234,9 @@ class CudaProgram:
         parameters = [copy.parameter for copy in with_momentum]
         with momentum_buffers(self._lowered.optimizer, parameters) as buffers:
             targets = [copy.parameter.tensor for copy in trained] + buffers
-            sources = [copy.own for copy in trained] + [copy.buffer for copy in with_momentum]
+            sources = [copy.own for copy in trained] + [
+                copy.buffer for copy in with_momentum if copy.buffer is not None
+            ]
             if targets:
                 torch._foreach_copy_(targets, sources)
 
