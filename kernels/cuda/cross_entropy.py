@@ -17,15 +17,8 @@ from collections.abc import Callable
 from math import exp, log
 from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.intrinsics import (
-    computed_in,
-    is_null,
-    load,
-    load_tuple,
-    pointer_to,
-    store,
-    store_tuple,
-)
+from fastdl.kernels.cuda.chunks import load_chunk, load_padded, store_chunk
+from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
 from fastdl.kernels.cuda.launch import (
     CHUNK,
     ELEMENTS,
@@ -98,12 +91,12 @@ def is_counted(label, ignore_index, num_classes):
 
 def _build_sum_of_weights(real: Any) -> Any:
     @cuda.jit(device=True, inline="always")
-    def sum_of_weights(target, weight, ignore_index, num_rows, num_classes, shared):
+    def sum_of_weights(target, weight, ignore_index, rows, shared):
         """Return the sum of all rows' weights to every thread of a block."""
         own = real(0)
-        for n in range(types.int64(cuda.threadIdx.x), num_rows, THREADS):
+        for n in range(types.int64(cuda.threadIdx.x), rows.num_rows, THREADS):
             label = target[n]
-            if is_counted(label, ignore_index, num_classes):
+            if is_counted(label, ignore_index, rows.num_classes):
                 own += real(1) if is_null(weight) else load(weight, label)
         return block_sum(own, shared)
 
@@ -113,20 +106,37 @@ def _build_sum_of_weights(real: Any) -> Any:
 def _build_total_weight(real: Any) -> Callable[..., None]:
     sum_of_weights = _build_sum_of_weights(real)
 
-    def total_weight(
-        target: Integers, weight: Elements, total: Sums, num_rows: int, num_classes: int, ignore_index: int
-    ) -> None:
+    def total_weight(target: Integers, weight: Elements, total: Sums, ignore_index: int, rows: Rows) -> None:
         """Write the sum of the rows' weights to total (1,); one block."""
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
-        weights = sum_of_weights(target, weight, ignore_index, num_rows, num_classes, shared)
+        weights = sum_of_weights(target, weight, ignore_index, rows, shared)
         if cuda.threadIdx.x == 0:
             store(total, 0, weights)
 
     return total_weight
 
 
+def build_gradient(real: Any) -> Any:
+    """Return ``gradient(shifted, c, label, weight, num_classes, factors)``: of logit c of a row with a label.
+
+    The factors are those of the exponential, of each class's weight, and what is taken off at the label.
+    """
+
+    @cuda.jit(device=True, inline="always")
+    def gradient(shifted, c, label, weight, num_classes, factors):
+        factor, of_all, of_label = factors
+        g = exp(shifted) * factor
+        if of_all != real(0) and c < num_classes:
+            g -= of_all if is_null(weight) else of_all * load(weight, c)
+        if c == label:
+            g -= of_label
+        return g
+
+    return gradient
+
+
 def _build_rows(real: Any) -> Callable[..., None]:
-    sum_of_weights = _build_sum_of_weights(real)
+    sum_of_weights, gradient = _build_sum_of_weights(real), build_gradient(real)
 
     @cuda.jit(device=True, inline="always")
     def row_max(value, lanes, shared):
@@ -135,19 +145,6 @@ def _build_rows(real: Any) -> Callable[..., None]:
     @cuda.jit(device=True, inline="always")
     def row_sum(value, lanes, shared):
         return block_sum(value, shared) if lanes > WARP else lanes_sum(value, lanes)
-
-    @cuda.jit(device=True, inline="always")
-    def load_logits(logits, at, c, num_classes, wide):
-        """Return a chunk of a row; what lies behind its end is the least number and has no exponential."""
-        if wide:
-            return load_tuple(logits, at + c, CHUNK)
-        least = -real(float("inf"))
-        return (
-            load(logits, at + c),
-            load(logits, at + c + 1) if c + 1 < num_classes else least,
-            load(logits, at + c + 2) if c + 2 < num_classes else least,
-            load(logits, at + c + 3) if c + 3 < num_classes else least,
-        )
 
     def cross_entropy_of_rows(
         logits: Elements,
@@ -161,7 +158,8 @@ def _build_rows(real: Any) -> Callable[..., None]:
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
         block = types.int64(cuda.blockIdx.x)
-        zero, one = real(0), real(1)
+        # what lies behind a row's end has no exponential
+        zero, one, least = real(0), real(1), -real(float("inf"))
         num_rows, num_classes, lanes, num_blocks, wide = rows
         loss, partial_sums, grad_logits = results
         ignore_index, share_of_label, share_of_all, reduction = shares
@@ -170,7 +168,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
         total_weight = one
         if reduction == MEAN:
             if is_null(total):
-                total_weight = sum_of_weights(target, weight, ignore_index, num_rows, num_classes, shared)
+                total_weight = sum_of_weights(target, weight, ignore_index, rows, shared)
             else:
                 total_weight = load(total, 0)
         scale = one / total_weight
@@ -192,16 +190,16 @@ def _build_rows(real: Any) -> Callable[..., None]:
             stop = num_classes if is_row else 0
 
             # 2: the greatest logit, so that no exponential overflows; NaN goes on into the sum below
-            greatest = -real(float("inf"))
+            greatest = least
             for c in range(lane * CHUNK, stop, lanes * CHUNK):
-                x = load_logits(logits, at, c, num_classes, wide)
+                x = load_padded(logits, at + c, num_classes - c, wide, least)
                 greatest = max(greatest, max(max(x[0], x[1]), max(x[2], x[3])))
             greatest = row_max(greatest, lanes, shared)
 
             # 3: the sum of exponentials; of the log-probabilities, where labels are smoothed
             exponentials, weighted_logits = zero, zero
             for c in range(lane * CHUNK, stop, lanes * CHUNK):
-                x = load_logits(logits, at, c, num_classes, wide)
+                x = load_padded(logits, at + c, num_classes - c, wide, least)
                 exponentials += exp(x[0] - greatest)
                 exponentials += exp(x[1] - greatest)
                 exponentials += exp(x[2] - greatest)
@@ -238,38 +236,17 @@ def _build_rows(real: Any) -> Callable[..., None]:
             # 5: the row's gradient
             if not is_null(grad_logits):
                 factor = (share_of_label * label_weight + share_of_all * weight_sum) * (scale / exponentials)
+                of_all = scale * share_of_all if share_of_all > zero else zero
+                factors = factor, of_all, scale * share_of_label * label_weight
                 for c in range(lane * CHUNK, stop, lanes * CHUNK):
-                    x = load_logits(logits, at, c, num_classes, wide)
+                    x = load_padded(logits, at + c, num_classes - c, wide, least)
                     g0, g1, g2, g3 = zero, zero, zero, zero
                     if is_class:
-                        g0 = exp(x[0] - greatest) * factor
-                        g1 = exp(x[1] - greatest) * factor
-                        g2 = exp(x[2] - greatest) * factor
-                        g3 = exp(x[3] - greatest) * factor
-                        if share_of_all > zero:
-                            part = scale * share_of_all
-                            g0 -= part if is_null(weight) else part * load(weight, c)
-                            if c + 1 < num_classes:
-                                g1 -= part if is_null(weight) else part * load(weight, c + 1)
-                            if c + 2 < num_classes:
-                                g2 -= part if is_null(weight) else part * load(weight, c + 2)
-                            if c + 3 < num_classes:
-                                g3 -= part if is_null(weight) else part * load(weight, c + 3)
-                        of_label = scale * share_of_label * label_weight
-                        g0 -= of_label if label == c else zero
-                        g1 -= of_label if label == c + 1 else zero
-                        g2 -= of_label if label == c + 2 else zero
-                        g3 -= of_label if label == c + 3 else zero
-                    if wide:
-                        store_tuple(grad_logits, at + c, (g0, g1, g2, g3))
-                    else:
-                        store(grad_logits, at + c, g0)
-                        if c + 1 < num_classes:
-                            store(grad_logits, at + c + 1, g1)
-                        if c + 2 < num_classes:
-                            store(grad_logits, at + c + 2, g2)
-                        if c + 3 < num_classes:
-                            store(grad_logits, at + c + 3, g3)
+                        g0 = gradient(x[0] - greatest, c, label, weight, num_classes, factors)
+                        g1 = gradient(x[1] - greatest, c + 1, label, weight, num_classes, factors)
+                        g2 = gradient(x[2] - greatest, c + 2, label, weight, num_classes, factors)
+                        g3 = gradient(x[3] - greatest, c + 3, label, weight, num_classes, factors)
+                    store_chunk(grad_logits, at + c, num_classes - c, wide, (g0, g1, g2, g3))
 
         # 6: the sum of this block's losses
         if reduction != NONE:
@@ -303,15 +280,10 @@ def _scale_rows(
         factor = load(grad_loss, n if num_upstream > 1 else 0)
         at = n * num_classes
         for c in range(thread % lanes * CHUNK, num_classes, lanes * CHUNK):
-            if wide:
-                g = load_tuple(grad_logits, at + c, CHUNK)
-                if is_class:
-                    g = (g[0] * factor, g[1] * factor, g[2] * factor, g[3] * factor)
-                store_tuple(scaled, at + c, g)
-            else:
-                for i in range(at + c, at + min(c + CHUNK, num_classes)):
-                    value = load(grad_logits, i)
-                    store(scaled, i, value * factor if is_class else value)
+            g = load_chunk(grad_logits, at + c, num_classes - c, wide)
+            if is_class:
+                g = (g[0] * factor, g[1] * factor, g[2] * factor, g[3] * factor)
+            store_chunk(scaled, at + c, num_classes - c, wide, g)
 
 
 _TOTAL_WEIGHT = {
@@ -394,6 +366,8 @@ def cross_entropy_forward(
         total_at = sums_at + blocks * SCALARS[element]().itemsize if reduction == MEAN else 0
     elif reduction == NONE:
         blocks = -(-num_rows // (THREADS // _lanes(num_classes)))
+    wide = is_wide(num_classes, logits, grad_logits)
+    shared_out = Rows(num_rows, num_classes, _lanes(num_classes), blocks, wide)
     if total_at:
         _TOTAL_WEIGHT[element].launch(
             stream,
@@ -401,11 +375,9 @@ def cross_entropy_forward(
             target=target,
             weight=weight,
             total=total_at,
-            num_rows=num_rows,
-            num_classes=num_classes,
             ignore_index=ignore_index,
+            rows=shared_out,
         )
-    wide = is_wide(num_classes, logits, grad_logits)
     _ROWS[element].launch(
         stream,
         blocks,
@@ -415,7 +387,7 @@ def cross_entropy_forward(
         total=total_at,
         shares=Shares(ignore_index, 1.0 - smoothing, smoothing / max(num_classes, 1), reduction),
         results=Results(loss, sums_at, grad_logits),
-        rows=Rows(num_rows, num_classes, _lanes(num_classes), blocks, wide),
+        rows=shared_out,
     )
     if sums_at:
         ADD_PARTIAL_SUMS[element].launch(

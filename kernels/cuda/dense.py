@@ -18,22 +18,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from fastdl.kernels.cuda.chunks import load_chunk
 from fastdl.kernels.cuda.gemm import (
     Matrix,
     Operand,
     Tile,
     as_it_is,
-    build_load_chunk,
-    build_load_matrix,
     build_sums,
+    load_matrix,
     matrix_of,
     tile_origin,
+    with_bias_and_relu,
 )
 from fastdl.kernels.cuda.intrinsics import (
     as_pointer,
     is_null,
     load,
     pointer_to,
+    relu_masked,
     row_of_block,
     store,
 )
@@ -98,7 +100,6 @@ class Row(NamedTuple):
 def _build_rows(tile: Tile, real: Any, element: str, is_forward: bool) -> Callable[..., None]:
     size, threads, tile_size, shared_size = tile.size, tile.threads, tile.size * tile.size, tile.shared_size
     slice_threads, depth_chunks = tile.slice_threads, tile.depth // CHUNK
-    load_matrix = build_load_matrix(real)
     load_raw, widen, nothing = build_raw(real, element)
 
     @cuda.jit(device=True, inline="always")
@@ -138,14 +139,9 @@ def _build_rows(tile: Tile, real: Any, element: str, is_forward: bool) -> Callab
             for i in range(thread, tile_size, threads):
                 n, m = row + i // size, col + i % size
                 if n < count and m < num_cols:
-                    total = source.scale * slices_total(shared, i)
-                    if not is_null(bias):
-                        total += load(bias, m)
-                    # NaN <= 0 is false, so NaN stays
-                    if relu and total <= real(0):
-                        total = real(0)
-                    if not is_null(mask) and load(mask, n * num_cols + m) <= real(0):
-                        total = real(0)
+                    total = with_bias_and_relu(source.scale * slices_total(shared, i), bias, m, relu)
+                    if not is_null(mask):
+                        total = relu_masked((total,), (load(mask, n * num_cols + m),))[0]
                     store(product, n * num_cols + m, total)
 
     return rows_of_product
@@ -153,7 +149,7 @@ def _build_rows(tile: Tile, real: Any, element: str, is_forward: bool) -> Callab
 
 def _build_weight(tile: Tile, real: Any, element: str) -> Callable[..., None]:
     size, threads, tile_size, shared_size = tile.size, tile.threads, tile.size * tile.size, tile.shared_size
-    load_chunk, load_matrix, zero = build_load_chunk(real), build_load_matrix(real), real(0)
+    zero = real(0)
     load_raw, widen, nothing = build_raw(real, element)
     like = types.CPointer(real)
     _, update_one = build_update_one(real)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fastdl.kernels.cuda.chunks import load_chunk
 from fastdl.kernels.cuda.intrinsics import (
     add_outer_product,
     add_tuples,
@@ -288,38 +289,23 @@ def as_it_is(operand, chunk):
     return chunk
 
 
-def build_load_chunk(real: Any) -> Any:
-    """Return ``load_chunk(array, at, left, wide)``: CHUNK numbers from an index on, 0 behind the last one."""
-
-    @cuda.jit(device=True, inline="always")
-    def load_chunk(array, at, left, wide):
-        if wide:
-            chunk = load_tuple(array, at, CHUNK)
-            return real(chunk[0]), real(chunk[1]), real(chunk[2]), real(chunk[3])
-        zero = real(0)
-        return (
-            real(load(array, at)),
-            real(load(array, at + 1)) if left > 1 else zero,
-            real(load(array, at + 2)) if left > 2 else zero,
-            real(load(array, at + 3)) if left > 3 else zero,
-        )
-
-    return load_chunk
+@cuda.jit(device=True, inline="always")
+def load_matrix(matrix, line, offset):
+    """Return a chunk of a line of a Matrix, with 0 for what is outside of it: a loader for ``build_sums``."""
+    if line >= matrix.num_lines or offset >= matrix.length:
+        return fill(matrix.array, 0, CHUNK)
+    at = line * matrix.length + offset
+    return load_chunk(matrix.array, at, matrix.length - offset, matrix.is_wide)
 
 
-def build_load_matrix(real: Any) -> Any:
-    """Return the loader for ``build_sums`` of an operand that is a Matrix."""
-    load_chunk = build_load_chunk(real)
-
-    @cuda.jit(device=True, inline="always")
-    def load_matrix(matrix, line, offset):
-        zero = real(0)
-        if line >= matrix.num_lines or offset >= matrix.length:
-            return zero, zero, zero, zero
-        at = line * matrix.length + offset
-        return load_chunk(matrix.array, at, matrix.length - offset, matrix.is_wide)
-
-    return load_matrix
+@cuda.jit(device=True, inline="always")
+def with_bias_and_relu(total, bias, m, relu):
+    """Return a number of column m of a product as a layer gives it; NaN stays NaN."""
+    if not is_null(bias):
+        total += load(bias, m)
+    if relu:
+        total = relu_masked((total,), (total,))[0]
+    return total
 
 
 def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
@@ -327,7 +313,6 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
     shared_size = tile.shared_size
     a_runs_along_depth, b_runs_along_depth = kind != GRAD_WEIGHT, kind == FORWARD
     is_forward, is_grad_weight = kind == FORWARD, kind == GRAD_WEIGHT
-    load_matrix = build_load_matrix(real)
 
     @cuda.jit(device=True, inline="always")
     def load_masked(operand, line, offset):
@@ -370,11 +355,7 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
             if n < num_rows and m < num_cols:
                 total = slices_total(shared, at)
                 if is_forward:
-                    if not is_null(bias):
-                        total += load(bias, m)
-                    # NaN <= 0 is false, so NaN stays
-                    if relu and total <= real(0):
-                        total = real(0)
+                    total = with_bias_and_relu(total, bias, m, relu)
                 store(product, n * num_cols + m, total)
         if wants_sums and thread < size and row + thread < num_rows:
             store(row_sums, row + thread, row_total(shared, thread))

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.gemm import Matrix, build_load_chunk, matrix_of
+from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
+from fastdl.kernels.cuda.gemm import Matrix, load_matrix, matrix_of, with_bias_and_relu
 from fastdl.kernels.cuda.intrinsics import (
     add_outer_product,
     fill,
@@ -21,7 +22,6 @@ from fastdl.kernels.cuda.intrinsics import (
     pointer_to,
     relu_masked,
     store,
-    store_tuple,
 )
 from fastdl.kernels.cuda.launch import CHUNK, ELEMENTS, Elements, Kernel, Stream, element_of
 from fastdl.kernels.cuda.loss_row import Loss, RowResults, build_loss_row
@@ -46,7 +46,6 @@ class Gradients(NamedTuple):
 
 
 def _build(real: Any, element: str) -> Callable[..., None]:
-    load_chunk = build_load_chunk(real)
     load_raw, widen, nothing = build_raw(real, element)
     scales, loss_row = build_loss_row(real)
     sums_size = _WARPS * ROWS * MOST_OUTPUTS
@@ -54,29 +53,13 @@ def _build(real: Any, element: str) -> Callable[..., None]:
     shared_size = sums_size + 2 * rows_size
 
     @cuda.jit(device=True, inline="always")
-    def load_part(array, at, k, length, wide):
-        zero = real(0)
-        if at < 0 or k >= length:
-            return zero, zero, zero, zero
-        return load_chunk(array, at + k, length - k, wide)
-
-    @cuda.jit(device=True, inline="always")
     def keep_gradient(values, source, grads, at, k, weight):
         """Write a part of the gradient of a row's inputs, through the mask of their ReLU."""
-        grad, length = grads.inputs, weight.length
+        left = weight.length - k
         if at >= 0:
             if grads.inputs_have_relu:
-                values = relu_masked(values, load_part(source.array, at, k, length, source.is_wide))
-            if weight.is_wide:
-                store_tuple(grad, at + k, values)
-            else:
-                store(grad, at + k, values[0])
-                if k + 1 < length:
-                    store(grad, at + k + 1, values[1])
-                if k + 2 < length:
-                    store(grad, at + k + 2, values[2])
-                if k + 3 < length:
-                    store(grad, at + k + 3, values[3])
+                values = relu_masked(values, load_chunk(source.array, at + k, left, source.is_wide))
+            store_chunk(grads.inputs, at + k, left, weight.is_wide, values)
 
     @cuda.jit(device=True, inline="always")
     def keep_sum(value, row, c, width, warp, lane, shared):
@@ -111,20 +94,14 @@ def _build(real: Any, element: str) -> Callable[..., None]:
 
             # 1: the outputs, CHUNK of them at a time: a thread's sums, a warp's, the block's
             for c in range(0, width, CHUNK):
-                w0_at = c * depth
-                w1_at = (c + 1) * depth if c + 1 < width else -1
-                w2_at = (c + 2) * depth if c + 2 < width else -1
-                w3_at = (c + 3) * depth if c + 3 < width else -1
                 sums = fill(shared, 0, 8)
                 for k in range(thread * CHUNK, depth, THREADS * CHUNK):
                     raw0 = load_raw(source.array, x0_at + k, depth - k, source.is_wide)
                     raw1 = nothing
                     if x1_at >= 0:
                         raw1 = load_raw(source.array, x1_at + k, depth - k, source.is_wide)
-                    w0 = load_part(weight.array, w0_at, k, depth, weight.is_wide)
-                    w1 = load_part(weight.array, w1_at, k, depth, weight.is_wide)
-                    w2 = load_part(weight.array, w2_at, k, depth, weight.is_wide)
-                    w3 = load_part(weight.array, w3_at, k, depth, weight.is_wide)
+                    w0, w1 = load_matrix(weight, c, k), load_matrix(weight, c + 1, k)
+                    w2, w3 = load_matrix(weight, c + 2, k), load_matrix(weight, c + 3, k)
                     x0, x1 = widen(0, raw0), widen(0, raw1)
                     sums = add_outer_product(sums, (x0[0], x1[0]), (w0[0], w1[0], w2[0], w3[0]))
                     sums = add_outer_product(sums, (x0[1], x1[1]), (w0[1], w1[1], w2[1], w3[1]))
@@ -144,12 +121,7 @@ def _build(real: Any, element: str) -> Callable[..., None]:
                 total = load(shared, row * MOST_OUTPUTS + c)
                 for other in range(1, _WARPS):
                     total += load(shared, (other * ROWS + row) * MOST_OUTPUTS + c)
-                total *= source.scale
-                if not is_null(bias):
-                    total += load(bias, c)
-                # NaN <= 0 is false, so NaN stays
-                if relu and total <= real(0):
-                    total = real(0)
+                total = with_bias_and_relu(total * source.scale, bias, c, relu)
                 store(shared, outputs_at + row * MOST_OUTPUTS + c, total)
             cuda.syncthreads()
 
@@ -178,8 +150,7 @@ def _build(real: Any, element: str) -> Callable[..., None]:
                         for i in range(width):
                             g0 = load(shared, grads_at + i)
                             g1 = load(shared, grads_at + MOST_OUTPUTS + i)
-                            w = load_part(weight.array, i * depth, k, depth, weight.is_wide)
-                            sums = add_outer_product(sums, (g0, g1), w)
+                            sums = add_outer_product(sums, (g0, g1), load_matrix(weight, i, k))
                         keep_gradient((sums[0], sums[1], sums[2], sums[3]), source, grads, x0_at, k, weight)
                         keep_gradient((sums[4], sums[5], sums[6], sums[7]), source, grads, x1_at, k, weight)
 

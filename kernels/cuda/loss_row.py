@@ -11,6 +11,7 @@ from __future__ import annotations
 from math import exp, log
 from typing import Any, NamedTuple
 
+from fastdl.kernels.cuda.cross_entropy import build_gradient
 from fastdl.kernels.cuda.intrinsics import is_null, load, store
 from fastdl.kernels.cuda.launch import Elements, Integers
 from fastdl.kernels.cuda.numba_cuda import cuda, types
@@ -71,6 +72,7 @@ class RowResults(NamedTuple):
 
 def build_loss_row(real: Any) -> tuple[Any, Any]:
     """Return the device functions ``scales`` and ``loss_row``."""
+    gradient = build_gradient(real)
 
     @cuda.jit(device=True, inline="always")
     def scales(loss, step, count, width):
@@ -142,7 +144,8 @@ def build_loss_row(real: Any) -> tuple[Any, Any]:
             factor = (loss.share_of_label * label_weight + loss.share_of_all * loss.weight_sum) * (
                 scale / exponentials
             )
-            part, of_label = scale * loss.share_of_all, scale * loss.share_of_label * label_weight
+            of_all = scale * loss.share_of_all if loss.share_of_all > zero else zero
+            factors = factor, of_all, scale * loss.share_of_label * label_weight
             beaten = zero
             for c in range(lane, width, WARP):
                 output = load(outputs, at + c)
@@ -153,11 +156,7 @@ def build_loss_row(real: Any) -> tuple[Any, Any]:
                 if not is_null(grads):
                     g = zero
                     if counts:
-                        g = exp(output - greatest) * factor
-                        if loss.share_of_all > zero:
-                            g -= part if is_null(loss.class_weight) else part * load(loss.class_weight, c)
-                        if c == label:
-                            g -= of_label
+                        g = gradient(output - greatest, c, label, loss.class_weight, width, factors)
                     store(grads, grads_at + c, zero if relu and output <= zero else g)
             beaten = lanes_max(beaten, WARP)
             if is_class and beaten == zero:

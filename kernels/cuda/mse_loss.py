@@ -8,15 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdl.kernels.cuda.intrinsics import (
-    computed_in,
-    is_null,
-    load,
-    load_tuple,
-    pointer_to,
-    store,
-    store_tuple,
-)
+from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
+from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
 from fastdl.kernels.cuda.launch import (
     CHUNK,
     ELEMENTS,
@@ -67,16 +60,13 @@ def _build_block_sums(real: Any) -> Callable[..., None]:
         total = real(0)
         start = (types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * CHUNK
         for at in range(start, size, num_blocks * THREADS * CHUNK):
-            if wide and at + CHUNK <= size:
-                x, y = load_tuple(input, at, CHUNK), load_tuple(target, at, CHUNK)
-                total += (x[0] - y[0]) * (x[0] - y[0])
-                total += (x[1] - y[1]) * (x[1] - y[1])
-                total += (x[2] - y[2]) * (x[2] - y[2])
-                total += (x[3] - y[3]) * (x[3] - y[3])
-            else:
-                for i in range(at, min(at + CHUNK, size)):
-                    difference = load(input, i) - load(target, i)
-                    total += difference * difference
+            left = size - at
+            whole = wide != 0 and left >= CHUNK
+            x, y = load_chunk(input, at, left, whole), load_chunk(target, at, left, whole)
+            total += (x[0] - y[0]) * (x[0] - y[0])
+            total += (x[1] - y[1]) * (x[1] - y[1])
+            total += (x[2] - y[2]) * (x[2] - y[2])
+            total += (x[3] - y[3]) * (x[3] - y[3])
         total = block_sum(total, shared)
         if cuda.threadIdx.x == 0:
             if is_null(partial_sums):
@@ -98,20 +88,21 @@ def _backward(
     wide: bool,
 ) -> None:
     start = (types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * CHUNK
-    if wide and num_upstream == 1 and start + CHUNK <= size:
-        upstream = load(grad_loss, 0)
-        x, y = load_tuple(input, start, CHUNK), load_tuple(target, start, CHUNK)
+    if start < size:
+        left = size - start
+        whole = wide != 0 and left >= CHUNK
+        x, y = load_chunk(input, start, left, whole), load_chunk(target, start, left, whole)
+        first = load(grad_loss, 0)
+        upstream = (first, first, first, first)
+        if num_upstream > 1:
+            upstream = load_chunk(grad_loss, start, left, False)
         chunk = (
-            factor * (x[0] - y[0]) * upstream,
-            factor * (x[1] - y[1]) * upstream,
-            factor * (x[2] - y[2]) * upstream,
-            factor * (x[3] - y[3]) * upstream,
+            factor * (x[0] - y[0]) * upstream[0],
+            factor * (x[1] - y[1]) * upstream[1],
+            factor * (x[2] - y[2]) * upstream[2],
+            factor * (x[3] - y[3]) * upstream[3],
         )
-        store_tuple(grad_input, start, chunk)
-    else:
-        for i in range(start, min(start + CHUNK, size)):
-            upstream = load(grad_loss, i if num_upstream > 1 else 0)
-            store(grad_input, i, factor * (load(input, i) - load(target, i)) * upstream)
+        store_chunk(grad_input, start, left, whole, chunk)
 
 
 _ELEMENTS = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fastdl.kernels.cuda.intrinsics import load, load_tuple, relu_masked, store, store_tuple
+from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
+from fastdl.kernels.cuda.intrinsics import relu_masked
 from fastdl.kernels.cuda.launch import (
     CHUNK,
     ELEMENTS,
@@ -22,13 +23,11 @@ THREADS = 256
 def _masked(values: Elements, output: Elements, masked: Elements, size: int, wide: bool) -> None:
     """Write the values, or 0 where the output is 0 or less; NaN <= 0 is false."""
     start = (types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * CHUNK
-    if wide and start + CHUNK <= size:
-        chunk = relu_masked(load_tuple(values, start, CHUNK), load_tuple(output, start, CHUNK))
-        store_tuple(masked, start, chunk)
-    else:
-        for i in range(start, min(start + CHUNK, size)):
-            value = (load(values, i),)
-            store(masked, i, relu_masked(value, (load(output, i),))[0])
+    if start < size:
+        left = size - start
+        whole = wide != 0 and left >= CHUNK
+        chunk, outputs = load_chunk(values, start, left, whole), load_chunk(output, start, left, whole)
+        store_chunk(masked, start, left, whole, relu_masked(chunk, outputs))
 
 
 _MASKED = {element: Kernel(f"relu_{element}", _masked, THREADS, element) for element in ELEMENTS}

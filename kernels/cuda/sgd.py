@@ -18,16 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.intrinsics import (
-    as_pointer,
-    computed_in,
-    fill,
-    load,
-    load_tuple,
-    row_of_block,
-    store,
-    store_tuple,
-)
+from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
+from fastdl.kernels.cuda.intrinsics import as_pointer, computed_in, fill, load, row_of_block, store
 from fastdl.kernels.cuda.launch import (
     CHUNK,
     ELEMENTS,
@@ -92,7 +84,7 @@ def build_update_one(real: Any) -> tuple[Any, Any]:
 
 def _build(real: Any, element: Any) -> Callable[..., None]:
     like = types.CPointer(element)
-    stepped, update_one = build_update_one(real)
+    stepped, _ = build_update_one(real)
 
     def update(table: Any, options: SGDOptions) -> None:
         row, block = row_of_block(table, "size", types.int64(cuda.blockIdx.x), BLOCK)
@@ -103,24 +95,23 @@ def _build(real: Any, element: Any) -> Callable[..., None]:
         )
         is_first_step = row.is_first_step != 0
         start = block * BLOCK + cuda.threadIdx.x * CHUNK
-        has_momentum = options.momentum != real(0)
-        wide = (row.param | row.grad | row.buffer) % VECTOR_BYTES == 0
-        if wide and start + CHUNK <= row.size:
-            p, g = load_tuple(param, start, CHUNK), load_tuple(grad, start, CHUNK)
+        left = row.size - start
+        if left > 0:
+            wide = (row.param | row.grad | row.buffer) % VECTOR_BYTES == 0 and left >= CHUNK
+            p, g = load_chunk(param, start, left, wide), load_chunk(grad, start, left, wide)
             b = fill(param, 0, CHUNK)
+            has_momentum, lr = options.momentum != real(0), options.lr
+            # before the first step the buffer's memory holds nothing
             if has_momentum and not is_first_step:
-                b = load_tuple(buffer, start, CHUNK)
+                b = load_chunk(buffer, start, left, wide)
             s0, b0 = stepped(p[0], g[0], b[0], is_first_step, options)
             s1, b1 = stepped(p[1], g[1], b[1], is_first_step, options)
             s2, b2 = stepped(p[2], g[2], b[2], is_first_step, options)
             s3, b3 = stepped(p[3], g[3], b[3], is_first_step, options)
             if has_momentum:
-                store_tuple(buffer, start, (b0, b1, b2, b3))
-            lr = options.lr
-            store_tuple(param, start, (p[0] - lr * s0, p[1] - lr * s1, p[2] - lr * s2, p[3] - lr * s3))
-        else:
-            for i in range(start, min(start + CHUNK, row.size)):
-                update_one(param, buffer, i, load(grad, i), is_first_step, options)
+                store_chunk(buffer, start, left, wide, (b0, b1, b2, b3))
+            p = (p[0] - lr * s0, p[1] - lr * s1, p[2] - lr * s2, p[3] - lr * s3)
+            store_chunk(param, start, left, wide, p)
 
     return update
 

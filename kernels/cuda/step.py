@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.gemm import as_it_is, build_load_chunk
+from fastdl.kernels.cuda.chunks import load_chunk
+from fastdl.kernels.cuda.gemm import as_it_is
 from fastdl.kernels.cuda.intrinsics import bytes_of, load, load_word
 from fastdl.kernels.cuda.launch import Array, Elements, Inputs, Integers, is_wide
 from fastdl.kernels.cuda.numba_cuda import cuda, types
@@ -136,8 +137,8 @@ def build_raw(real: Any, element: str) -> tuple[Any, Any, Any]:
     Returns
     -------
     load_raw
-        ``load_raw(array, at, left, wide)`` is a chunk as ``gemm.build_load_chunk`` loads it; four uint8 stay
-        one word, because to widen them would be to wait for them.
+        ``load_raw(array, at, left, wide)`` is a chunk as ``load_chunk`` loads it; four uint8 stay one word,
+        because to widen them would be to wait for them.
     widen
         ``widen(operand, raw)`` is the chunk in the type that is computed in.
     nothing
@@ -145,7 +146,7 @@ def build_raw(real: Any, element: str) -> tuple[Any, Any, Any]:
     """
     if element != "uint8":
         zero = real(0)
-        return build_load_chunk(real), as_it_is, (zero, zero, zero, zero)
+        return load_chunk, as_it_is, (zero, zero, zero, zero)
 
     @cuda.jit(device=True, inline="always")
     def load_bytes(array, at, left, wide):
