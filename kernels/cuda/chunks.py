@@ -32,10 +32,6 @@ def store_chunk(array, at, left, wide, values):
     if wide:
         store_tuple(array, at, values)
     else:
-        store(array, at, values[0])
-        if left > 1:
-            store(array, at + 1, values[1])
-        if left > 2:
-            store(array, at + 2, values[2])
-        if left > 3:
-            store(array, at + 3, values[3])
+        for i in range(CHUNK):
+            if left > i:
+                store(array, at + i, values[i])

@@ -200,10 +200,8 @@ def _build_rows(real: Any) -> Callable[..., None]:
             exponentials, weighted_logits = zero, zero
             for c in range(lane * CHUNK, stop, lanes * CHUNK):
                 x = load_padded(logits, at + c, num_classes - c, wide, least)
-                exponentials += exp(x[0] - greatest)
-                exponentials += exp(x[1] - greatest)
-                exponentials += exp(x[2] - greatest)
-                exponentials += exp(x[3] - greatest)
+                for i in range(CHUNK):
+                    exponentials += exp(x[i] - greatest)
                 if share_of_all > zero:
                     for i in range(c, min(c + CHUNK, num_classes)):
                         class_weight = one if is_null(weight) else load(weight, i)

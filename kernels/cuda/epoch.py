@@ -33,18 +33,8 @@ def run_step(
 ) -> None:
     """Train on the rows of a step, or compute their losses alone.
 
-    Parameters
-    ----------
-    layers : sequence of Layer
-    examples : Source
-    loss : Loss
-    updates : Updates
-    results : RowResults
-        Gets each row's loss and outcome.
-    step : Step
-    trains : bool
-        Whether the layers' parameters and momentum buffers are updated.
-    stream : Stream
+    ``results`` gets each row's loss and outcome. Where it trains, the layers' parameters and momentum buffers
+    are updated.
     """
     has_head = layers[-1].weight.shape[0] <= MOST_OUTPUTS
     inputs = examples

@@ -103,18 +103,10 @@ def _build(real: Any, element: str) -> Callable[..., None]:
                     w0, w1 = load_matrix(weight, c, k), load_matrix(weight, c + 1, k)
                     w2, w3 = load_matrix(weight, c + 2, k), load_matrix(weight, c + 3, k)
                     x0, x1 = widen(0, raw0), widen(0, raw1)
-                    sums = add_outer_product(sums, (x0[0], x1[0]), (w0[0], w1[0], w2[0], w3[0]))
-                    sums = add_outer_product(sums, (x0[1], x1[1]), (w0[1], w1[1], w2[1], w3[1]))
-                    sums = add_outer_product(sums, (x0[2], x1[2]), (w0[2], w1[2], w2[2], w3[2]))
-                    sums = add_outer_product(sums, (x0[3], x1[3]), (w0[3], w1[3], w2[3], w3[3]))
-                keep_sum(sums[0], 0, c, width, warp, lane, shared)
-                keep_sum(sums[1], 0, c + 1, width, warp, lane, shared)
-                keep_sum(sums[2], 0, c + 2, width, warp, lane, shared)
-                keep_sum(sums[3], 0, c + 3, width, warp, lane, shared)
-                keep_sum(sums[4], 1, c, width, warp, lane, shared)
-                keep_sum(sums[5], 1, c + 1, width, warp, lane, shared)
-                keep_sum(sums[6], 1, c + 2, width, warp, lane, shared)
-                keep_sum(sums[7], 1, c + 3, width, warp, lane, shared)
+                    for i in range(CHUNK):
+                        sums = add_outer_product(sums, (x0[i], x1[i]), (w0[i], w1[i], w2[i], w3[i]))
+                for i in range(2 * CHUNK):
+                    keep_sum(sums[i], i // CHUNK, c + i % CHUNK, width, warp, lane, shared)
             cuda.syncthreads()
             row, c = thread // MOST_OUTPUTS, thread % MOST_OUTPUTS
             if row < ROWS and c < width:
@@ -174,19 +166,9 @@ def head(
     trains: bool,
     stream: Stream,
 ) -> None:
-    """Write the losses of a step's rows, and the gradients of the last layer and of the one before it.
+    """Write the losses of a step's rows, and where it trains the gradients of the last two layers.
 
-    Parameters
-    ----------
-    examples : Source
-    layers : sequence of Layer
-        The last one has at most MOST_OUTPUTS outputs; its output isn't written.
-    loss : Loss
-    results : RowResults
-    step : Step
-    trains : bool
-        False writes no gradient.
-    stream : Stream
+    The last layer has at most MOST_OUTPUTS outputs; its output isn't written.
     """
     layer = layers[-1]
     before = layers[-2] if len(layers) > 1 else None

@@ -76,6 +76,17 @@ def _index(context: Any, builder: Any, value: Any, index_type: Any) -> Any:
     return context.cast(builder, value, index_type, types.int64)
 
 
+def _store_vector(builder: Any, pointer: Any, index: Any, values: Any, lanes: range, element: Any) -> None:
+    """Write some elements of a tuple side by side, in one go."""
+    vector = ir.VectorType(_MEMORY[element], len(lanes))
+    packed = ir.Constant(vector, ir.Undefined)
+    for at, lane in enumerate(lanes):
+        value = _narrow(builder, builder.extract_value(values, lane), element)
+        packed = builder.insert_element(packed, value, ir.Constant(_INT32, at))
+    address = _address(builder, pointer, index, vector, element)
+    builder.store(packed, address, align=len(lanes) * _item_bytes(element))
+
+
 @extending.intrinsic
 def load(typing_context, pointer, index):
     """Return ``pointer[index]`` in the type that is computed in."""
@@ -149,21 +160,12 @@ def store_tuple(typing_context, pointer, index, values):
     element = pointer.dtype
     length = values.count
     wide = min(length, _VECTOR_BYTES // _item_bytes(element))
-    vector = ir.VectorType(_MEMORY[element], wide)
 
     def codegen(context, builder, signature, arguments):
         at = _index(context, builder, arguments[1], signature.args[1])
         for start in range(0, length, wide):
-            packed = ir.Constant(vector, ir.Undefined)
-            for lane in range(wide):
-                value = _narrow(builder, builder.extract_value(arguments[2], start + lane), element)
-                packed = builder.insert_element(packed, value, ir.Constant(_INT32, lane))
             offset = builder.add(at, ir.Constant(at.type, start))
-            builder.store(
-                packed,
-                _address(builder, arguments[0], offset, vector, element),
-                align=wide * _item_bytes(element),
-            )
+            _store_vector(builder, arguments[0], offset, arguments[2], range(start, start + wide), element)
         return context.get_dummy_value()
 
     return types.void(pointer, index, values), codegen
@@ -240,21 +242,12 @@ def store_rows(typing_context, pointer, index, stride, values, length):
         return None
     element = pointer.dtype
     wide = length.literal_value
-    vector = ir.VectorType(_MEMORY[element], wide)
 
     def codegen(context, builder, signature, arguments):
         at = _index(context, builder, arguments[1], signature.args[1])
         step = _index(context, builder, arguments[2], signature.args[2])
         for start in range(0, values.count, wide):
-            packed = ir.Constant(vector, ir.Undefined)
-            for lane in range(wide):
-                value = _narrow(builder, builder.extract_value(arguments[3], start + lane), element)
-                packed = builder.insert_element(packed, value, ir.Constant(_INT32, lane))
-            builder.store(
-                packed,
-                _address(builder, arguments[0], at, vector, element),
-                align=wide * _item_bytes(element),
-            )
+            _store_vector(builder, arguments[0], at, arguments[3], range(start, start + wide), element)
             at = builder.add(at, step)
         return context.get_dummy_value()
 

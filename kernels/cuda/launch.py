@@ -284,17 +284,15 @@ class Kernel:
         ]
 
     def _ordered(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        missing = [name for name in self.arguments if name not in arguments]
-        unknown = [name for name in arguments if name not in self.arguments]
-        if missing or unknown:
-            raise TypeError(
-                f"the CUDA kernel {self.name} takes {', '.join(self.arguments)}, but its launch "
-                + " and ".join(
-                    f"{verb} {', '.join(names)}"
-                    for verb, names in (("lacks", missing), ("has", unknown))
-                    if names
+        for verb, wrong in (
+            ("lacks", [name for name in self.arguments if name not in arguments]),
+            ("has no argument", [name for name in arguments if name not in self.arguments]),
+        ):
+            if wrong:
+                raise TypeError(
+                    f"a launch of the CUDA kernel {self.name} {verb} {', '.join(wrong)}: it takes "
+                    + ", ".join(self.arguments)
                 )
-            )
         return {name: arguments[name] for name in self.arguments}
 
     def _load(self, stream: Stream) -> Any:

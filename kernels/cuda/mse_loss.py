@@ -63,10 +63,8 @@ def _build_block_sums(real: Any) -> Callable[..., None]:
             left = size - at
             whole = wide != 0 and left >= CHUNK
             x, y = load_chunk(input, at, left, whole), load_chunk(target, at, left, whole)
-            total += (x[0] - y[0]) * (x[0] - y[0])
-            total += (x[1] - y[1]) * (x[1] - y[1])
-            total += (x[2] - y[2]) * (x[2] - y[2])
-            total += (x[3] - y[3]) * (x[3] - y[3])
+            for i in range(CHUNK):
+                total += (x[i] - y[i]) * (x[i] - y[i])
         total = block_sum(total, shared)
         if cuda.threadIdx.x == 0:
             if is_null(partial_sums):

@@ -13,8 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.intrinsics import is_null, load, pointer_to, store
-from fastdl.kernels.cuda.launch import ELEMENTS, Array, Elements, Inputs, Integers, Kernel, Stream, element_of
+from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
+from fastdl.kernels.cuda.intrinsics import (
+    add_outer_product,
+    add_tuples,
+    fill,
+    is_null,
+    load,
+    pointer_to,
+    store,
+)
+from fastdl.kernels.cuda.launch import (
+    CHUNK,
+    ELEMENTS,
+    Array,
+    Elements,
+    Inputs,
+    Integers,
+    Kernel,
+    Stream,
+    element_of,
+)
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 from fastdl.kernels.cuda.reduction import ALL_LANES, WARP, lanes_sum
 from fastdl.kernels.cuda.sgd import build_update_one
@@ -22,26 +41,15 @@ from fastdl.kernels.cuda.step import REALS, Layer, Updates, build_options_of
 
 THREADS = 256
 # so many inputs at most; a lane holds them in registers
-MAX_INPUTS = 4
+MAX_INPUTS = CHUNK
 # rows that are gathered at a time, and so the largest batch
 MAX_ROWS = 1024
 
 
 class Examples(NamedTuple):
-    """What an epoch of linear regression trains on.
+    """Which rows an epoch has, of examples X (examples, K) times the scale, and targets (examples, 1).
 
-    Parameters
-    ----------
-    X : (examples, K), uint8 or the type that is computed in
-    order : (num_rows,), int64
-        Which examples, in the order in which they come.
-    targets : (examples, 1)
-    scale : float
-        What a number of X is multiplied by.
-    num_rows : int
-        Rows of the epoch.
-    num_inputs : int
-        K, at most MAX_INPUTS.
+    ``order`` is (num_rows,), int64; K is num_inputs, at most MAX_INPUTS.
     """
 
     X: Inputs
@@ -76,8 +84,9 @@ def _build(real: Any) -> Callable[..., None]:
     targets_at, shared_size = MAX_INPUTS * MAX_ROWS, (MAX_INPUTS + 1) * MAX_ROWS
 
     @cuda.jit(device=True, inline="always")
-    def updated(param, buffer, grad, trains, is_first_step, options):
+    def updated(param, buffer, grad, update):
         """Return a parameter and its momentum buffer after a step."""
+        trains, is_first_step, options = update
         if not trains:
             return param, buffer
         step, velocity = stepped(param, grad, buffer, is_first_step, options)
@@ -106,29 +115,14 @@ def _build(real: Any) -> Callable[..., None]:
         own, own_bias = options_of(updates, 0), options_of(updates, 1)
         starts, starts_bias = updates.is_first_step[0] != 0, updates.is_first_step[1] != 0
         # 1: the parameters, and the momentum buffers where there is momentum, to registers of every lane
-        if thread == 0:
-            for k in range(MAX_INPUTS):
-                is_input = k < num_inputs
-                has_momentum = is_input and trains_weight and own.momentum != zero
-                value, velocity = zero, zero
-                if is_input:
-                    value = load(weight, k)
-                if has_momentum:
-                    velocity = load(weight_buffer, k)
-                store(shared, k, value)
-                store(shared, MAX_INPUTS + k, velocity)
-            value, velocity = zero, zero
-            if not is_null(bias):
-                value = load(bias, 0)
-            if trains_bias and own_bias.momentum != zero:
-                velocity = load(bias_buffer, 0)
-            store(shared, 2 * MAX_INPUTS, value)
-            store(shared, 2 * MAX_INPUTS + 1, velocity)
-        cuda.syncthreads()
-        w0, w1, w2, w3 = load(shared, 0), load(shared, 1), load(shared, 2), load(shared, 3)
-        v0, v1, v2, v3 = load(shared, 4), load(shared, 5), load(shared, 6), load(shared, 7)
-        b, v = load(shared, 2 * MAX_INPUTS), load(shared, 2 * MAX_INPUTS + 1)
-        cuda.syncthreads()
+        w, v = load_chunk(weight, 0, num_inputs, False), fill(weight, 0, CHUNK)
+        b, bias_velocity = zero, zero
+        if trains_weight and own.momentum != zero:
+            v = load_chunk(weight_buffer, 0, num_inputs, False)
+        if not is_null(bias):
+            b = load(bias, 0)
+        if trains_bias and own_bias.momentum != zero:
+            bias_velocity = load(bias_buffer, 0)
         losses = zero
         factor_of_batch = two / real(batch_size) if is_mean else two
         # the plain update is most of a step's time otherwise
@@ -149,28 +143,32 @@ def _build(real: Any) -> Callable[..., None]:
             if thread < WARP:
                 for first in range(0, length, batch_size):
                     count = min(batch_size, length - first)
-                    g0, g1, g2, g3, g, squares = zero, zero, zero, zero, zero, zero
+                    g, bias_g, squares = fill(weight, 0, CHUNK), zero, zero
                     # where a batch has fewer rows than a warp has lanes, several groups of lanes do the same
                     for i in range(first + thread % lanes, first + count, lanes):
-                        x0, x1 = load(shared, i), load(shared, MAX_ROWS + i)
-                        x2, x3 = load(shared, 2 * MAX_ROWS + i), load(shared, 3 * MAX_ROWS + i)
-                        product = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
+                        x = (
+                            load(shared, i),
+                            load(shared, MAX_ROWS + i),
+                            load(shared, 2 * MAX_ROWS + i),
+                            load(shared, 3 * MAX_ROWS + i),
+                        )
+                        product = w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3]
                         difference = scale * product + b - load(shared, targets_at + i)
                         squares += difference * difference
-                        g0 += difference * x0
-                        g1 += difference * x1
-                        g2 += difference * x2
-                        g3 += difference * x3
-                        g += difference
+                        g = add_outer_product(g, (difference,), x)
+                        bias_g += difference
                     losses += squares
                     # five sums at a time, since each waits for its own last step alone
                     offset = lanes // 2
                     while offset > 0:
-                        g0 += cuda.shfl_xor_sync(ALL_LANES, g0, offset)
-                        g1 += cuda.shfl_xor_sync(ALL_LANES, g1, offset)
-                        g2 += cuda.shfl_xor_sync(ALL_LANES, g2, offset)
-                        g3 += cuda.shfl_xor_sync(ALL_LANES, g3, offset)
-                        g += cuda.shfl_xor_sync(ALL_LANES, g, offset)
+                        others = (
+                            cuda.shfl_xor_sync(ALL_LANES, g[0], offset),
+                            cuda.shfl_xor_sync(ALL_LANES, g[1], offset),
+                            cuda.shfl_xor_sync(ALL_LANES, g[2], offset),
+                            cuda.shfl_xor_sync(ALL_LANES, g[3], offset),
+                        )
+                        bias_g += cuda.shfl_xor_sync(ALL_LANES, bias_g, offset)
+                        g = add_tuples(g, others)
                         offset //= 2
                     factor = factor_of_batch
                     if count < batch_size and is_mean:
@@ -178,33 +176,32 @@ def _build(real: Any) -> Callable[..., None]:
                     step = factor * scale
                     if is_plain:
                         rate = own.lr * step
-                        w0 -= rate * g0
-                        w1 -= rate * g1
-                        w2 -= rate * g2
-                        w3 -= rate * g3
-                        b -= own_bias.lr * factor * g
+                        w = (w[0] - rate * g[0], w[1] - rate * g[1], w[2] - rate * g[2], w[3] - rate * g[3])
+                        b -= own_bias.lr * factor * bias_g
                     else:
                         is_first = start + first == 0
-                        w0, v0 = updated(w0, v0, step * g0, trains_weight, is_first and starts, own)
-                        w1, v1 = updated(w1, v1, step * g1, trains_weight, is_first and starts, own)
-                        w2, v2 = updated(w2, v2, step * g2, trains_weight, is_first and starts, own)
-                        w3, v3 = updated(w3, v3, step * g3, trains_weight, is_first and starts, own)
-                        b, v = updated(b, v, factor * g, trains_bias, is_first and starts_bias, own_bias)
+                        of_weight = trains_weight, is_first and starts, own
+                        of_bias = trains_bias, is_first and starts_bias, own_bias
+                        w0, v0 = updated(w[0], v[0], step * g[0], of_weight)
+                        w1, v1 = updated(w[1], v[1], step * g[1], of_weight)
+                        w2, v2 = updated(w[2], v[2], step * g[2], of_weight)
+                        w3, v3 = updated(w[3], v[3], step * g[3], of_weight)
+                        w, v = (w0, w1, w2, w3), (v0, v1, v2, v3)
+                        b, bias_velocity = updated(b, bias_velocity, factor * bias_g, of_bias)
             cuda.syncthreads()
         # 4: one lane's copy
         if thread < WARP:
             losses = lanes_sum(losses, lanes)
         if thread == 0:
             store(loss, 0, losses)
-            for k, (value, velocity) in enumerate(((w0, v0), (w1, v1), (w2, v2), (w3, v3))):
-                if k < num_inputs and trains_weight:
-                    store(weight, k, value)
-                    if own.momentum != zero:
-                        store(weight_buffer, k, velocity)
+            if trains_weight:
+                store_chunk(weight, 0, num_inputs, False, w)
+            if trains_weight and own.momentum != zero:
+                store_chunk(weight_buffer, 0, num_inputs, False, v)
             if trains_bias:
                 store(bias, 0, b)
-                if own_bias.momentum != zero:
-                    store(bias_buffer, 0, v)
+            if trains_bias and own_bias.momentum != zero:
+                store(bias_buffer, 0, bias_velocity)
 
     return run_small_epoch
 
@@ -228,19 +225,8 @@ def run_small_epoch(
 ) -> None:
     """Train an epoch of a single layer of at most MAX_INPUTS inputs, one output and a squared error.
 
-    Parameters
-    ----------
-    layer : Layer
-        Its output and grad aren't used.
-    examples : Examples
-    is_mean : bool
-        Whether a batch's loss is the mean, or the sum.
-    updates : Updates
-    loss : (1,)
-        Gets the sum of the squared errors.
-    batch_size : int
-        At most MAX_ROWS.
-    stream : Stream
+    A batch has at most MAX_ROWS rows, its loss is their mean or sum. ``loss`` (1,) gets the sum of all
+    squared errors. The layer's output and grad aren't used.
     """
     lanes = 1
     while lanes < min(batch_size, WARP):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastdl.kernels.cuda.chunks import load_chunk
 from fastdl.kernels.cuda.gemm import as_it_is
 from fastdl.kernels.cuda.intrinsics import bytes_of, load, load_word
-from fastdl.kernels.cuda.launch import Array, Elements, Inputs, Integers, is_wide
+from fastdl.kernels.cuda.launch import CHUNK, Array, Elements, Inputs, Integers, is_wide
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 from fastdl.kernels.options import SGDOptions
 
@@ -153,12 +153,9 @@ def build_raw(real: Any, element: str) -> tuple[Any, Any, Any]:
         if wide:
             return load_word(array, at)
         word = types.uint32(array[at])
-        if left > 1:
-            word = types.uint32(word | types.uint32(array[at + 1]) << 8)
-        if left > 2:
-            word = types.uint32(word | types.uint32(array[at + 2]) << 16)
-        if left > 3:
-            word = types.uint32(word | types.uint32(array[at + 3]) << 24)
+        for i in range(1, CHUNK):
+            if left > i:
+                word = types.uint32(word | types.uint32(array[at + i]) << 8 * i)
         return word
 
     @cuda.jit(device=True, inline="always")
