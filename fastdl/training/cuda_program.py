@@ -15,13 +15,7 @@ from fastdl.training.cuda_examples import CudaExamples, Resident, cuda_examples,
 from fastdl.training.examples import check_labels
 from fastdl.training.loop import Scores
 from fastdl.training.lower import Lowered
-from fastdl.training.parameters import (
-    Parameter,
-    momentum_buffer,
-    momentum_buffers,
-    options_of,
-    parameters_of,
-)
+from fastdl.training.parameters import Parameter, momentum_buffer, momentum_buffers, options_of, parameters_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -328,35 +322,16 @@ class CudaProgram:
 
     def _run_step(self, data: CudaData, index: int, *, trains: bool) -> None:
         progress = self._steps_before, self._num_rows, self._stop
-        run(
-            self._like,
-            self._kernels.epoch.run_step,
-            self._layers,
-            data.source,
-            data.loss,
-            self._updates,
-            data.results,
-            self._kernels.step.Step(index, data.batch_size, data.examples.order, *progress),
-            trains,
-        )
+        step = self._kernels.step.Step(index, data.batch_size, data.examples.order, *progress)
+        arguments = (self._layers, data.source, data.loss, self._updates, data.results, step, trains)
+        run(self._like, self._kernels.epoch.run_step, *arguments)
 
     def _run_small(self, rows: int) -> None:
-        data, small = self._data, self._kernels.small
-        loss = self._zeros(1)
-        X = data.examples.X
-        examples = small.Examples(
-            X, data.examples.order, data.examples.y, data.source.scale, rows, X.shape[1]
-        )
-        run(
-            self._like,
-            small.run_small_epoch,
-            self._layers[0],
-            examples,
-            self._lowered.is_mean,
-            self._updates,
-            loss,
-            data.batch_size,
-        )
+        data, loss = self._data.examples, self._zeros(1)
+        scale, num_inputs = self._data.source.scale, data.X.shape[1]
+        examples = self._kernels.small.Examples(data.X, data.order, data.y, scale, rows, num_inputs)
+        arguments = (self._layers[0], examples, self._lowered.is_mean, self._updates, loss)
+        run(self._like, self._kernels.small.run_small_epoch, *arguments, self._data.batch_size)
         self._totals[_LOSS] += loss[0]
 
     def _begin(self, data: CudaData, rows: int) -> None:

@@ -39,16 +39,7 @@ from fastdl.kernels.cuda.intrinsics import (
     row_of_block,
     store,
 )
-from fastdl.kernels.cuda.launch import (
-    CHUNK,
-    ELEMENTS,
-    Elements,
-    Kernel,
-    Stream,
-    Table,
-    address,
-    element_of,
-)
+from fastdl.kernels.cuda.launch import CHUNK, ELEMENTS, Elements, Kernel, Stream, Table, address, element_of
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 from fastdl.kernels.cuda.sgd import build_update_one
 from fastdl.kernels.cuda.step import (

@@ -38,16 +38,7 @@ from fastdl.kernels.cuda.intrinsics import (
     store_rows,
     store_tuple,
 )
-from fastdl.kernels.cuda.launch import (
-    CHUNK,
-    ELEMENTS,
-    Array,
-    Elements,
-    Kernel,
-    Stream,
-    element_of,
-    is_wide,
-)
+from fastdl.kernels.cuda.launch import CHUNK, ELEMENTS, Array, Elements, Kernel, Stream, element_of, is_wide
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 
 # The three products of a linear layer: which operand is transposed, and what happens to a sum at its end.

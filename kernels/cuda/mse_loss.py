@@ -23,15 +23,7 @@ from fastdl.kernels.cuda.launch import (
     size_of,
 )
 from fastdl.kernels.cuda.numba_cuda import cuda, types
-from fastdl.kernels.cuda.reduction import (
-    ADD_PARTIAL_SUMS,
-    MAX_BLOCKS,
-    MEAN,
-    NONE,
-    THREADS,
-    WARPS,
-    block_sum,
-)
+from fastdl.kernels.cuda.reduction import ADD_PARTIAL_SUMS, MAX_BLOCKS, MEAN, NONE, THREADS, WARPS, block_sum
 
 # chunks of a thread, where there are enough for more blocks than the GPU runs at a time
 _CHUNKS_PER_THREAD = 4

@@ -20,16 +20,7 @@ from typing import Any, NamedTuple
 
 from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
 from fastdl.kernels.cuda.intrinsics import as_pointer, computed_in, fill, load, row_of_block, store
-from fastdl.kernels.cuda.launch import (
-    CHUNK,
-    ELEMENTS,
-    VECTOR_BYTES,
-    Array,
-    Kernel,
-    Stream,
-    Table,
-    element_of,
-)
+from fastdl.kernels.cuda.launch import CHUNK, ELEMENTS, VECTOR_BYTES, Array, Kernel, Stream, Table, element_of
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 from fastdl.kernels.options import SGDOptions
 

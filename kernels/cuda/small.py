@@ -20,8 +20,10 @@ from fastdl.kernels.cuda.intrinsics import (
     fill,
     is_null,
     load,
+    load_tuple,
     pointer_to,
     store,
+    store_tuple,
 )
 from fastdl.kernels.cuda.launch import (
     CHUNK,
@@ -115,14 +117,22 @@ def _build(real: Any) -> Callable[..., None]:
         own, own_bias = options_of(updates, 0), options_of(updates, 1)
         starts, starts_bias = updates.is_first_step[0] != 0, updates.is_first_step[1] != 0
         # 1: the parameters, and the momentum buffers where there is momentum, to registers of every lane
-        w, v = load_chunk(weight, 0, num_inputs, False), fill(weight, 0, CHUNK)
-        b, bias_velocity = zero, zero
-        if trains_weight and own.momentum != zero:
-            v = load_chunk(weight_buffer, 0, num_inputs, False)
-        if not is_null(bias):
-            b = load(bias, 0)
-        if trains_bias and own_bias.momentum != zero:
-            bias_velocity = load(bias_buffer, 0)
+        w, v, b, bias_velocity = fill(weight, 0, CHUNK), fill(weight, 0, CHUNK), zero, zero
+        if thread == 0:
+            w = load_chunk(weight, 0, num_inputs, False)
+            if trains_weight and own.momentum != zero:
+                v = load_chunk(weight_buffer, 0, num_inputs, False)
+            if not is_null(bias):
+                b = load(bias, 0)
+            if trains_bias and own_bias.momentum != zero:
+                bias_velocity = load(bias_buffer, 0)
+            store_tuple(shared, 0, w)
+            store_tuple(shared, CHUNK, v)
+            store_tuple(shared, 2 * CHUNK, (b, bias_velocity))
+        cuda.syncthreads()
+        w, v = load_tuple(shared, 0, CHUNK), load_tuple(shared, CHUNK, CHUNK)
+        b, bias_velocity = load_tuple(shared, 2 * CHUNK, 2)
+        cuda.syncthreads()
         losses = zero
         factor_of_batch = two / real(batch_size) if is_mean else two
         # the plain update is most of a step's time otherwise

@@ -233,19 +233,19 @@ def test_the_examples_lie_as_they_are_and_parameters_in_groups_keep_their_option
 
 def test_the_next_order_is_copied_while_an_epoch_trains_and_not_again(seed, monkeypatch):
     X, y = _images(6)
-    staged = []
-    stage = cuda_examples.Resident.stage
+    brought = []
+    bring = cuda_examples.Resident._bring
 
-    def spy(self, order):
-        staged.append(order)
-        stage(self, order)
+    def spy(self, rows):
+        brought.append(rows)
+        bring(self, rows)
 
-    monkeypatch.setattr(cuda_examples.Resident, "stage", spy)
+    monkeypatch.setattr(cuda_examples.Resident, "_bring", spy)
     net = _net(7, 3)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     fastdl.fit(net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=3, batch_size=4, progress=False)
     # the first epoch's own, and one ahead in each epoch but the last
-    assert len(staged) == 3
+    assert len(brought) == 3
 
 
 def _fit_and_fail(error, X, y, **options):
