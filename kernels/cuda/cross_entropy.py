@@ -22,14 +22,12 @@ from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_t
 from fastdl.kernels.cuda.launch import (
     CHUNK,
     ELEMENTS,
-    SCALARS,
     Array,
     Elements,
     Integers,
     Kernel,
     Stream,
     Sums,
-    address,
     element_of,
     is_wide,
     size_of,
@@ -76,7 +74,10 @@ class Shares(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What is written: the loss, or each block's sum of it where there are more blocks, and the gradient."""
+    """What is written: the loss, or each block's sum where there are more blocks, and the gradient.
+
+    Behind the blocks' sums is the sum of the rows' weights.
+    """
 
     loss: Elements
     partial_sums: Sums
@@ -106,12 +107,14 @@ def _build_sum_of_weights(real: Any) -> Any:
 def _build_total_weight(real: Any) -> Callable[..., None]:
     sum_of_weights = _build_sum_of_weights(real)
 
-    def total_weight(target: Integers, weight: Elements, total: Sums, ignore_index: int, rows: Rows) -> None:
-        """Write the sum of the rows' weights to total (1,); one block."""
+    def total_weight(
+        target: Integers, weight: Elements, partial_sums: Sums, ignore_index: int, rows: Rows
+    ) -> None:
+        """Write the sum of the rows' weights behind the blocks' sums; one block."""
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         weights = sum_of_weights(target, weight, ignore_index, rows, shared)
         if cuda.threadIdx.x == 0:
-            store(total, 0, weights)
+            store(partial_sums, rows.num_blocks, weights)
 
     return total_weight
 
@@ -150,7 +153,6 @@ def _build_rows(real: Any) -> Callable[..., None]:
         logits: Elements,
         target: Integers,
         weight: Elements,
-        total: Sums,
         shares: Shares,
         results: Results,
         rows: Rows,
@@ -167,10 +169,10 @@ def _build_rows(real: Any) -> Callable[..., None]:
         # 1: the sums of the rows' weights, for the mean, and of the classes' weights
         total_weight = one
         if reduction == MEAN:
-            if is_null(total):
+            if is_null(partial_sums):
                 total_weight = sum_of_weights(target, weight, ignore_index, rows, shared)
             else:
-                total_weight = load(total, 0)
+                total_weight = load(partial_sums, num_blocks)
         scale = one / total_weight
         weight_sum = real(num_classes)
         if share_of_all > zero and not is_null(weight):
@@ -357,24 +359,15 @@ def cross_entropy_forward(
     ignore_index, smoothing, reduction = options
     if num_rows == 0 and reduction == NONE:
         return
-    blocks = _num_blocks(num_rows, num_classes)
-    sums_at = total_at = 0
-    if blocks > 1 and reduction != NONE:
-        sums_at = address(partial_sums)
-        total_at = sums_at + blocks * SCALARS[element]().itemsize if reduction == MEAN else 0
-    elif reduction == NONE:
-        blocks = -(-num_rows // (THREADS // _lanes(num_classes)))
-    wide = is_wide(num_classes, logits, grad_logits)
-    shared_out = Rows(num_rows, num_classes, _lanes(num_classes), blocks, wide)
-    if total_at:
+    lanes, blocks = _lanes(num_classes), _num_blocks(num_rows, num_classes)
+    has_partial_sums = blocks > 1 and reduction != NONE
+    if reduction == NONE:
+        blocks = -(-num_rows // (THREADS // lanes))
+    sums = partial_sums if has_partial_sums else None
+    rows = Rows(num_rows, num_classes, lanes, blocks, is_wide(num_classes, logits, grad_logits))
+    if has_partial_sums and reduction == MEAN:
         _TOTAL_WEIGHT[element].launch(
-            stream,
-            1,
-            target=target,
-            weight=weight,
-            total=total_at,
-            ignore_index=ignore_index,
-            rows=shared_out,
+            stream, 1, target=target, weight=weight, partial_sums=sums, ignore_index=ignore_index, rows=rows
         )
     _ROWS[element].launch(
         stream,
@@ -382,14 +375,14 @@ def cross_entropy_forward(
         logits=logits,
         target=target,
         weight=weight,
-        total=total_at,
         shares=Shares(ignore_index, 1.0 - smoothing, smoothing / max(num_classes, 1), reduction),
-        results=Results(loss, sums_at, grad_logits),
-        rows=shared_out,
+        results=Results(loss, sums, grad_logits),
+        rows=rows,
     )
-    if sums_at:
+    if has_partial_sums:
+        has_divisor = reduction == MEAN
         ADD_PARTIAL_SUMS[element].launch(
-            stream, 1, partial_sums=sums_at, count=blocks, factor=1.0, divisor=total_at, loss=loss
+            stream, 1, partial_sums=sums, count=blocks, factor=1.0, has_divisor=has_divisor, loss=loss
         )
 
 

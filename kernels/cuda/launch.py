@@ -80,11 +80,9 @@ def element_of(array: Array) -> str:
     return name
 
 
-def address(array: Array | int | None) -> int:
-    """Return an array's address, or 0 for an array left out; an address is itself."""
-    if array is None:
-        return 0
-    return array if isinstance(array, int) else array.data_ptr()
+def address(array: Array | None) -> int:
+    """Return an array's address, or 0 for an array left out."""
+    return 0 if array is None else array.data_ptr()
 
 
 def size_of(array: Array) -> int:
@@ -166,20 +164,22 @@ class Table(NamedTuple):
     num_rows: int
 
 
-# a type of Numba's, and for each number in it what makes it of what a launch is given
-_Argument = tuple[Any, list[Callable[[Any], Any] | None]]
+# a type of Numba's, and the expression that makes what the driver gets of what a launch is given
+_Scalar = tuple[Any, str]
 
 
-def _argument(hint: Any, scalars: dict[Any, _Argument]) -> _Argument:
+def _argument(hint: Any, name: str, scalars: dict[Any, _Scalar]) -> tuple[Any, list[str]]:
+    """Return an argument's type, and the expressions for the numbers that it is handed over as."""
     if isinstance(hint, Table):
-        row, convert = _argument(hint.record, scalars)
-        return types.UniTuple(row, hint.num_rows), convert * hint.num_rows
+        row, _ = _argument(hint.record, name, scalars)
+        return types.UniTuple(row, hint.num_rows), [f"*{name}"]
     if hint in scalars:
-        return scalars[hint]
-    fields = [_argument(field, scalars) for field in get_type_hints(hint, include_extras=True).values()]
-    return types.BaseTuple.from_types([field for field, _ in fields], hint), [
-        convert for _, converts in fields for convert in converts
-    ]
+        kind, expression = scalars[hint]
+        return kind, [expression.format(name)]
+    hints = get_type_hints(hint, include_extras=True)
+    fields = [_argument(field, f"{name}.{key}", scalars) for key, field in hints.items()]
+    kinds = [kind for kind, _ in fields]
+    return types.BaseTuple.from_types(kinds, hint), [each for _, numbers in fields for each in numbers]
 
 
 class Kernel:
@@ -210,25 +210,30 @@ class Kernel:
         inputs: str | None = None,
         **tables: Table,
     ):
-        scalar = SCALARS[element]
-        real = ELEMENTS[scalar.__name__]
-        scalars: dict[Any, _Argument] = {
-            int: (types.int64, [None]),
-            bool: (types.int64, [int]),
-            float: (real, [scalar]),
-            Elements: (pointer(element), [address]),
-            Sums: (types.CPointer(real), [address]),
-            Integers: (pointer("int64"), [address]),
-            Inputs: (pointer(inputs or element), [address]),
+        real = ELEMENTS[SCALARS[element].__name__]
+        array = "0 if {0} is None else {0}.data_ptr()"
+        scalars: dict[Any, _Scalar] = {
+            int: (types.int64, "{0}"),
+            bool: (types.int64, "int({0})"),
+            float: (real, "real({0})"),
+            Elements: (pointer(element), array),
+            Sums: (types.CPointer(real), array),
+            Integers: (pointer("int64"), array),
+            Inputs: (pointer(inputs or element), array),
         }
         hints = get_type_hints(function, include_extras=True) | tables
-        self.arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-        parts = [_argument(hints[argument], scalars) for argument in self.arguments]
+        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+        kinds, numbers = zip(*(_argument(hints[each], each, scalars) for each in arguments), strict=True)
         self.name = name
         self.function = function
-        self.signature = types.void(*(part for part, _ in parts))
+        self.signature = types.void(*kinds)
         self.threads = threads
-        self._converts = [convert for _, converts in parts for convert in converts]
+        # as Python makes a NamedTuple's constructor: names are resolved here, and a launch takes no longer
+        namespace: dict[str, Any] = {"real": SCALARS[element]}
+        expressions = ", ".join(each for several in numbers for each in several)
+        exec(f"def {name}(*, {', '.join(arguments)}): return ({expressions},)", namespace)
+        # what the driver gets for a launch's arguments: a number for each pointer and scalar
+        self.numbers: Callable[..., tuple[Any, ...]] = namespace[name]
         self._loaded: dict[str, Any] = {}
         KERNELS[name] = self
 
@@ -263,37 +268,16 @@ class Kernel:
         return path.read_bytes()
 
     def launch(self, stream: Stream, blocks: int, /, **arguments: Any) -> None:
-        """Start so many blocks on a stream; arrays are given as such, or by their addresses."""
+        """Start so many blocks on a stream.
+
+        Raises
+        ------
+        TypeError
+            If an argument is missing, or is none of the kernel's; the message names it.
+        """
         kernel = self._loaded.get(stream.architecture) or self._load(stream)
-        core.launch(stream.core, _configuration(blocks, self.threads), kernel, *self.numbers(arguments))
-
-    def numbers(self, arguments: dict[str, Any]) -> list[Any]:
-        """Return what the driver gets for a launch's arguments: a number for each pointer and scalar."""
-        if tuple(arguments) != self.arguments:
-            arguments = self._ordered(arguments)
-        values: list[Any] = []
-        for argument in arguments.values():
-            # a record or a table is handed over number by number
-            if isinstance(argument, tuple | list):
-                values += argument
-            else:
-                values.append(argument)
-        return [
-            value if convert is None else convert(value)
-            for convert, value in zip(self._converts, values, strict=True)
-        ]
-
-    def _ordered(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        for verb, wrong in (
-            ("lacks", [name for name in self.arguments if name not in arguments]),
-            ("has no argument", [name for name in arguments if name not in self.arguments]),
-        ):
-            if wrong:
-                raise TypeError(
-                    f"a launch of the CUDA kernel {self.name} {verb} {', '.join(wrong)}: it takes "
-                    + ", ".join(self.arguments)
-                )
-        return {name: arguments[name] for name in self.arguments}
+        numbers = self.numbers(**arguments)
+        core.launch(stream.core, _configuration(blocks, self.threads), kernel, *numbers)
 
     def _load(self, stream: Stream) -> Any:
         if stream.is_capturing():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
+from fastdl.kernels.cuda.intrinsics import computed_in, load, pointer_to, store
 from fastdl.kernels.cuda.launch import ELEMENTS, Elements, Kernel, Sums
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 
@@ -78,16 +78,16 @@ def block_max(value, shared):
 
 def _build(real: Any) -> Callable[..., None]:
     def add_partial_sums(
-        partial_sums: Sums, count: int, factor: float, divisor: Sums, loss: Elements
+        partial_sums: Sums, count: int, factor: float, has_divisor: bool, loss: Elements
     ) -> None:
-        """Write the sum of partial_sums (count,), times factor or over the divisor, to loss (1,)."""
+        """Write partial_sums (count,) summed to loss (1,), times factor or over the number behind them."""
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         total = real(0)
         for i in range(types.int64(cuda.threadIdx.x), count, THREADS):
             total += load(partial_sums, i)
         total = block_sum(total, shared)
         if cuda.threadIdx.x == 0:
-            store(loss, 0, total * factor if is_null(divisor) else total / load(divisor, 0))
+            store(loss, 0, total / load(partial_sums, count) if has_divisor else total * factor)
 
     return add_partial_sums
 

@@ -131,8 +131,8 @@ def sgd(table: Sequence[Sequence[int]], like: Array, options: SGDOptions, stream
     """
     element = element_of(like)
     for first in range(0, len(table), NUM_ROWS[-1]):
-        rows = [Row(*row) for row in table[first : first + NUM_ROWS[-1]]]
-        blocks = sum(-(-row.size // BLOCK) for row in rows)
+        rows = table[first : first + NUM_ROWS[-1]]
+        blocks = sum(-(-size // BLOCK) for _, _, _, size, _ in rows)
         if blocks == 0:
             continue
         num_rows = next(count for count in NUM_ROWS if count >= len(rows))

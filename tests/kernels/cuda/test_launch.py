@@ -23,7 +23,12 @@ from fastdl.kernels.cuda.head import MOST_OUTPUTS
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
 from fastdl.kernels.options import CrossEntropyOptions, SGDOptions
 
-ARGUMENTS = {"values": 1, "output": 2, "masked": 3, "size": 4, "wide": True}
+
+def _at(address):
+    return SimpleNamespace(data_ptr=lambda: address)
+
+
+ARGUMENTS = {"values": _at(1), "output": _at(2), "masked": _at(3), "size": 4, "wide": True}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -189,7 +194,7 @@ def _calls(dtype):
     yield (input, input, grad_input, n * k, 1)
     options = CrossEntropyOptions(-100, 0.25, 1)
     kernels.cross_entropy_forward(output, target, bias, options, loss, None, None, stream)
-    yield (output, target, bias, 0, -100, 0.75, 0.05, 1, loss, 0, 0, n, m, 2, 1, 0)
+    yield (output, target, bias, -100, 0.75, 0.05, 1, loss, 0, 0, n, m, 2, 1, 0)
     kernels.cross_entropy_backward(loss, output, target, -100, output, stream)
     yield (loss, output, target, -100, output, 1, n, m, 2, 1, 0)
     kernels.mse_loss_forward(input, input, 1, loss, None, stream)

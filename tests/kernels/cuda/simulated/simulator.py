@@ -158,7 +158,7 @@ def _launch(self, stream, blocks, /, **arguments):
     LAUNCHES.append(self.name)
     intrinsics.MEMORY.forget()
     with np.errstate(all="ignore"):
-        numbers = iter(self.numbers(arguments))
+        numbers = iter(self.numbers(**arguments))
         seen = tuple(_argument(kind, numbers) for kind in self.signature.args)
         assert next(numbers, None) is None
         for block in random.sample(range(blocks), blocks):
