@@ -18,6 +18,12 @@ MODULE_HOOKS = (
 )
 
 
+def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    """Copy each source to its target, on a GPU in one launch for many."""
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a forward or backward hook stands on the module itself."""
     return any(getattr(module, hooks, None) for hooks in MODULE_HOOKS)
@@ -31,3 +37,8 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 def has_tensor_hooks(tensor: torch.Tensor) -> bool:
     """Return whether a hook waits for the tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often the tensor was written in place, as far as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version

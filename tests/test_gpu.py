@@ -18,7 +18,7 @@ from tests.parity import assert_as_accurate_as_torch
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("seed")]
 
-# around the edges of the tiles, thin products, and products that are torch's own
+# around the edges of the tiles, skinny products, and products that are torch's own
 SIZES = [
     (1, 1, 1),
     (10, 2, 1),

@@ -11,6 +11,7 @@ from torch import Tensor, cuda
 
 from fastdl.cuda_arrays import cuda_kernels, run
 from fastdl.kernels.options import SGDOptions
+from fastdl.torch_private import copy_all, version_of
 from fastdl.training.cuda_examples import CudaExamples, Resident, cuda_examples, pinned_memory
 from fastdl.training.examples import check_labels
 from fastdl.training.loop import Scores
@@ -54,6 +55,8 @@ class CudaData(NamedTuple):
     loss : fastdl.kernels.cuda.loss_row.Loss
     results : fastdl.kernels.cuda.loss_row.RowResults
     batch_size : int
+    given : (X, y, input_scale, batch_size)
+        What they were made of, and its version counters.
     """
 
     examples: CudaExamples
@@ -61,6 +64,8 @@ class CudaData(NamedTuple):
     loss: Any
     results: Any
     batch_size: int
+    given: tuple[Tensor, Tensor, float, int | None]
+    versions: tuple[int, int]
 
 
 class CudaProgram:
@@ -160,6 +165,7 @@ class CudaProgram:
 
     def _prepare(self, X: Tensor, y: Tensor, input_scale: float, batch_size: int | None) -> CudaData:
         lowered, loss_row = self._lowered, self._kernels.loss_row
+        given, versions = (X, y, input_scale, batch_size), (version_of(X), version_of(y))
         is_classifier = lowered.is_classifier
         is_weighted = (
             is_classifier
@@ -185,7 +191,12 @@ class CudaProgram:
         )
         source = self._kernels.step.source_of(examples.X, input_scale, True)
         results = loss_row.RowResults(self._zeros(rows), self._zeros(rows, dtype=torch.int64))
-        return CudaData(examples, source, loss, results, batch_size)
+        return CudaData(examples, source, loss, results, batch_size, given, versions)
+
+    def _current(self, data: CudaData) -> CudaData:
+        """Return the examples as they are now: a callback may have written to them."""
+        X, y, *_ = data.given
+        return data if data.versions == (version_of(X), version_of(y)) else self._prepare(*data.given)
 
     @torch.no_grad()
     def read(self) -> None:
@@ -212,7 +223,7 @@ class CudaProgram:
                 if found is not None:
                     sources.append(found)
                     targets.append(copy.buffer)
-        torch._foreach_copy_(targets, sources)
+        copy_all(targets, sources)
         if rows != self._option_rows:
             self._updates.options.copy_(torch.tensor(rows, dtype=self._updates.options.dtype))
             self._option_rows = rows
@@ -231,8 +242,7 @@ class CudaProgram:
             sources = [copy.own for copy in trained] + [
                 copy.buffer for copy in with_momentum if copy.buffer is not None
             ]
-            if targets:
-                torch._foreach_copy_(targets, sources)
+            copy_all(targets, sources)
 
     def epoch(
         self,
@@ -262,6 +272,9 @@ class CudaProgram:
             If a label was no class.
         """
         with cuda.device(self._device), torch.no_grad():
+            data = self._current(self._data)
+            if data is not self._data:
+                self._data, self._graph = data, None
             try:
                 marks = self._train(order)
                 ahead = None if meanwhile is None else meanwhile()
@@ -382,6 +395,7 @@ class CudaProgram:
         """Return loss and accuracy on examples that `prepare` returned."""
         order = torch.arange(len(data.examples.labels))
         with cuda.device(self._device):
+            data = self._current(data)
             self._totals.zero_()
             for rows in data.examples.pieces(order):
                 self._begin(data, rows)

@@ -43,6 +43,7 @@ from fastdl.kernels.cuda.reduction import (
     WARPS,
     block_max,
     block_sum,
+    build_mean,
     lanes_max,
     lanes_sum,
 )
@@ -140,6 +141,7 @@ def build_gradient(real: Any) -> Any:
 
 def _build_rows(real: Any) -> Callable[..., None]:
     sum_of_weights, gradient = _build_sum_of_weights(real), build_gradient(real)
+    mean = build_mean(real)
 
     @cuda.jit(device=True, inline="always")
     def row_max(value, lanes, shared):
@@ -253,7 +255,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
             own_losses = block_sum(own_losses, shared)
             if thread == 0:
                 if is_null(partial_sums):
-                    store(loss, 0, own_losses / total_weight)
+                    store(loss, 0, mean(own_losses, total_weight))
                 else:
                     store(partial_sums, block, own_losses)
 

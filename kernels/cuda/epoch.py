@@ -3,7 +3,7 @@
 For one hidden layer a step has three: ``dense.forward`` of the hidden layer, ``head``, and
 ``dense.backward_weight`` of both. A softmax regression has the last two alone. Each further hidden layer adds
 a forward and a ``dense.backward_data``; a last layer of many outputs has a forward of its own, and
-``output_loss`` in the place of ``head``.
+``output_loss`` instead of ``head``.
 
 What one kernel has written the next one reads: the end of a kernel is the only barrier between blocks. So a
 whole epoch of these launches, captured in a graph, is one launch for the CPU.

@@ -200,7 +200,7 @@ def bytes_of(typing_context, word):
 
 @extending.intrinsic
 def is_null(typing_context, pointer):
-    """Return whether the pointer is 0, which stands for an array left out."""
+    """Return whether the pointer is 0, which means an array left out."""
 
     def codegen(context, builder, signature, arguments):
         return builder.icmp_unsigned("==", arguments[0], ir.Constant(arguments[0].type, None))

@@ -47,7 +47,7 @@ def lanes_max(value, lanes):
 
 @cuda.jit(device=True, inline="always")
 def block_sum(value, shared):
-    """Return the sum over the block's threads to all of them; shared is scratch for WARPS numbers."""
+    """Return the sum over the block's threads to all of them; shared is workspace for WARPS numbers."""
     thread = cuda.threadIdx.x
     value = lanes_sum(value, WARP)
     if thread % WARP == 0:
@@ -56,7 +56,7 @@ def block_sum(value, shared):
     total = load(shared, 0)
     for warp in range(1, WARPS):
         total += load(shared, warp)
-    # the scratch may be written anew
+    # the workspace may be written anew
     cuda.syncthreads()
     return total
 
@@ -76,7 +76,20 @@ def block_max(value, shared):
     return greatest
 
 
+def build_mean(real: Any) -> Any:
+    """Return ``mean(total, weight)``: a loss's sum over the sum of its rows' weights."""
+
+    @cuda.jit(device=True, inline="always")
+    def mean(total, weight):
+        # where no row has a weight, torch's loss has a part that is 0 / 0, whatever a smoothed label adds
+        return total / weight if weight != real(0) else real(float("nan"))
+
+    return mean
+
+
 def _build(real: Any) -> Callable[..., None]:
+    mean = build_mean(real)
+
     def add_partial_sums(
         partial_sums: Sums, count: int, factor: float, has_divisor: bool, loss: Elements
     ) -> None:
@@ -87,7 +100,7 @@ def _build(real: Any) -> Callable[..., None]:
             total += load(partial_sums, i)
         total = block_sum(total, shared)
         if cuda.threadIdx.x == 0:
-            store(loss, 0, total / load(partial_sums, count) if has_divisor else total * factor)
+            store(loss, 0, mean(total, load(partial_sums, count)) if has_divisor else total * factor)
 
     return add_partial_sums
 

@@ -125,6 +125,44 @@ def test_the_launch_goes_to_the_given_stream_with_the_given_blocks(driver, cache
     assert set(arguments) == {(1, 2, 3, 4, 1)}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": None}, r"relu_float32\(\) missing 1 required keyword-only argument: 'size'"),
+        ({"length": 4}, r"relu_float32\(\) got an unexpected keyword argument 'length'"),
+        ({"size": None, "sizes": 4}, r"relu_float32\(\) got an unexpected keyword argument 'sizes'"),
+    ],
+    ids=["missing", "unknown", "misspelt"],
+)
+def test_a_launch_with_a_wrong_argument_names_kernel_and_argument(loaded, changes, message):
+    arguments = {key: value for key, value in (ARGUMENTS | changes).items() if value is not None}
+    with pytest.raises(TypeError, match=message):
+        KERNELS["relu_float32"].launch(launch.stream(0, 0), 1, **arguments)
+    assert not loaded
+
+
+def test_a_launch_with_an_argument_twice_or_by_position_names_it(loaded):
+    kernel, stream = KERNELS["relu_float32"], launch.stream(0, 0)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'size'"):
+        kernel.launch(stream, 1, **ARGUMENTS, **{"size": 4})
+    with pytest.raises(TypeError, match="positional"):
+        kernel.launch(stream, 1, *ARGUMENTS.values())
+    assert not loaded
+
+
+def test_a_launch_takes_its_arguments_in_any_order(loaded):
+    stream = launch.stream(0, 0)
+    for arguments in (ARGUMENTS, dict(reversed(ARGUMENTS.items()))):
+        KERNELS["relu_float32"].launch(stream, 1, **arguments)
+    assert loaded[0] == loaded[1]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_has_a_long_list_of_arguments(name):
+    code = KERNELS[name].function.__code__
+    assert code.co_argcount + code.co_kwonlyargcount <= 8
+
+
 def test_one_stream_object_is_kept_for_each_handle_of_each_device(driver):
     assert launch.stream(0, 7) is launch.stream(0, 7)
     assert len({id(launch.stream(*key)) for key in ((0, 0), (0, 7), (1, 0), (1, 7))}) == 4

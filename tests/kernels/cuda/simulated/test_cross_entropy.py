@@ -97,6 +97,24 @@ def test_a_long_row_is_a_whole_blocks(seed, smoothing):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("num_rows", [3, 600])
+@pytest.mark.parametrize("weights", [[0, 0, 0], [0, 0, 1]], ids=str)
+def test_class_weights_of_zero_count_as_in_torch(weights, num_rows, smoothing, reduction, monkeypatch):
+    # many rows take several blocks, and their divisor a launch of its own
+    monkeypatch.setattr(cross_entropy, "_ROWS_OF_ONE_BLOCK", 0)
+    logits = DeviceArray(np.linspace(-1, 1, 3 * num_rows).reshape(num_rows, 3))
+    # no row of the class that has a weight: the mean divides by 0
+    target = DeviceArray([IGNORE, *[0, 1] * num_rows][:num_rows], "int64")
+    weight = DeviceArray(weights)
+    loss, grad_logits = _run(logits, target, weight, smoothing, reduction)
+    exact_loss, exact_grad = _truth(logits, target, weight, smoothing, reduction)
+    assert np.isnan(exact_loss).any() == (reduction == "mean")
+    assert_near(loss, exact_loss, 4.0 * num_rows, 8 + num_rows)
+    assert_near(grad_logits, exact_grad, 1.0, 16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label", [-1, 5, 2**40, -(2**62)])
 def test_an_invalid_label_gives_a_nan_loss_and_a_zero_gradient_row_and_reads_nothing(label, reduction):
     logits = DeviceArray(np.arange(15.0).reshape(3, 5))

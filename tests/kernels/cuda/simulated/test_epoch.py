@@ -175,11 +175,11 @@ def _check(seed, widths, batch_size, kind=CROSS_ENTROPY, *, groups=({"lr": 0.1},
         outputs = problem.forward(rows)
         exact = torchs_loss(outputs, rows)
         first = index * batch_size
-        noted = results.losses.numpy()[first : first + len(rows)].sum()
+        found = results.losses.numpy()[first : first + len(rows)].sum()
         factor = len(rows) if options.get("is_mean", True) else 1
         # a loss of the size of 1 to 10 for each row, in a hundred roundings
         np.testing.assert_allclose(
-            noted / factor, exact.item(), rtol=1e-12 if problem.dtype == "float64" else 2e-5
+            found / factor, exact.item(), rtol=1e-12 if problem.dtype == "float64" else 2e-5
         )
         if kind == CROSS_ENTROPY:
             is_right = outputs.argmax(1).numpy() == problem.labels[rows]
@@ -298,14 +298,14 @@ def test_examples_at_an_odd_address_are_read_one_by_one(seed):
 
 
 @pytest.mark.parametrize("widths", [(9, 4), (9, 6, 4), (9, 6, 40)], ids=str)
-def test_evaluation_notes_the_losses_and_changes_nothing(seed, widths):
+def test_evaluation_finds_the_losses_and_changes_nothing(seed, widths):
     problem, layers = _check(seed, widths, 4, trains=False, num=6)
     assert np.isnan(layers[-1].grad.numpy()).all()
     assert np.isnan(layers[0].weight_buffer.numpy()).all()
     assert problem.arrays[0][0] is layers[0].weight
 
 
-def test_a_batch_of_more_rows_than_a_block_keeps_at_hand(seed, monkeypatch):
+def test_a_batch_of_more_rows_than_a_block_prefetches(seed, monkeypatch):
     monkeypatch.setattr(dense, "PREFETCHED_ROWS", 3)
     for examples in ("float", "uint8"):
         _check(seed, (9, 5, 3), 4, num=7, examples=examples)
