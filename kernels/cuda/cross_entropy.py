@@ -18,16 +18,15 @@ from math import exp, log
 from typing import Any, NamedTuple
 
 from fastdl.kernels.cuda.chunks import load_chunk, load_padded, store_chunk
-from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
+from fastdl.kernels.cuda.intrinsics import is_null, load, pointer_to, store
 from fastdl.kernels.cuda.launch import (
     CHUNK,
-    ELEMENTS,
     Array,
     Elements,
     Integers,
-    Kernel,
     Stream,
     Sums,
+    build_kernels,
     element_of,
     is_wide,
     size_of,
@@ -44,6 +43,7 @@ from fastdl.kernels.cuda.reduction import (
     block_max,
     block_sum,
     build_mean,
+    lanes_for,
     lanes_max,
     lanes_sum,
 )
@@ -205,11 +205,10 @@ def _build_rows(real: Any) -> Callable[..., None]:
             for c in range(lane * CHUNK, stop, lanes * CHUNK):
                 x = load_padded(logits, at + c, num_classes - c, wide, least)
                 for i in range(CHUNK):
-                    exponentials += exp(x[i] - greatest)
-                if share_of_all > zero:
-                    for i in range(c, min(c + CHUNK, num_classes)):
-                        class_weight = one if is_null(weight) else load(weight, i)
-                        weighted_logits += class_weight * (load(logits, at + i) - greatest)
+                    shifted = x[i] - greatest
+                    exponentials += exp(shifted)
+                    if share_of_all > zero and c + i < num_classes:
+                        weighted_logits += shifted if is_null(weight) else load(weight, c + i) * shifted
             exponentials = row_sum(exponentials, lanes, shared)
             if share_of_all > zero:
                 weighted_logits = row_sum(weighted_logits, lanes, shared)
@@ -288,30 +287,14 @@ def _scale_rows(
             store_chunk(scaled, at + c, num_classes - c, wide, g)
 
 
-_TOTAL_WEIGHT = {
-    element: Kernel(
-        f"cross_entropy_total_weight_{element}", _build_total_weight(computed_in(kind)), THREADS, element
-    )
-    for element, kind in ELEMENTS.items()
-}
-_ROWS = {
-    element: Kernel(f"cross_entropy_rows_{element}", _build_rows(computed_in(kind)), THREADS, element)
-    for element, kind in ELEMENTS.items()
-}
-_SCALE_ROWS = {
-    element: Kernel(f"cross_entropy_scale_rows_{element}", _scale_rows, THREADS, element)
-    for element in ELEMENTS
-}
+_TOTAL_WEIGHT = build_kernels("cross_entropy_total_weight", _build_total_weight, THREADS)
+_ROWS = build_kernels("cross_entropy_rows", _build_rows, THREADS)
+_SCALE_ROWS = build_kernels("cross_entropy_scale_rows", lambda real: _scale_rows, THREADS)
 
 
 def _lanes(num_classes: int) -> int:
     """Return how many threads share a row."""
-    if num_classes > LONG_ROW:
-        return THREADS
-    lanes = 1
-    while lanes < WARP and lanes * CHUNK < num_classes:
-        lanes *= 2
-    return lanes
+    return THREADS if num_classes > LONG_ROW else lanes_for(-(-num_classes // CHUNK))
 
 
 def _num_blocks(num_rows: int, num_classes: int) -> int:

@@ -61,13 +61,6 @@ def _build(real: Any, element: str) -> Callable[..., None]:
                 values = relu_masked(values, load_chunk(source.array, at + k, left, source.is_wide))
             store_chunk(grads.inputs, at + k, left, weight.is_wide, values)
 
-    @cuda.jit(device=True, inline="always")
-    def keep_sum(value, row, c, width, warp, lane, shared):
-        """Write a warp's sum for an output of a row to shared memory."""
-        value = lanes_sum(value, WARP)
-        if lane == 0 and c < width:
-            store(shared, (warp * ROWS + row) * MOST_OUTPUTS + c, value)
-
     def head(
         source: Source,
         weight: Matrix,
@@ -106,7 +99,9 @@ def _build(real: Any, element: str) -> Callable[..., None]:
                     for i in range(CHUNK):
                         sums = add_outer_product(sums, (x0[i], x1[i]), (w0[i], w1[i], w2[i], w3[i]))
                 for i in range(2 * CHUNK):
-                    keep_sum(sums[i], i // CHUNK, c + i % CHUNK, width, warp, lane, shared)
+                    total, at = lanes_sum(sums[i], WARP), c + i % CHUNK
+                    if lane == 0 and at < width:
+                        store(shared, (warp * ROWS + i // CHUNK) * MOST_OUTPUTS + at, total)
             cuda.syncthreads()
             row, c = thread // MOST_OUTPUTS, thread % MOST_OUTPUTS
             if row < ROWS and c < width:

@@ -210,7 +210,7 @@ class Kernel:
         inputs: str | None = None,
         **tables: Table,
     ):
-        real = ELEMENTS[SCALARS[element].__name__]
+        real = real_of(element)
         array = "0 if {0} is None else {0}.data_ptr()"
         scalars: dict[Any, _Scalar] = {
             int: (types.int64, "{0}"),
@@ -294,6 +294,14 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {}
 
 
+def build_kernels(name: str, build: Callable[[Any], Callable[..., None]], threads: int) -> dict[str, Kernel]:
+    """Return a kernel for each element type; ``build`` makes its Python for the type that is computed in."""
+    return {
+        element: Kernel(f"{name}_{element}", build(real_of(element)), threads, element)
+        for element in ELEMENTS
+    }
+
+
 def link(ptx: str, architecture: str) -> tuple[bytes, str]:
     """Return the machine code for an architecture, and the report of its registers, stack and spills."""
     linker = core.Linker(
@@ -302,6 +310,11 @@ def link(ptx: str, architecture: str) -> tuple[bytes, str]:
     )
     code = linker.link("cubin").code
     return bytes(code), linker.get_info_log()
+
+
+def real_of(element: str) -> Any:
+    """Return the type that sums of elements of this name are computed in."""
+    return ELEMENTS[SCALARS[element].__name__]
 
 
 def pointer(element: str) -> Any:

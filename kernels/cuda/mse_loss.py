@@ -9,15 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
-from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
+from fastdl.kernels.cuda.intrinsics import is_null, load, pointer_to, store
 from fastdl.kernels.cuda.launch import (
     CHUNK,
-    ELEMENTS,
     Array,
     Elements,
-    Kernel,
     Stream,
     Sums,
+    build_kernels,
     element_of,
     is_wide,
     size_of,
@@ -95,16 +94,9 @@ def _backward(
         store_chunk(grad_input, start, left, whole, chunk)
 
 
-_ELEMENTS = {
-    element: Kernel(f"mse_loss_elements_{element}", _elements, THREADS, element) for element in ELEMENTS
-}
-_BLOCK_SUMS = {
-    element: Kernel(f"mse_loss_block_sums_{element}", _build_block_sums(computed_in(kind)), THREADS, element)
-    for element, kind in ELEMENTS.items()
-}
-_BACKWARD = {
-    element: Kernel(f"mse_loss_backward_{element}", _backward, THREADS, element) for element in ELEMENTS
-}
+_ELEMENTS = build_kernels("mse_loss_elements", lambda real: _elements, THREADS)
+_BLOCK_SUMS = build_kernels("mse_loss_block_sums", _build_block_sums, THREADS)
+_BACKWARD = build_kernels("mse_loss_backward", lambda real: _backward, THREADS)
 
 
 def mse_loss_partial_sums(size: int) -> int:

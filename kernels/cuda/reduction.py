@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdl.kernels.cuda.intrinsics import computed_in, load, pointer_to, store
-from fastdl.kernels.cuda.launch import ELEMENTS, Elements, Kernel, Sums
+from fastdl.kernels.cuda.intrinsics import load, pointer_to, store
+from fastdl.kernels.cuda.launch import Elements, Sums, build_kernels
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 
 # the codes by which a kernel is told the reduction
@@ -23,6 +23,11 @@ THREADS = 512
 WARPS = THREADS // WARP
 # a sum is made of the sums of at most so many blocks
 MAX_BLOCKS = 1024
+
+
+def lanes_for(count: int) -> int:
+    """Return how many lanes share so many numbers: the least power of 2 that has one for each, or a warp."""
+    return min(WARP, 1 << max(0, count - 1).bit_length())
 
 
 @cuda.jit(device=True, inline="always")
@@ -105,7 +110,4 @@ def _build(real: Any) -> Callable[..., None]:
     return add_partial_sums
 
 
-ADD_PARTIAL_SUMS = {
-    element: Kernel(f"add_partial_sums_{element}", _build(computed_in(kind)), THREADS, element)
-    for element, kind in ELEMENTS.items()
-}
+ADD_PARTIAL_SUMS = build_kernels("add_partial_sums", _build, THREADS)

@@ -6,11 +6,10 @@ from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
 from fastdl.kernels.cuda.intrinsics import relu_masked
 from fastdl.kernels.cuda.launch import (
     CHUNK,
-    ELEMENTS,
     Array,
     Elements,
-    Kernel,
     Stream,
+    build_kernels,
     element_of,
     is_wide,
     size_of,
@@ -30,7 +29,7 @@ def _masked(values: Elements, output: Elements, masked: Elements, size: int, wid
         store_chunk(masked, start, left, whole, relu_masked(chunk, outputs))
 
 
-_MASKED = {element: Kernel(f"relu_{element}", _masked, THREADS, element) for element in ELEMENTS}
+_MASKED = build_kernels("relu", lambda real: _masked, THREADS)
 
 
 def _launch(values: Array, output: Array, masked: Array, stream: Stream) -> None:

@@ -108,8 +108,7 @@ def _build(real: Any, element: Any) -> Callable[..., None]:
 
 
 def _kernel(element: str, num_rows: int) -> Kernel:
-    kind = ELEMENTS[element]
-    function = _build(computed_in(kind), kind)
+    function = _build(computed_in(ELEMENTS[element]), ELEMENTS[element])
     return Kernel(f"sgd_{num_rows}_{element}", function, THREADS, element, table=Table(Row, num_rows))
 
 

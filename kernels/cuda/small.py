@@ -37,7 +37,7 @@ from fastdl.kernels.cuda.launch import (
     element_of,
 )
 from fastdl.kernels.cuda.numba_cuda import cuda, types
-from fastdl.kernels.cuda.reduction import ALL_LANES, WARP, lanes_sum
+from fastdl.kernels.cuda.reduction import ALL_LANES, WARP, lanes_for, lanes_sum
 from fastdl.kernels.cuda.sgd import build_update_one
 from fastdl.kernels.cuda.step import REALS, Layer, Updates, build_options_of
 
@@ -238,16 +238,13 @@ def run_small_epoch(
     A batch has at most MAX_ROWS rows, its loss is their mean or sum. ``loss`` (1,) gets the sum of all
     squared errors. The layer's output and grad aren't used.
     """
-    lanes = 1
-    while lanes < min(batch_size, WARP):
-        lanes *= 2
     _KERNELS[element_of(examples.X), element_of(layer.weight)].launch(
         stream,
         1,
         examples=examples,
         parameters=Parameters(layer.weight, layer.weight_buffer, layer.bias, layer.bias_buffer),
         updates=updates,
-        batches=Batches(batch_size, lanes, MAX_ROWS // batch_size * batch_size),
+        batches=Batches(batch_size, lanes_for(batch_size), MAX_ROWS // batch_size * batch_size),
         is_mean=is_mean,
         loss=loss,
     )
