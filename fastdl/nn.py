@@ -1,20 +1,27 @@
-"""Drop-in modules on the kernels, and :func:`accelerate`, which swaps them into a model that stands.
+"""Drop-in modules on the kernels, and :func:`accelerate`, which lends their forward to an existing model.
 
 Each is a subclass of torch's module of the same name: the same constructor, parameters and state_dict.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+# torch.jit.script compiles the forward that a bound one wraps, with the names of this file
+import torch.nn.functional as F  # noqa: F401
 from torch import Tensor, nn
 
-from fastdl import functional
+from fastdl import functional, torch_private
+from fastdl.overrides import BOUND, global_hooks, is_accelerated, is_bound, is_untouched, overridden, replaced
 
 __all__ = [
     "Acceleration",
@@ -176,66 +183,172 @@ class LinearCrossEntropyLoss(_TorchsLinearCrossEntropyLoss):
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: Linear,
-    nn.ReLU: ReLU,
-    nn.CrossEntropyLoss: CrossEntropyLoss,
-    nn.MSELoss: MSELoss,
+
+# the classes of a pair that is fused, with their forward
+_PAIR = {nn.Linear: nn.Linear.forward, nn.ReLU: nn.ReLU.forward}
+
+
+def _run_in_turn(self: nn.Sequential, input: Any) -> Any:
+    """Run the children in turn; an untouched Linear and the untouched ReLU behind it are one op.
+
+    Each call asks anew what is untouched, so that every edit of the net holds.
+    """
+    if torch_private.is_tracing() or not torch_private.calls_are_torchs(_PAIR) or global_hooks():
+        return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
+    linear: nn.Linear | None = None
+    for module in self:
+        if linear is not None:
+            if type(module) is nn.ReLU and is_untouched(module):
+                input, linear = functional.linear_relu(input, linear.weight, linear.bias), None
+                continue
+            input, linear = linear(input), None
+        if type(module) is nn.Linear and is_untouched(module):
+            linear = module
+        else:
+            input = module(input)
+    return input if linear is None else linear(input)
+
+
+# what runs in place of the forward of a class of torch's
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Linear: Linear.forward,
+    nn.ReLU: ReLU.forward,
+    nn.CrossEntropyLoss: CrossEntropyLoss.forward,
+    nn.MSELoss: MSELoss.forward,
+    nn.Sequential: _run_in_turn,
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):
-    _SWAPS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+    _FORWARDS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss.forward
+_OURS = (Linear, LinearReLU, ReLU, CrossEntropyLoss, MSELoss, LinearCrossEntropyLoss)
 
 
-@dataclass
+def _forward_for(kind: type[nn.Module], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what to bind as the forward of a module whose class has the forward of `kind`."""
+    torchs = kind.forward
+
+    @functools.wraps(torchs)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # the class may be another by then: adapters and parametrizations assign to __class__
+        own = type(self).forward
+        return (run if own is torchs else own)(self, *args, **kwargs)
+
+    return forward
+
+
+def _getstate(self: nn.Module) -> Any:
+    """Leave out what is bound to this one object: in a pickle or a shallow copy torch's forward runs."""
+    state = type(self).__getstate__(self)
+    if not isinstance(state, dict):
+        return state
+    return {key: value for key, value in state.items() if not is_bound(value)}
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy what is bound too; Python binds the copy of a method to the copy of its object."""
+    own = getattr(type(self), "__deepcopy__", None)
+    if own is not None:
+        return own(self, memo)  # type: ignore[no-any-return]
+    twin = memo[id(self)] = type(self).__new__(type(self))
+    twin.__setstate__(copy.deepcopy(type(self).__getstate__(self), memo))
+    return twin
+
+
+def _replicate(self: nn.Module) -> nn.Module:
+    """Leave out what is bound to this one object, as a replica on another GPU has its own parameters."""
+    replica: nn.Module = getattr(type(self), torch_private.REPLICATE)(self)
+    _unbind(replica)
+    return replica
+
+
+def _bind(module: nn.Module, forward: Callable[..., Any]) -> None:
+    functions: dict[str, Callable[..., Any]] = {
+        "forward": forward,
+        "__getstate__": _getstate,
+        "__deepcopy__": _deepcopy,
+        torch_private.REPLICATE: _replicate,
+    }
+    for name, function in functions.items():
+        BOUND.add(function)
+        vars(module).setdefault(name, MethodType(function, module))
+
+
+def _unbind(module: nn.Module) -> bool:
+    bound = [name for name, value in vars(module).items() if is_bound(value)]
+    for name in bound:
+        del vars(module)[name]
+    return "forward" in bound
+
+
+_BOUND_FORWARDS = {kind: _forward_for(kind, run) for kind, run in _FORWARDS.items()}
+
+
+@dataclass(frozen=True)
 class Acceleration:
-    """What :func:`accelerate` did: pairs of a module's name and what became of it, or why it was left."""
+    """What :func:`accelerate` did; modules go by their names in the net, "" is the net itself.
 
-    swapped: list[tuple[str, str]] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
+    Attributes
+    ----------
+    on_kernels : tuple of (name, class)
+        What runs on the kernels.
+    fused : tuple of (name, name)
+        Each Linear and the ReLU behind it that run as one op, as long as neither is touched.
+    left : tuple of (name, reason)
+        What runs as torch's, though it might have run on the kernels; and pairs that aren't fused.
+    undone : tuple of (name, class)
+        What ran on the kernels and runs as torch's again.
+    """
+
+    on_kernels: tuple[tuple[str, str], ...] = ()
+    fused: tuple[tuple[str, str], ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+    undone: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        """Return a line for each module."""
-        lines = [f"swapped {name or 'the module itself'}: {what}" for name, what in self.swapped]
-        lines += [f"left {name or 'the module itself'}: {why}" for name, why in self.left]
-        return "\n".join(lines) or "nothing to swap"
+        """Return a line for each module and each pair."""
+        followers = dict(self.fused)
+        lines = [
+            f"{_called(name)}: {kind} on the kernels"
+            + (f", fused with the ReLU {followers[name]}" if name in followers else "")
+            for name, kind in self.on_kernels
+        ]
+        lines += [f"{_called(name)}: {kind} as torch's again" for name, kind in self.undone]
+        lines += [f"{_called(name)}: left, {reason}" for name, reason in self.left]
+        return "\n".join(lines) or "nothing to accelerate"
 
 
-def _why_left(module: nn.Module, num_places: int) -> str | None:
-    """Return why a module that could be swapped has to stay as it is, or None."""
-    if type(module) not in _SWAPS:
-        base = next(base for base in _SWAPS if isinstance(module, base))
-        return f"{type(module).__name__} is a subclass of {base.__name__}"
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
-        return "it has hooks"
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance"
-    if num_places > 1:
-        return f"it is shared: it stands in {num_places} places"
-    return None
+def _called(name: str) -> str:
+    return name or "the module itself"
 
 
-def accelerate(module: ModuleT, *, report: Callable[[Acceleration], object] | None = print) -> ModuleT:
-    """Swap the kernels into a model that stands, in place.
+def _why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Return why a module has to keep its forward, or None."""
+    if type(module).forward is not kind.forward:
+        return f"{type(module).__name__} is a subclass of {kind.__name__} with a forward of its own"
+    reason = replaced(module)
+    if reason is None and "forward" in vars(module):
+        reason = "has a forward of its own"
+    return reason and f"it {reason}"
 
-    ``nn.Linear``, ``nn.ReLU``, ``nn.MSELoss``, ``nn.CrossEntropyLoss`` and ``nn.LinearCrossEntropyLoss``
-    become their counterparts here. They stay the same objects with the same parameters, so optimizers and
-    state_dict keys stay valid. A Linear with a ReLU right behind it in an ``nn.Sequential`` becomes a
-    :class:`LinearReLU`, and an ``nn.Identity`` takes the ReLU's place; whoever runs such layers one by one
-    meets the ReLU's result behind the Linear already. What is hooked, shared (it stands in more than one
-    place) or of a subclass is left as it is.
+
+def accelerate(
+    module: ModuleT, *, report: Callable[[Acceleration], object] | None = print, undo: bool = False
+) -> ModuleT:
+    """Run an existing model on the kernels; its modules keep their types, places, names and parameters.
+
+    Each ``nn.Linear``, ``nn.ReLU``, ``nn.MSELoss``, ``nn.CrossEntropyLoss`` and ``nn.LinearCrossEntropyLoss``
+    gets the forward of its counterpart here as an attribute of the instance. So does an ``nn.Sequential``
+    with a ReLU right behind a Linear: it runs the two as one op where nobody can tell. Hooks, parametrizations,
+    adapters and every later edit of the net mean what they mean in torch. A deep copy runs on the kernels
+    too; after unpickling torch's forward runs, until `accelerate` is called again.
 
     Parameters
     ----------
     module : nn.Module
         The model, or a single layer or loss.
     report : callable, optional
-        Takes the :class:`Acceleration` that says what was swapped and what was left; None for silence.
+        Takes the :class:`Acceleration` that says what runs on the kernels; None for silence.
+    undo : bool
+        Whether to take everything back instead.
 
     Returns
     -------
@@ -251,53 +364,57 @@ def accelerate(module: ModuleT, *, report: Callable[[Acceleration], object] | No
     --------
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
     >>> net = accelerate(net)
-    swapped 1: Linear -> LinearReLU, with the ReLU at 2
-    swapped 2: ReLU -> Identity, merged into 1
-    swapped 3: Linear -> Linear of fastdl
+    1: Linear on the kernels, fused with the ReLU 2
+    2: ReLU on the kernels
+    3: Linear on the kernels
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate takes an nn.Module, not a {type(module).__name__}: {module!r}")
-    acceleration = Acceleration()
-    places: dict[nn.Module, int] = {}
-    for _, found in module.named_modules(remove_duplicate=False):
-        places[found] = places.get(found, 0) + 1
-    reasons = {
-        found: _why_left(found, count)
-        for found, count in places.items()
-        if isinstance(found, tuple(_SWAPS)) and not type(found).__module__.startswith("fastdl")
-    }
-    for name, found in list(module.named_modules()):
-        # a subclass may run its children in another order
-        if type(found) is nn.Sequential and places[found] == 1:
-            _merge_pairs(name, found, reasons, acceleration)
-        if found not in reasons:
-            continue
-        why_left = reasons.pop(found)
-        if why_left is not None:
-            acceleration.left.append((name, why_left))
-        else:
-            swap = _SWAPS[type(found)]
-            found.__class__ = swap
-            acceleration.swapped.append((name, f"{swap.__name__} -> {swap.__name__} of fastdl"))
+    named = [(name, found) for name, found in module.named_modules() if not isinstance(found, _OURS)]
+    undone = [(name, type(found).__name__) for name, found in named if _unbind(found)]
+    acceleration = Acceleration(undone=tuple(undone)) if undo else _accelerate(named)
     if report is not None:
         report(acceleration)
     return module
 
 
-def _merge_pairs(
-    name: str, sequential: nn.Sequential, reasons: dict[nn.Module, str | None], acceleration: Acceleration
-) -> None:
-    """Merge each Linear with the ReLU right behind it; both must be free to swap."""
-    children = list(sequential.named_children())
-    prefix = f"{name}." if name else ""
-    for (linear_name, linear), (relu_name, relu) in pairwise(children):
-        is_pair = type(linear) is nn.Linear and type(relu) is nn.ReLU
-        if not is_pair or reasons.get(linear, "") is not None or reasons.get(relu, "") is not None:
+def _accelerate(named: list[tuple[str, nn.Module]]) -> Acceleration:
+    """Bind the layers and losses, and then each Sequential with a pair to fuse."""
+    on_kernels, fused, left = [], [], []
+    # what a Sequential does depends on its children, which come after it
+    for name, module in sorted(named, key=lambda item: isinstance(item[1], nn.Sequential)):
+        kind = next((kind for kind in _BOUND_FORWARDS if isinstance(module, kind)), None)
+        pairs = _pairs(module)
+        if kind is None or (kind is nn.Sequential and not pairs):
             continue
-        linear.__class__ = LinearReLU
-        sequential._modules[relu_name] = nn.Identity().train(relu.training)
-        del reasons[linear], reasons[relu]
-        acceleration.swapped += [
-            (prefix + linear_name, f"Linear -> LinearReLU, with the ReLU at {prefix + relu_name}"),
-            (prefix + relu_name, f"ReLU -> Identity, merged into {prefix + linear_name}"),
-        ]
+        why_not = _why_not(module, kind)
+        if why_not is not None:
+            left.append((name, why_not))
+            continue
+        _bind(module, _BOUND_FORWARDS[kind])
+        if kind is not nn.Sequential:
+            on_kernels.append((name, type(module).__name__))
+        for pair in pairs:
+            names = [f"{name}.{child}" if name else child for child, _ in pair]
+            reasons = [overridden(child) for _, child in pair]
+            reason = next((f"{a} {b}" for a, b in zip(names, reasons, strict=True) if b), None)
+            if reason is None:
+                fused.append((names[0], names[1]))
+            else:
+                left.append((names[0], f"not fused with the ReLU {names[1]}: {reason}"))
+    return Acceleration(tuple(on_kernels), tuple(fused), tuple(left))
+
+
+def _pairs(module: nn.Module) -> list[tuple[tuple[str, nn.Module], tuple[str, nn.Module]]]:
+    """Return each Linear with the ReLU behind it, both on the kernels, of a Sequential; by name."""
+    if not isinstance(module, nn.Sequential):
+        return []
+    children = [(name, child) for name, child in torch_private.children(module).items() if child is not None]
+    return [
+        (first, second)
+        for first, second in pairwise(children)
+        if isinstance(first[1], nn.Linear)
+        and isinstance(second[1], nn.ReLU)
+        and is_accelerated(first[1])
+        and is_accelerated(second[1])
+    ]

@@ -5,6 +5,9 @@ Importing this imports torch, and neither its compiler nor CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules import module
@@ -19,18 +22,51 @@ MODULE_HOOKS = {
 }
 # the same hooks for all modules
 GLOBAL_MODULE_HOOKS = tuple((getattr(module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
+_GLOBALS = vars(module)
+# the method that makes the replicas of a DataParallel
+REPLICATE = "_replicate_for_data_parallel"
 # what a module's ``__call__`` calls on it before its forward
 MODULE_CALLS = ("_call_impl", "_slow_forward")
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a forward or backward hook stands on the module itself."""
-    return any(getattr(module, hooks, None) for hooks in MODULE_HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``module.compile()`` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
+    return module._compiled_call_impl is not None
+
+
+def has_call(module: nn.Module) -> bool:
+    """Return whether a call of the module takes another way to its forward than its class's."""
+    own = vars(module)
+    return own.get("_compiled_call_impl") is not None or "_call_impl" in own or "_slow_forward" in own
+
+
+def calls_are_torchs(forwards: dict[type[nn.Module], Callable[..., Any]]) -> bool:
+    """Return whether the classes have these forwards, and nobody patched how their modules are called."""
+    for kind, forward in forwards.items():
+        for function in (kind.__call__, kind._call_impl):
+            if getattr(function, "__globals__", None) is not _GLOBALS or kind.forward is not forward:
+                return False
+    return True
+
+
+def is_tracing() -> bool:
+    """Return whether ``torch.jit.trace`` runs."""
+    return torch._C._get_tracing_state() is not None
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """Return the children by name; unlike in ``named_children`` one in two places is there twice."""
+    return module._modules
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
