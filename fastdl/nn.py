@@ -185,7 +185,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 # the classes of a pair that is fused, with their forward
-_PAIR = {nn.Linear: nn.Linear.forward, nn.ReLU: nn.ReLU.forward}
+_PAIR: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: nn.Linear.forward, nn.ReLU: nn.ReLU.forward}
 
 
 def _run_in_turn(self: nn.Sequential, input: Any) -> Any:
@@ -230,7 +230,8 @@ def _forward_for(kind: type[nn.Module], run: Callable[..., Any]) -> Callable[...
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # the class may be another by then: adapters and parametrizations assign to __class__
         own = type(self).forward
-        return (run if own is torchs else own)(self, *args, **kwargs)
+        is_ours = own is torchs and not torch_private.has_node_hooks(self)
+        return (run if is_ours else own)(self, *args, **kwargs)
 
     return forward
 
@@ -337,9 +338,9 @@ def accelerate(
 
     Each ``nn.Linear``, ``nn.ReLU``, ``nn.MSELoss``, ``nn.CrossEntropyLoss`` and ``nn.LinearCrossEntropyLoss``
     gets the forward of its counterpart here as an attribute of the instance. So does an ``nn.Sequential``
-    with a ReLU right behind a Linear: it runs the two as one op where nobody can tell. Hooks, parametrizations,
-    adapters and every later edit of the net mean what they mean in torch. A deep copy runs on the kernels
-    too; after unpickling torch's forward runs, until `accelerate` is called again.
+    with a ReLU right behind a Linear: it runs the two as one op where nobody can tell. Hooks, adapters,
+    parametrizations and every later edit of the net mean what they mean in torch. A deep copy runs on the
+    kernels too; after unpickling torch's forward runs, until `accelerate` is called again.
 
     Parameters
     ----------

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module
+from torch.nn.modules import module as _module
 from torch.optim import Optimizer
 
 # where a module keeps its own hooks, in ``vars(module)``
@@ -21,8 +21,8 @@ MODULE_HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
 }
 # the same hooks for all modules
-GLOBAL_MODULE_HOOKS = tuple((getattr(module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
-_GLOBALS = vars(module)
+GLOBAL_MODULE_HOOKS = tuple((getattr(_module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
+_GLOBALS = vars(_module)
 # the method that makes the replicas of a DataParallel
 REPLICATE = "_replicate_for_data_parallel"
 # what a module's ``__call__`` calls on it before its forward
@@ -37,6 +37,12 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
+
+
+def has_node_hooks(module: nn.Module) -> bool:
+    """Return whether a backward hook of the older kind hangs on the module's last autograd node."""
+    is_global = _module._global_is_full_backward_hook is False and bool(_module._global_backward_hooks)
+    return is_global or (module._is_full_backward_hook is False and bool(module._backward_hooks))
 
 
 def is_compiled(module: nn.Module) -> bool:
