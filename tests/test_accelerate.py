@@ -503,8 +503,8 @@ def test_a_global_hook_sees_and_changes_what_it_does_in_torch(kind, change, monk
             logs[-1].append(("all", train(net, input)))
         finally:
             handle.remove()
-    # the net and each of its layers
-    assert len(logs[1]) == 1 + 1 + len(theirs)
+    # each layer with an autograd node at least
+    assert len(logs[1]) > len(theirs)
     assert_same_logs(*logs)
 
 
@@ -787,8 +787,8 @@ def test_fit_trains_an_accelerated_net(optimizer, loss):
     X, y = torch.randn(40, 3, 4).double(), torch.randint(3, (40,))
     losses = [
         fastdl.fit(
-            net, accelerate(loss()), optimizer(net.parameters(), lr=0.1), X, y, batch_size=8, epochs=2, progress=False,
-            compiled=compiled, shuffle=False,
+            net, accelerate(loss()), optimizer(net.parameters(), lr=0.1), X, y, batch_size=8, epochs=2,
+            progress=False, compiled=compiled, shuffle=False,
         ).train_loss
         for net, compiled in ((ours, True), (theirs, False))
     ]  # fmt: skip
