@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -91,30 +91,8 @@ else:
 class LinearCrossEntropyLoss(_TorchsLinearCrossEntropyLoss):
     """The last linear layer and the loss as one op; see :func:`fastdl.functional.linear_cross_entropy`.
 
-    Signature, parameters and state_dict are those of ``torch.nn.LinearCrossEntropyLoss``. It is a subclass of
-    it where torch has it, from 2.13 on, and is defined on older ones too.
-
-    Parameters
-    ----------
-    in_features, num_classes : int
-    out_features : tuple of int
-        The further dimensions (d1, ...) of a K-dimensional loss.
-    bias : bool
-        Whether the linear layer has a bias.
-    device, dtype
-        Of the parameters.
-    reduction : {"mean", "sum", "none"}
-    weight : Tensor, (num_classes,), optional
-        A weight for each class.
-    ignore_index : int, optional
-    label_smoothing : float
-    options
-        torch's options of its chunked algorithm, handed to it.
-
-    Raises
-    ------
-    RuntimeError
-        If weight has another shape or label_smoothing is not in [0, 1], as torch does.
+    Arguments, errors, parameters and state_dict are those of ``torch.nn.LinearCrossEntropyLoss``. It is a
+    subclass of it where torch has it, from 2.13 on, and is defined on older ones too.
     """
 
     weight: Tensor | None
@@ -153,12 +131,11 @@ class LinearCrossEntropyLoss(_TorchsLinearCrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss of input (N, in_features) and class indices (N,)."""
-        linear_weight: Tensor = self.linear.weight
-        linear_bias: Tensor | None = self.linear.bias
+        linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
-            row_shape = (self.num_classes, *self.out_features)
-            linear_weight = linear_weight.reshape(*row_shape, self.linear.in_features)
-            linear_bias = None if linear_bias is None else linear_bias.reshape(row_shape)
+            linear_weight = linear_weight.unflatten(0, (self.num_classes, *self.out_features))
+            if linear_bias is not None:
+                linear_bias = linear_bias.unflatten(0, (self.num_classes, *self.out_features))
         return functional.linear_cross_entropy(
             input,
             linear_weight,
@@ -189,13 +166,13 @@ _PAIR: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: nn.Linear.forward
 
 
 def _run_in_turn(self: nn.Sequential, input: Any) -> Any:
-    """Run the children in turn; an untouched Linear and the untouched ReLU behind it are one op.
+    """Run the children in turn; a plain Linear and the plain ReLU behind it are one op.
 
-    Each call asks anew what is untouched, so that every edit of the net holds.
+    Each call asks anew what is plain, so that every edit of the net holds.
     """
     if torch_private.is_tracing() or not torch_private.calls_are_torchs(_PAIR) or global_hooks():
         return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
-    linear: nn.Linear | None = None
+    linear: Any = None
     for module in self:
         if linear is not None:
             if type(module) is nn.ReLU and is_untouched(module):
@@ -239,96 +216,66 @@ def _forward_for(kind: type[nn.Module], run: Callable[..., Any]) -> Callable[...
 def _getstate(self: nn.Module) -> Any:
     """Leave out what is bound to this one object: in a pickle or a shallow copy torch's forward runs."""
     state = type(self).__getstate__(self)
-    if not isinstance(state, dict):
-        return state
-    return {key: value for key, value in state.items() if not is_bound(value)}
+    return {k: v for k, v in state.items() if not is_bound(v)} if isinstance(state, dict) else state
 
 
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
     """Copy what is bound too; Python binds the copy of a method to the copy of its object."""
     own = getattr(type(self), "__deepcopy__", None)
     if own is not None:
-        return own(self, memo)  # type: ignore[no-any-return]
+        return own(self, memo)
     twin = memo[id(self)] = type(self).__new__(type(self))
     twin.__setstate__(copy.deepcopy(type(self).__getstate__(self), memo))
     return twin
 
 
-def _replicate(self: nn.Module) -> nn.Module:
-    """Leave out what is bound to this one object, as a replica on another GPU has its own parameters."""
-    replica: nn.Module = getattr(type(self), torch_private.REPLICATE)(self)
+def _replicate(self: nn.Module) -> Any:
+    """Leave out what is bound to this one object: a replica on another GPU has its own parameters."""
+    replica = getattr(type(self), torch_private.REPLICATE)(self)
     _unbind(replica)
     return replica
 
 
-def _bind(module: nn.Module, forward: Callable[..., Any]) -> None:
-    functions: dict[str, Callable[..., Any]] = {
-        "forward": forward,
-        "__getstate__": _getstate,
-        "__deepcopy__": _deepcopy,
-        torch_private.REPLICATE: _replicate,
-    }
-    for name, function in functions.items():
-        BOUND.add(function)
-        vars(module).setdefault(name, MethodType(function, module))
-
-
-def _unbind(module: nn.Module) -> bool:
-    bound = [name for name, value in vars(module).items() if is_bound(value)]
-    for name in bound:
-        del vars(module)[name]
-    return "forward" in bound
-
-
+_COPYING: dict[str, Callable[..., Any]] = {
+    "__getstate__": _getstate,
+    "__deepcopy__": _deepcopy,
+    torch_private.REPLICATE: _replicate,
+}
 _BOUND_FORWARDS = {kind: _forward_for(kind, run) for kind, run in _FORWARDS.items()}
+BOUND.update(_BOUND_FORWARDS.values(), _COPYING.values())
+
+
+def _unbind(module: nn.Module) -> None:
+    for name in [name for name, value in vars(module).items() if is_bound(value)]:
+        del vars(module)[name]
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """What :func:`accelerate` did; modules go by their names in the net, "" is the net itself.
+    """What runs on the kernels after :func:`accelerate`; modules go by their names, "" is the net itself.
 
     Attributes
     ----------
-    on_kernels : tuple of (name, class)
-        What runs on the kernels.
-    fused : tuple of (name, name)
-        Each Linear and the ReLU behind it that run as one op, as long as neither is touched.
-    left : tuple of (name, reason)
-        What runs as torch's, though it might have run on the kernels; and pairs that aren't fused.
-    undone : tuple of (name, class)
-        What ran on the kernels and runs as torch's again.
+    on_kernels : dict of str to str
+        The class of each module that runs on a kernel.
+    fused : list of (str, str)
+        Each Linear and the ReLU behind it that run as one op.
+    left : dict of str to str
+        Why a module runs as torch's that might have run on a kernel.
     """
 
-    on_kernels: tuple[tuple[str, str], ...] = ()
-    fused: tuple[tuple[str, str], ...] = ()
-    left: tuple[tuple[str, str], ...] = ()
-    undone: tuple[tuple[str, str], ...] = ()
+    on_kernels: dict[str, str] = field(default_factory=dict)
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """Return a line for each module and each pair."""
-        followers = dict(self.fused)
         lines = [
-            f"{_called(name)}: {kind} on the kernels"
-            + (f", fused with the ReLU {followers[name]}" if name in followers else "")
-            for name, kind in self.on_kernels
+            f"{name or 'the module itself'}: {kind} on a kernel" for name, kind in self.on_kernels.items()
         ]
-        lines += [f"{_called(name)}: {kind} as torch's again" for name, kind in self.undone]
-        lines += [f"{_called(name)}: left, {reason}" for name, reason in self.left]
-        return "\n".join(lines) or "nothing to accelerate"
-
-
-def _called(name: str) -> str:
-    return name or "the module itself"
-
-
-def _why_not(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Return why a module has to keep its forward, or None."""
-    if type(module).forward is not kind.forward:
-        return f"{type(module).__name__} is a subclass of {kind.__name__} with a forward of its own"
-    reason = replaced(module)
-    if reason is None and "forward" in vars(module):
-        reason = "has a forward of its own"
-    return reason and f"it {reason}"
+        lines += [f"{linear} and {relu}: fused" for linear, relu in self.fused]
+        lines += [f"{name or 'the module itself'}: left, as {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines) or "nothing is accelerated"
 
 
 def accelerate(
@@ -365,57 +312,56 @@ def accelerate(
     --------
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
     >>> net = accelerate(net)
-    1: Linear on the kernels, fused with the ReLU 2
-    2: ReLU on the kernels
-    3: Linear on the kernels
+    1: Linear on a kernel
+    2: ReLU on a kernel
+    3: Linear on a kernel
+    1 and 2: fused
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate takes an nn.Module, not a {type(module).__name__}: {module!r}")
-    named = [(name, found) for name, found in module.named_modules() if not isinstance(found, _OURS)]
-    undone = [(name, type(found).__name__) for name, found in named if _unbind(found)]
-    acceleration = Acceleration(undone=tuple(undone)) if undo else _accelerate(named)
+    acceleration = Acceleration()
+    for name, found in module.named_modules():
+        _unbind(found)
+        kind = _kind(found)
+        if undo or kind is None:
+            continue
+        reason = replaced(found)
+        if type(found).forward is not kind.forward:
+            reason = f"is a subclass of {kind.__name__} with a forward of its own"
+        if reason is not None:
+            acceleration.left[name] = f"it {reason}"
+            continue
+        for attribute, function in {"forward": _BOUND_FORWARDS[kind], **_COPYING}.items():
+            vars(found).setdefault(attribute, MethodType(function, found))
+        if kind is not nn.Sequential:
+            acceleration.on_kernels[name] = type(found).__name__
+    for name, found in module.named_modules():
+        for pair in _pairs(found) if is_accelerated(found) else ():
+            linear, relu = (f"{name}.{child}" if name else child for child in pair)
+            if all(type(child) in _PAIR and is_untouched(child) for child in pair.values()):
+                acceleration.fused.append((linear, relu))
+            elif all(map(is_accelerated, pair.values())):
+                reason = next(filter(None, map(overridden, pair.values())), "is of a subclass")
+                acceleration.left[f"{linear} and {relu}"] = f"one of them {reason}"
     if report is not None:
         report(acceleration)
     return module
 
 
-def _accelerate(named: list[tuple[str, nn.Module]]) -> Acceleration:
-    """Bind the layers and losses, and then each Sequential with a pair to fuse."""
-    on_kernels, fused, left = [], [], []
-    # what a Sequential does depends on its children, which come after it
-    for name, module in sorted(named, key=lambda item: isinstance(item[1], nn.Sequential)):
-        kind = next((kind for kind in _BOUND_FORWARDS if isinstance(module, kind)), None)
-        pairs = _pairs(module)
-        if kind is None or (kind is nn.Sequential and not pairs):
-            continue
-        why_not = _why_not(module, kind)
-        if why_not is not None:
-            left.append((name, why_not))
-            continue
-        _bind(module, _BOUND_FORWARDS[kind])
-        if kind is not nn.Sequential:
-            on_kernels.append((name, type(module).__name__))
-        for pair in pairs:
-            names = [f"{name}.{child}" if name else child for child, _ in pair]
-            reasons = [overridden(child) for _, child in pair]
-            reason = next((f"{a} {b}" for a, b in zip(names, reasons, strict=True) if b), None)
-            if reason is None:
-                fused.append((names[0], names[1]))
-            else:
-                left.append((names[0], f"not fused with the ReLU {names[1]}: {reason}"))
-    return Acceleration(tuple(on_kernels), tuple(fused), tuple(left))
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class whose forward the module would have from here; a Sequential needs a pair for it."""
+    if isinstance(module, _OURS) or (isinstance(module, nn.Sequential) and not _pairs(module)):
+        return None
+    return next((kind for kind in _FORWARDS if isinstance(module, kind)), None)
 
 
-def _pairs(module: nn.Module) -> list[tuple[tuple[str, nn.Module], tuple[str, nn.Module]]]:
-    """Return each Linear with the ReLU behind it, both on the kernels, of a Sequential; by name."""
+def _pairs(module: nn.Module) -> list[dict[str, nn.Module]]:
+    """Return each Linear and the ReLU behind it in a Sequential, by name."""
     if not isinstance(module, nn.Sequential):
         return []
-    children = [(name, child) for name, child in torch_private.children(module).items() if child is not None]
+    neighbours = pairwise(torch_private.children(module).items())
     return [
-        (first, second)
-        for first, second in pairwise(children)
-        if isinstance(first[1], nn.Linear)
-        and isinstance(second[1], nn.ReLU)
-        and is_accelerated(first[1])
-        and is_accelerated(second[1])
+        dict(pair)
+        for pair in neighbours
+        if all(map(isinstance, (pair[0][1], pair[1][1]), (nn.Linear, nn.ReLU)))
     ]

@@ -27,12 +27,12 @@ def is_accelerated(module: nn.Module) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Return whether calling a module runs the forward that `accelerate` bound to it, and nothing else.
-
-    It is asked at every call of a net, and takes half a microsecond. That the class is torch's own, and
-    that nobody patched it or registered a global hook, is left to the caller.
-    """
-    return is_accelerated(module) and not (torch_private.has_hooks(module) or torch_private.has_call(module))
+    """Return whether a call of a module runs what `accelerate` bound to it alone, whatever its class says."""
+    return (
+        is_accelerated(module)
+        and not torch_private.has_hooks(module)
+        and torch_private.replaced_call(module) is None
+    )
 
 
 def replaced(module: nn.Module) -> str | None:
@@ -40,23 +40,15 @@ def replaced(module: nn.Module) -> str | None:
 
     A patched class counts as well as an instance with a method of its own; `accelerate` replaces nothing.
     """
-    own = vars(module)
-    method = own.get("forward")
-    if method is not None and not is_accelerated(module):
-        function = getattr(method, "__func__", None)
-        if function is not type(module).forward or method.__self__ is not module:
-            return "has a forward that was replaced on the instance"
-    for name in torch_private.MODULE_CALLS:
-        if name in own:
-            return f"has a {name} that was replaced on the instance"
-    if torch_private.is_compiled(module):
-        return "was compiled by its method compile"
+    if "forward" in vars(module) and not is_accelerated(module):
+        return "has a forward that was replaced on the instance"
+    reason = torch_private.replaced_call(module)
     for name in ("forward", "__call__", *torch_private.MODULE_CALLS):
         home = next(base for base in type(module).__mro__ if name in vars(base))
         function_home = getattr(vars(home)[name], "__globals__", {}).get("__name__")
         if function_home != home.__module__ and home.__module__.split(".")[0] in ("torch", "fastdl"):
-            return f"has a {name} that was patched in the class {home.__name__}"
-    return None
+            reason = f"has a {name} that was patched in the class {home.__name__}"
+    return reason
 
 
 def overridden(module: nn.Module) -> str | None:

@@ -45,15 +45,15 @@ def has_node_hooks(module: nn.Module) -> bool:
     return is_global or (module._is_full_backward_hook is False and bool(module._backward_hooks))
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether ``module.compile()`` was called."""
-    return module._compiled_call_impl is not None
-
-
-def has_call(module: nn.Module) -> bool:
-    """Return whether a call of the module takes another way to its forward than its class's."""
+def replaced_call(module: nn.Module) -> str | None:
+    """Return how a call of the module takes another way to its forward than its class's, as a phrase."""
     own = vars(module)
-    return own.get("_compiled_call_impl") is not None or "_call_impl" in own or "_slow_forward" in own
+    if own.get("_compiled_call_impl") is not None:
+        return "was compiled by its method compile"
+    for name in MODULE_CALLS:
+        if name in own:
+            return f"has a {name} that was replaced on the instance"
+    return None
 
 
 def calls_are_torchs(forwards: dict[type[nn.Module], Callable[..., Any]]) -> bool:
@@ -70,8 +70,8 @@ def is_tracing() -> bool:
     return torch._C._get_tracing_state() is not None
 
 
-def children(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the children by name; unlike in ``named_children`` one in two places is there twice."""
+def children(module: nn.Module) -> dict[str, Any]:
+    """Return the children by name; unlike in ``named_children``, one in two places is there twice."""
     return module._modules
 
 
