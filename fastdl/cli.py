@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from enum import StrEnum
+from dataclasses import dataclass, fields
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
@@ -16,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastdl import data, machine
+from fastdl import data, machine, plots
 from fastdl.cuda_arrays import DeviceUnavailableError, find_device
-from fastdl.files import replacing
+from fastdl.files import make_folder, replacing
+from fastdl.kernels import CompilerDisabledError
 from fastdl.programs import RECIPES, Impl, Model, build, check_update, run
 from fastdl.reproduce import Examples, draw_predictions, image_examples, linear_examples, reproduce
 from fastdl.training.history import History
@@ -41,51 +43,17 @@ console = Console(markup=False)
 _notes = Console(stderr=True, markup=False)
 
 
-class _Impl(StrEnum):
-    """Which program trains."""
-
-    SCRATCH = "scratch"
-    CONCISE = "concise"
-    FUSED = "fused"
-    COMPILED = "compiled"
-
-
-class _Data(StrEnum):
-    """Which images."""
-
-    AUTO = "auto"
-    FASHION_MNIST = "fashion-mnist"
-    GARMENTS = "garments"
-
-
-class _Device(StrEnum):
-    """Where to train."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-    AUTO = "auto"
-
-
-class _Model(StrEnum):
-    """Which model."""
-
-    LINEAR = "linear"
-    SOFTMAX = "softmax"
-    MLP = "mlp"
-
-
-_ImplOption = Annotated[
-    _Impl,
-    typer.Option(
-        "--impl", help="From the formulas; with torch.nn; with fastdl's ops; fastdl's compiled epochs."
-    ),
-]
-
-
 def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
+
+
+def _known(models: list[str] | None) -> list[str] | None:
+    for model in models or ():
+        if model not in RECIPES:
+            raise typer.BadParameter(f"{model!r} is none of {', '.join(RECIPES)}")
+    return models
 
 
 def _seed(value: int) -> int:
@@ -96,40 +64,107 @@ def _seed(value: int) -> int:
     return value
 
 
-_Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")]
-_Lr = Annotated[float, typer.Option("--lr", min=0.0, callback=_finite, help="Learning rate.")]
-_BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a mini-batch.")]
-_Hiddens = Annotated[int, typer.Option("--hidden-units", min=1, help="Width of the hidden layer.")]
-_Momentum = Annotated[float, typer.Option("--momentum", min=0.0, callback=_finite, help="Momentum of SGD.")]
-_WeightDecay = Annotated[
-    float, typer.Option("--weight-decay", min=0.0, callback=_finite, help="L2 penalty of SGD.")
-]
 _Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed", callback=_seed, help="Of the start and the order, the same in every implementation."
-    ),
+    int, typer.Option(callback=_seed, help="Of the start and the order, the same in every implementation.")
 ]
-_Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads; torch's default without.")
-]
-_DeviceOption = Annotated[
-    _Device, typer.Option("--device", help="auto: a GPU where fastdl can use one, else the CPU.")
-]
-_DataOption = Annotated[
-    _Data, typer.Option("--data", help="auto: Fashion-MNIST where it is or can be had, else garments.")
+_Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; torch's default without.")]
+_DataName = Annotated[
+    Literal["auto", "fashion-mnist", "garments"],
+    typer.Option("--data", help="auto: Fashion-MNIST where it is or can be had, else garments."),
 ]
 _DataRoot = Annotated[
-    Path | None,
-    typer.Option("--data-root", help="Folder of Fashion-MNIST; FASTDL_DATA or a cache folder without."),
+    Path | None, typer.Option(help="Folder of Fashion-MNIST; FASTDL_DATA or a cache folder without.")
 ]
-_Out = Annotated[
-    Path | None, typer.Option("--out", help="Output folder; runs/MODEL-IMPL without.", show_default=False)
-]
-_Points = Annotated[int, typer.Option("--examples", min=1, help="How many points to draw.")]
-_Images = Annotated[
-    int | None, typer.Option("--examples", min=1, help="Only the first images of both parts.")
-]
+_Images = Annotated[int | None, typer.Option(min=1, help="Only the first images of both parts.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The options of every ``train`` command; without a default where the textbook's depends on the model."""
+
+    impl: Annotated[
+        Impl,
+        typer.Option(help="From the formulas; with torch.nn; with fastdl's ops; fastdl's compiled epochs."),
+    ] = "compiled"
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")]
+    lr: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Learning rate.")]
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a mini-batch.")]
+    momentum: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Momentum of SGD.")] = 0.0
+    weight_decay: Annotated[float, typer.Option(min=0.0, callback=_finite, help="L2 penalty of SGD.")] = 0.0
+    seed: _Seed = 0
+    device: Annotated[
+        Literal["cpu", "cuda", "auto"],
+        typer.Option(help="auto: a GPU where fastdl can use one, else the CPU."),
+    ] = "cpu"
+    threads: _Threads = None
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; runs/MODEL-IMPL without.", show_default=False)
+    ] = None
+
+    def prepare(self, model: Model) -> torch.device:
+        """Check what was asked for, and return the device to train on."""
+        try:
+            check_update(model, self.impl, self.momentum, self.weight_decay)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        _use_threads(self.threads)
+        return find_device(self.device, _note)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def update(self) -> dict[str, Any]:
+        """Return the options of `build`."""
+        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LinearOptions(_Options):
+    examples: Annotated[int, typer.Option(min=1, help="How many points to draw.")] = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ImageOptions(_Options):
+    data_name: _DataName = "auto"
+    data_root: _DataRoot = None
+    examples: _Images = None
+
+    def load(self) -> Examples:
+        return image_examples(data.load(self.data_name, self.data_root, notify=_note), self.examples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _MLPOptions(_ImageOptions):
+    hidden_units: Annotated[int, typer.Option(min=1, help="Width of the hidden layer.")] = 256
+
+    def update(self) -> dict[str, Any]:
+        return super().update() | {"num_hiddens": self.hidden_units}
+
+
+def _command(model: Model, record: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Make a ``train`` command of a function that takes a record: its fields are the command's options."""
+    recipe = RECIPES[model]
+    textbook = {"epochs": recipe.num_epochs, "lr": recipe.lr, "batch_size": recipe.batch_size}
+    hints = get_type_hints(record, include_extras=True)
+    parameters = [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=textbook.get(field.name, field.default),
+            annotation=hints[field.name],
+        )
+        for field in fields(record)
+    ]
+
+    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
+        def command(**options: Any) -> None:
+            function(record(**options))
+
+        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        train_app.command(model, help=function.__doc__)(command)
+        return function
+
+    return register
 
 
 def _version(wanted: bool) -> None:
@@ -147,104 +182,41 @@ def _root(
     pass
 
 
-@train_app.command()
-def linear(
-    impl: _ImplOption = _Impl.COMPILED,
-    epochs: _Epochs = RECIPES["linear"].num_epochs,
-    lr: _Lr = RECIPES["linear"].lr,
-    batch_size: _BatchSize = RECIPES["linear"].batch_size,
-    momentum: _Momentum = 0.0,
-    weight_decay: _WeightDecay = 0.0,
-    seed: _Seed = 0,
-    device: _DeviceOption = _Device.CPU,
-    threads: _Threads = None,
-    examples: _Points = 1000,
-    out: _Out = None,
-) -> None:
+@_command("linear", _LinearOptions)
+def _train_linear(options: _LinearOptions) -> None:
     """Train linear regression on points that are drawn from a plane, with noise.
 
     From scratch the loss is (y_hat - y)^2 / 2, half of the others' mean squared error: the same learning
     rate takes steps of half the size.
     """
-    place = _prepare("linear", impl, momentum, weight_decay, device, threads)
-    generator = torch.Generator().manual_seed(seed)
-    points = data.regression(examples, generator=generator)
-    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
-    settings |= {"momentum": momentum, "weight_decay": weight_decay}
-    state = _train("linear", impl, linear_examples(points), settings, generator, place, out)
-    errors = (points.true_w - state["0.weight"].reshape(-1)).tolist()
-    console.print(f"true_w - w: [{', '.join(f'{error:.3e}' for error in errors)}]", highlight=False)
-    console.print(f"true_b - b: {points.true_b - float(state['0.bias']):.3e}", highlight=False)
+    device = options.prepare("linear")
+    generator = options.generator()
+    points = data.regression(options.examples, generator=generator)
+
+    def compare(weights: Mapping[str, Tensor]) -> None:
+        errors = (points.true_w - weights["0.weight"].reshape(-1)).tolist()
+        console.print(f"true_w - w: [{', '.join(f'{error:.3e}' for error in errors)}]", highlight=False)
+        console.print(f"true_b - b: {points.true_b - float(weights['0.bias']):.3e}", highlight=False)
+
+    _train("linear", options, linear_examples(points), generator, device, compare)
 
 
-@train_app.command()
-def softmax(
-    impl: _ImplOption = _Impl.COMPILED,
-    epochs: _Epochs = RECIPES["softmax"].num_epochs,
-    lr: _Lr = RECIPES["softmax"].lr,
-    batch_size: _BatchSize = RECIPES["softmax"].batch_size,
-    momentum: _Momentum = 0.0,
-    weight_decay: _WeightDecay = 0.0,
-    seed: _Seed = 0,
-    device: _DeviceOption = _Device.CPU,
-    threads: _Threads = None,
-    data_name: _DataOption = _Data.AUTO,
-    data_root: _DataRoot = None,
-    examples: _Images = None,
-    out: _Out = None,
-) -> None:
+@_command("softmax", _ImageOptions)
+def _train_softmax(options: _ImageOptions) -> None:
     """Train softmax regression on images of garments."""
-    place = _prepare("softmax", impl, momentum, weight_decay, device, threads)
-    images = _load(data_name, data_root, examples)
-    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
-    settings |= {"momentum": momentum, "weight_decay": weight_decay}
-    _train("softmax", impl, images, settings, torch.Generator().manual_seed(seed), place, out)
+    device = options.prepare("softmax")
+    _train("softmax", options, options.load(), options.generator(), device)
 
 
-@train_app.command()
-def mlp(
-    impl: _ImplOption = _Impl.COMPILED,
-    epochs: _Epochs = RECIPES["mlp"].num_epochs,
-    lr: _Lr = RECIPES["mlp"].lr,
-    batch_size: _BatchSize = RECIPES["mlp"].batch_size,
-    hidden_units: _Hiddens = 256,
-    momentum: _Momentum = 0.0,
-    weight_decay: _WeightDecay = 0.0,
-    seed: _Seed = 0,
-    device: _DeviceOption = _Device.CPU,
-    threads: _Threads = None,
-    data_name: _DataOption = _Data.AUTO,
-    data_root: _DataRoot = None,
-    examples: _Images = None,
-    out: _Out = None,
-) -> None:
+@_command("mlp", _MLPOptions)
+def _train_mlp(options: _MLPOptions) -> None:
     """Train a multilayer perceptron with one hidden layer on images of garments."""
-    place = _prepare("mlp", impl, momentum, weight_decay, device, threads)
-    images = _load(data_name, data_root, examples)
-    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
-    settings |= {"momentum": momentum, "weight_decay": weight_decay, "num_hiddens": hidden_units}
-    _train("mlp", impl, images, settings, torch.Generator().manual_seed(seed), place, out)
+    device = options.prepare("mlp")
+    _train("mlp", options, options.load(), options.generator(), device)
 
 
 def _note(line: str) -> None:
     _notes.print(line, highlight=False, soft_wrap=True)
-
-
-def _prepare(
-    model: Model,
-    impl: _Impl,
-    momentum: float,
-    weight_decay: float,
-    device: _Device,
-    threads: int | None,
-) -> torch.device:
-    """Check what was asked for, and return the device to train on."""
-    try:
-        check_update(model, impl.value, momentum, weight_decay)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    _use_threads(threads)
-    return find_device(device.value, _note)
 
 
 def _use_threads(threads: int | None) -> None:
@@ -252,77 +224,68 @@ def _use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _load(name: _Data, root: Path | None, num_examples: int | None) -> Examples:
-    return image_examples(data.load(name.value, root, notify=_note), num_examples)
-
-
 def _train(
     model: Model,
-    impl: _Impl,
+    options: _LinearOptions | _ImageOptions,
     examples: Examples,
-    settings: Mapping[str, Any],
     generator: torch.Generator,
     device: torch.device,
-    out: Path | None,
-) -> dict[str, Tensor]:
-    """Train, print the table, fill the output folder, also after Ctrl-C; return the weights."""
-    name: Impl = impl.value
-    folder = out or Path("runs", f"{model}-{name}")
-    options = {
-        key: settings[key] for key in ("lr", "momentum", "weight_decay", "num_hiddens") if key in settings
-    }
-    program = build(model, name, **options, generator=generator, device=device)
+    describe: Callable[[Mapping[str, Tensor]], None] = lambda weights: None,
+) -> None:
+    """Train, fill the output folder, print the table, also after Ctrl-C."""
+    impl, title = options.impl, RECIPES[model].title
+    folder = options.out or Path("runs", f"{model}-{impl}")
+    program = build(model, impl, **options.update(), generator=generator, device=device)
     # a folder that can't be written is better found before the training than after it
-    folder.mkdir(parents=True, exist_ok=True)
-    finished = History()
-    weights: dict[str, Tensor] = {}
+    make_folder(folder)
+    finished: tuple[dict[str, Tensor], History] | None = None
 
     def keep(history: History) -> None:
-        nonlocal finished, weights
-        weights = {key: tensor.to("cpu", copy=True) for key, tensor in program.state.items()}
-        # a copy, that an interrupt can't leave half appended to
-        finished = deepcopy(history)
+        nonlocal finished
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in program.state.items()}
+        finished = weights, deepcopy(history)
 
     started = time.perf_counter()
     interrupted = False
     try:
         run(
             program,
-            name,
+            impl,
             examples.X,
             examples.y,
-            num_epochs=settings["epochs"],
-            batch_size=settings["batch_size"],
+            num_epochs=options.epochs,
+            batch_size=options.batch_size,
             test=(examples.X_test, examples.y_test),
-            generator=torch.Generator().manual_seed(settings["seed"]),
+            generator=options.generator(),
             progress=True,
             on_epoch=keep,
         )
     except KeyboardInterrupt:
         interrupted = True
-    title = f"{RECIPES[model].title}, {name}, {examples.name} data, {time.perf_counter() - started:.1f} s"
-    if interrupted:
-        _note(f"Interrupted after {len(finished)} of {settings['epochs']} epochs.")
-    if weights:
-        finished_program = build(model, name, **options, start=weights)
-        _print_history(finished, title)
-        about = {
-            "model": model,
-            "impl": name,
-            "data": examples.name,
-            "device": str(device),
-            **settings,
-            "machine": machine.describe(),
-        }
-        finished.save(folder / "history.json", about)
-        finished.plot(folder / "curves.png", RECIPES[model].title)
-        draw_predictions(finished_program, examples, folder / "predictions.png")
+    seconds = time.perf_counter() - started
+    failures: dict[str, str] = {}
+    if finished is not None:
+        weights, history = finished
+        settings = {"epochs": options.epochs, "batch_size": options.batch_size, "seed": options.seed}
+        about = {"model": model, "impl": impl, "data": examples.name, "device": str(device), **settings}
+        about |= {"examples": options.examples, **options.update(), "machine": machine.describe()}
         _save_weights(weights, folder / "weights.safetensors")
-        names = "history.json, curves.png, predictions.png, weights.safetensors"
-        console.print(f"Saved to {folder}: {names}", highlight=False, soft_wrap=True)
+        history.save(folder / "history.json", about)
+        _print_history(history, f"{title}, {impl}, {examples.name} data, {seconds:.1f} s")
+        describe(weights)
+        net = build(model, impl, **options.update(), start=weights)
+        pictures: dict[str, Callable[[Path], None]] = {
+            "curves.png": lambda path: history.plot(path, title),
+            "predictions.png": lambda path: draw_predictions(net, examples, path),
+        }
+        failures = plots.draw(folder, pictures)
+        names = ["weights.safetensors", "history.json", *(name for name in pictures if name not in failures)]
+        console.print(f"Saved to {folder}: {', '.join(names)}", highlight=False, soft_wrap=True)
     if interrupted:
-        raise typer.Exit(_INTERRUPTED)
-    return weights
+        _note(f"Interrupted after {len(history) if finished else 0} of {options.epochs} epochs.")
+    _warn_of(failures)
+    if interrupted or failures:
+        raise typer.Exit(_INTERRUPTED if interrupted else 1)
 
 
 def _print_history(history: History, title: str) -> None:
@@ -337,28 +300,32 @@ def _print_history(history: History, title: str) -> None:
 
 
 def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
+
+
+def _warn_of(failures: Mapping[str, str]) -> None:
+    for name, reason in failures.items():
+        _note(f"warning: {name} can't be drawn: {reason}")
 
 
 @app.command("reproduce")
 def reproduce_command(
     models: Annotated[
-        list[_Model] | None, typer.Argument(help="Which models; all three without.", show_default=False)
+        list[str] | None,
+        typer.Argument(callback=_known, metavar="|".join(RECIPES), help="Which models; all three without."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Passes over the data; 3 or 10, as in the textbook.")
+        int | None, typer.Option(min=1, help="Passes over the data; 3 or 10, as in the textbook.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", callback=_seed, help="Of the data, the start and the order.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(callback=_seed, help="Of the data, the start and the order.")] = 0,
     threads: _Threads = None,
-    data_name: _DataOption = _Data.AUTO,
+    data_name: _DataName = "auto",
     data_root: _DataRoot = None,
     examples: _Images = None,
-    out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("runs", "reproduce"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs", "reproduce"),
 ) -> None:
     """Train all models in all implementations, and compare their numbers and their time.
 
@@ -368,9 +335,9 @@ def reproduce_command(
     _use_threads(threads)
     started = time.perf_counter()
     report = reproduce(
-        [model.value for model in models or _Model],
+        [model for model in RECIPES if not models or model in models],
         out,
-        data_name=data_name.value,
+        data_name=data_name,
         data_root=data_root,
         num_examples=examples,
         num_epochs=epochs,
@@ -378,13 +345,14 @@ def reproduce_command(
         say=_note,
     )
     Console(width=max(console.width, _TABLE_WIDTH)).print(report.table())
-    console.print(
-        f"Saved to {out} after {time.perf_counter() - started:.0f} s: results.json and the pictures"
-    )
+    undrawn = plots.draw(out, report.pictures)
+    seconds = time.perf_counter() - started
+    console.print(f"Saved to {out} after {seconds:.0f} s: results.json and the pictures")
+    _warn_of(undrawn)
     failures = report.failures()
     for failure in failures:
         _note(f"failed: {failure}")
-    if failures:
+    if failures or undrawn:
         raise typer.Exit(1)
 
 
@@ -404,6 +372,6 @@ def main() -> None:
     """Run the command line; what can go wrong outside the program is one sentence."""
     try:
         app()
-    except (data.DataUnavailableError, DeviceUnavailableError, OSError) as error:
+    except (CompilerDisabledError, data.DataUnavailableError, DeviceUnavailableError, OSError) as error:
         _note(f"fastdl: {error}")
         raise SystemExit(1) from error
