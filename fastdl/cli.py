@@ -279,8 +279,9 @@ def _train(
             "predictions.png": lambda path: draw_predictions(net, examples, path),
         }
         failures = plots.draw(folder, pictures)
-        names = ["weights.safetensors", "history.json", *(name for name in pictures if name not in failures)]
-        console.print(f"Saved to {folder}: {', '.join(names)}", highlight=False, soft_wrap=True)
+        drawn = [name for name in pictures if name not in failures]
+        names = ", ".join(["history.json", *drawn, "weights.safetensors"])
+        console.print(f"Saved to {folder}: {names}", highlight=False, soft_wrap=True)
     if interrupted:
         _note(f"Interrupted after {len(history) if finished else 0} of {options.epochs} epochs.")
     _warn_of(failures)

@@ -7,6 +7,7 @@ count is as if missing, and where nothing can be written the next process compil
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import marshal
 import os
@@ -56,14 +57,10 @@ def read(name: str) -> bytes | None:
 def write(name: str, content: bytes) -> None:
     """Keep a file for other processes, whole or not at all; without a word where that can't be done."""
     for folder in _folders(numba_private.configuration())[-1:]:
-        content = _header(folder, name, content) + content
-        largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        # to write more may end the process, by a signal
-        if largest == resource.RLIM_INFINITY or len(content) <= largest:
-            with suppress(OSError):
-                _create(folder)
-                with _opened(folder) as directory:
-                    _write(directory, name, content)
+        with suppress(OSError):
+            _create(folder)
+            with _opened(folder) as directory:
+                _write(directory, name, _header(folder, name, content) + content)
 
 
 def cache_folder() -> Path | None:
@@ -168,6 +165,10 @@ def _read(directory: int, name: str) -> bytes:
 
 
 def _write(directory: int, name: str, content: bytes) -> None:
+    largest, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if resource.RLIM_INFINITY != largest < len(content):
+        # to write more may end the process, by a signal
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     temporary = f"{name}.{os.urandom(8).hex()}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
