@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -15,6 +15,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save
 from torch import Tensor
 
 from fastdl import data, machine, plots
@@ -22,7 +23,7 @@ from fastdl.cuda_arrays import DeviceUnavailableError, find_device
 from fastdl.files import make_folder, replacing
 from fastdl.kernels import CompilerDisabledError
 from fastdl.programs import RECIPES, Impl, Model, build, check_update, run
-from fastdl.reproduce import Examples, draw_predictions, image_examples, linear_examples, reproduce
+from fastdl.reproduce import draw_predictions, image_examples, linear_examples, reproduce
 from fastdl.training.history import History
 
 _INTERRUPTED = 130
@@ -64,9 +65,6 @@ def _seed(value: int) -> int:
     return value
 
 
-_Seed = Annotated[
-    int, typer.Option(callback=_seed, help="Of the start and the order, the same in every implementation.")
-]
 _Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; torch's default without.")]
 _DataName = Annotated[
     Literal["auto", "fashion-mnist", "garments"],
@@ -75,12 +73,20 @@ _DataName = Annotated[
 _DataRoot = Annotated[
     Path | None, typer.Option(help="Folder of Fashion-MNIST; FASTDL_DATA or a cache folder without.")
 ]
-_Images = Annotated[int | None, typer.Option(min=1, help="Only the first images of both parts.")]
+_Examples = Annotated[
+    int | None, typer.Option(min=1, help="How many points; the first images of both parts.")
+]
+# the options that not every model has
+_MODELS_WITH: Mapping[str, tuple[Model, ...]] = {
+    "data_name": ("softmax", "mlp"),
+    "data_root": ("softmax", "mlp"),
+    "hidden_units": ("mlp",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """The options of every ``train`` command; without a default where the textbook's depends on the model."""
+    """The options of ``train``; the textbook's values are the defaults of those that have none here."""
 
     impl: Annotated[
         Impl,
@@ -89,82 +95,55 @@ class _Options:
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")]
     lr: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Learning rate.")]
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a mini-batch.")]
+    hidden_units: Annotated[int, typer.Option(min=1, help="Width of the hidden layer.")] = 256
     momentum: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Momentum of SGD.")] = 0.0
     weight_decay: Annotated[float, typer.Option(min=0.0, callback=_finite, help="L2 penalty of SGD.")] = 0.0
-    seed: _Seed = 0
+    seed: Annotated[
+        int,
+        typer.Option(callback=_seed, help="Of the start and the order, the same in every implementation."),
+    ] = 0
     device: Annotated[
         Literal["cpu", "cuda", "auto"],
         typer.Option(help="auto: a GPU where fastdl can use one, else the CPU."),
     ] = "cpu"
     threads: _Threads = None
+    data_name: _DataName = "auto"
+    data_root: _DataRoot = None
+    examples: _Examples
     out: Annotated[
         Path | None, typer.Option(help="Output folder; runs/MODEL-IMPL without.", show_default=False)
     ] = None
 
-    def prepare(self, model: Model) -> torch.device:
-        """Check what was asked for, and return the device to train on."""
-        try:
-            check_update(model, self.impl, self.momentum, self.weight_decay)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
-        _use_threads(self.threads)
-        return find_device(self.device, _note)
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
-
-    def update(self) -> dict[str, Any]:
-        """Return the options of `build`."""
-        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _LinearOptions(_Options):
-    examples: Annotated[int, typer.Option(min=1, help="How many points to draw.")] = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ImageOptions(_Options):
-    data_name: _DataName = "auto"
-    data_root: _DataRoot = None
-    examples: _Images = None
-
-    def load(self) -> Examples:
-        return image_examples(data.load(self.data_name, self.data_root, notify=_note), self.examples)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _MLPOptions(_ImageOptions):
-    hidden_units: Annotated[int, typer.Option(min=1, help="Width of the hidden layer.")] = 256
-
-    def update(self) -> dict[str, Any]:
-        return super().update() | {"num_hiddens": self.hidden_units}
-
-
-def _command(model: Model, record: type[Any]) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
-    """Make a ``train`` command of a function that takes a record: its fields are the command's options."""
+def _add_command(model: Model, about: str) -> None:
+    """Add a ``train`` command, whose options are the fields of a record."""
     recipe = RECIPES[model]
-    textbook = {"epochs": recipe.num_epochs, "lr": recipe.lr, "batch_size": recipe.batch_size}
-    hints = get_type_hints(record, include_extras=True)
+    defaults: dict[str, Any] = {"epochs": recipe.num_epochs, "lr": recipe.lr, "batch_size": recipe.batch_size}
+    defaults["examples"] = 1000 if model == "linear" else None
     parameters = [
-        Parameter(
-            field.name,
-            Parameter.KEYWORD_ONLY,
-            default=textbook.get(field.name, field.default),
-            annotation=hints[field.name],
-        )
-        for field in fields(record)
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, annotation in get_type_hints(_Options, include_extras=True).items()
+        if model in _MODELS_WITH.get(name, (model,))
+        for default in [defaults.get(name, getattr(_Options, name, None))]
     ]
 
-    def register(function: Callable[[Any], None]) -> Callable[[Any], None]:
-        def command(**options: Any) -> None:
-            function(record(**options))
+    def command(**options: Any) -> None:
+        _train(model, _Options(**options))
 
-        command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        train_app.command(model, help=function.__doc__)(command)
-        return function
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    train_app.command(model, help=about)(command)
 
-    return register
+
+_add_command(
+    "linear",
+    """Train linear regression on points that are drawn from a plane, with noise.
+
+    From scratch the loss is (y_hat - y)^2 / 2, half of the others' mean squared error: the same learning
+    rate takes steps of half the size.
+    """,
+)
+_add_command("softmax", "Train softmax regression on images of garments.")
+_add_command("mlp", "Train a multilayer perceptron with one hidden layer on images of garments.")
 
 
 def _version(wanted: bool) -> None:
@@ -182,60 +161,36 @@ def _root(
     pass
 
 
-@_command("linear", _LinearOptions)
-def _train_linear(options: _LinearOptions) -> None:
-    """Train linear regression on points that are drawn from a plane, with noise.
-
-    From scratch the loss is (y_hat - y)^2 / 2, half of the others' mean squared error: the same learning
-    rate takes steps of half the size.
-    """
-    device = options.prepare("linear")
-    generator = options.generator()
-    points = data.regression(options.examples, generator=generator)
-
-    def compare(weights: Mapping[str, Tensor]) -> None:
-        errors = (points.true_w - weights["0.weight"].reshape(-1)).tolist()
-        console.print(f"true_w - w: [{', '.join(f'{error:.3e}' for error in errors)}]", highlight=False)
-        console.print(f"true_b - b: {points.true_b - float(weights['0.bias']):.3e}", highlight=False)
-
-    _train("linear", options, linear_examples(points), generator, device, compare)
-
-
-@_command("softmax", _ImageOptions)
-def _train_softmax(options: _ImageOptions) -> None:
-    """Train softmax regression on images of garments."""
-    device = options.prepare("softmax")
-    _train("softmax", options, options.load(), options.generator(), device)
-
-
-@_command("mlp", _MLPOptions)
-def _train_mlp(options: _MLPOptions) -> None:
-    """Train a multilayer perceptron with one hidden layer on images of garments."""
-    device = options.prepare("mlp")
-    _train("mlp", options, options.load(), options.generator(), device)
-
-
 def _note(line: str) -> None:
     _notes.print(line, highlight=False, soft_wrap=True)
 
 
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def _train(
-    model: Model,
-    options: _LinearOptions | _ImageOptions,
-    examples: Examples,
-    generator: torch.Generator,
-    device: torch.device,
-    describe: Callable[[Mapping[str, Tensor]], None] = lambda weights: None,
-) -> None:
+def _train(model: Model, options: _Options) -> None:
     """Train, fill the output folder, print the table, also after Ctrl-C."""
     impl, title = options.impl, RECIPES[model].title
+    try:
+        check_update(model, impl, options.momentum, options.weight_decay)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = find_device(options.device, _note)
+    start, order = (torch.Generator().manual_seed(options.seed) for _ in range(2))
+    if model == "linear":
+        points = data.regression(options.examples or 0, generator=start)
+        examples = linear_examples(points)
+    else:
+        images = data.load(options.data_name, options.data_root, notify=_note)
+        examples = image_examples(images, options.examples)
+    update: dict[str, Any] = {
+        "lr": options.lr,
+        "momentum": options.momentum,
+        "weight_decay": options.weight_decay,
+    }
+    if model == "mlp":
+        update["num_hiddens"] = options.hidden_units
+    program = build(model, impl, **update, generator=start, device=device)
     folder = options.out or Path("runs", f"{model}-{impl}")
-    program = build(model, impl, **options.update(), generator=generator, device=device)
     # a folder that can't be written is better found before the training than after it
     make_folder(folder)
     finished: tuple[dict[str, Tensor], History] | None = None
@@ -256,7 +211,7 @@ def _train(
             num_epochs=options.epochs,
             batch_size=options.batch_size,
             test=(examples.X_test, examples.y_test),
-            generator=options.generator(),
+            generator=order,
             progress=True,
             on_epoch=keep,
         )
@@ -266,14 +221,18 @@ def _train(
     failures: dict[str, str] = {}
     if finished is not None:
         weights, history = finished
+        with replacing(folder / "weights.safetensors") as temporary:
+            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
         settings = {"epochs": options.epochs, "batch_size": options.batch_size, "seed": options.seed}
         about = {"model": model, "impl": impl, "data": examples.name, "device": str(device), **settings}
-        about |= {"examples": options.examples, **options.update(), "machine": machine.describe()}
-        _save_weights(weights, folder / "weights.safetensors")
+        about |= {"examples": options.examples, **update, "machine": machine.describe()}
         history.save(folder / "history.json", about)
         _print_history(history, f"{title}, {impl}, {examples.name} data, {seconds:.1f} s")
-        describe(weights)
-        net = build(model, impl, **options.update(), start=weights)
+        if model == "linear":
+            errors = (points.true_w - weights["0.weight"].reshape(-1)).tolist()
+            console.print(f"true_w - w: [{', '.join(f'{error:.3e}' for error in errors)}]", highlight=False)
+            console.print(f"true_b - b: {points.true_b - float(weights['0.bias']):.3e}", highlight=False)
+        net = build(model, impl, **update, start=weights)
         pictures: dict[str, Callable[[Path], None]] = {
             "curves.png": lambda path: history.plot(path, title),
             "predictions.png": lambda path: draw_predictions(net, examples, path),
@@ -300,13 +259,6 @@ def _print_history(history: History, title: str) -> None:
     console.print(table)
 
 
-def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save
-
-    with replacing(path) as temporary:
-        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
-
-
 def _warn_of(failures: Mapping[str, str]) -> None:
     for name, reason in failures.items():
         _note(f"warning: {name} can't be drawn: {reason}")
@@ -325,7 +277,7 @@ def reproduce_command(
     threads: _Threads = None,
     data_name: _DataName = "auto",
     data_root: _DataRoot = None,
-    examples: _Images = None,
+    examples: _Examples = None,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs", "reproduce"),
 ) -> None:
     """Train all models in all implementations, and compare their numbers and their time.
@@ -333,7 +285,8 @@ def reproduce_command(
     The exit code is 1 where an implementation's numbers are not torch's, or a model has not learnt what the
     textbook's does.
     """
-    _use_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
     started = time.perf_counter()
     report = reproduce(
         [model for model in RECIPES if not models or model in models],

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -44,27 +44,8 @@ _STYLE: dict[Any, Any] = {
 _DOTS_PER_INCH = 150
 
 
-class Figures(Protocol):
-    """A ``History``."""
-
-    def figures(self) -> dict[str, list[float]]:
-        """Return the figures that were measured, by name, each a list with one value for each epoch."""
-
-
 def draw(folder: Path, pictures: Mapping[str, Callable[[Path], None]]) -> dict[str, str]:
-    """Draw pictures, and go on where one can't be drawn.
-
-    Parameters
-    ----------
-    folder : Path
-    pictures : mapping of str to callable
-        By the file's name, what draws it, given its path.
-
-    Returns
-    -------
-    dict of str to str
-        For each that can't be drawn, by its name, why.
-    """
+    """Draw pictures, by their files' names; return for each that can't be drawn why."""
     failures = {}
     for name, draw_one in pictures.items():
         try:
@@ -106,13 +87,13 @@ def _import_matplotlib() -> None:
         matplotlib.rcParams["backend"] = backend
 
 
-def curves(histories: Mapping[str, Figures], path: str | os.PathLike[str], *, title: str = "") -> None:
+def curves(histories: Mapping[str, Any], path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw train loss, train accuracy and test accuracy over epochs; of a regression the losses.
 
     Parameters
     ----------
     histories : mapping of str to History
-        By the run's name, up to four: the first is drawn as lines, the others as marks.
+        By the run's name, up to four: what has `figures`; the first is drawn as lines, the others as marks.
     path : path
         Its suffix chooses the format.
     title : str
