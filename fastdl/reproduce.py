@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from fastdl import data, machine, plots
-from fastdl.files import replacing
+from fastdl.files import make_folder, replacing
 from fastdl.programs import RECIPES, Impl, Model, build, parity_run, run
 from fastdl.reference import concise, parity, textbook
 from fastdl.reference.parity import Check, Run
@@ -109,6 +109,8 @@ class Report:
         For each model and implementation.
     baseline_seconds : dict of str to float
         For each model, seconds of an epoch of the textbook's loop with its DataLoader.
+    pictures : dict of str to callable
+        What draws each picture, for ``plots.draw``, by the file's name.
     """
 
     data_name: str
@@ -116,6 +118,7 @@ class Report:
     settings: dict[str, Any]
     outcomes: dict[Model, dict[Impl, Outcome]] = field(default_factory=dict)
     baseline_seconds: dict[Model, float] = field(default_factory=dict)
+    pictures: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
     def failures(self) -> list[str]:
         """Return what is wrong, one sentence each; nothing where all holds."""
@@ -185,7 +188,7 @@ class Report:
         ]
 
     def save(self, folder: Path) -> None:
-        """Write ``results.json`` and ``speedup.png``, the latter where speed was measured."""
+        """Write ``results.json``."""
         content = {
             "machine": self.machine,
             "settings": self.settings,
@@ -195,21 +198,20 @@ class Report:
         }
         with replacing(folder / "results.json") as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
-        if self.baseline_seconds:
-            found = self.machine
-            plots.speedup(
-                {
-                    RECIPES[model].title: {"textbook loop, DataLoader": baseline}
-                    | {
-                        f"{impl}, in memory": self.outcomes[model][impl].seconds
-                        for impl in self.outcomes[model]
-                    }
-                    for model, baseline in self.baseline_seconds.items()
-                },
-                folder / "speedup.png",
-                note=f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}, "
-                f"numba {found['numba']}; images: {self.data_name}",
-            )
+
+    def draw_speedup(self, path: Path) -> None:
+        """Draw how long an epoch of each program takes."""
+        found = self.machine
+        plots.speedup(
+            {
+                RECIPES[model].title: {"textbook loop, DataLoader": baseline}
+                | {f"{impl}, in memory": outcome.seconds for impl, outcome in self.outcomes[model].items()}
+                for model, baseline in self.baseline_seconds.items()
+            },
+            path,
+            note=f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}, "
+            f"numba {found['numba']}; images: {self.data_name}",
+        )
 
     def _as_json(self, model: Model) -> dict[str, Any]:
         baseline = self.baseline_seconds.get(model)
@@ -249,7 +251,7 @@ def reproduce(
     ----------
     models : sequence of {'linear', 'softmax', 'mlp'}
     folder : Path
-        Where the pictures and ``results.json`` go.
+        Where ``results.json`` goes.
     data_name, data_root
         The images, as for ``data.load``.
     num_examples : int, optional
@@ -271,7 +273,10 @@ def reproduce(
     ------
     DataUnavailableError
         If the images cannot be had.
+    OSError
+        If nothing can be written to the folder: before anything is trained.
     """
+    make_folder(folder)
     images = None
     if any(model != "linear" for model in models):
         images = image_examples(data.load(data_name, data_root, notify=say), num_examples)
@@ -284,12 +289,15 @@ def reproduce(
             examples = linear_examples(data.regression(num_examples or 1000, generator=generator))
         bench = _Bench(model, examples, num_epochs or RECIPES[model].num_epochs, seed, generator)
         say(f"{RECIPES[model].title}: comparing with torch.nn in float64, step by step")
-        outcomes = report.outcomes[model] = bench.outcomes(folder)
+        outcomes = report.outcomes[model] = bench.outcomes()
+        report.pictures |= bench.pictures(outcomes)
         if all(outcome.parity for outcome in outcomes.values()):
             say(f"{RECIPES[model].title}: timing")
             report.baseline_seconds[model] = bench.time(outcomes)
     # a threaded kernel's first call is over: these are the threads that were timed
     report.machine = machine.describe()
+    if report.baseline_seconds:
+        report.pictures["speedup.png"] = report.draw_speedup
     report.save(folder)
     return report
 
@@ -338,7 +346,7 @@ class _Bench:
             generator=self.order(),
         )
 
-    def outcomes(self, folder: Path) -> dict[Impl, Outcome]:
+    def outcomes(self) -> dict[Impl, Outcome]:
         def make_runs(dtype: torch.dtype) -> dict[str, Run]:
             return {
                 impl: parity_run(self.build(impl, dtype), impl, _factor(self.model, impl)) for impl in IMPLS
@@ -352,20 +360,22 @@ class _Bench:
             self.run(whole, "compiled"), Run(whole), truth, Run(true_program)
         )
         programs = {impl: self.build(impl) for impl in IMPLS}
+        self.trained = programs["compiled"]
         outcomes = {}
         for impl, program in programs.items():
             history = self.run(program, impl)
             found = checks[impl] + parity.check_epochs(history.scaled(_factor(self.model, impl)), truth)
             outcomes[impl] = Outcome(history, found, _broken_bounds(history))
-        self.draw(folder, programs["compiled"], outcomes)
         return outcomes
 
-    def draw(self, folder: Path, program: Program, outcomes: Mapping[Impl, Outcome]) -> None:
+    def pictures(self, outcomes: Mapping[Impl, Outcome]) -> dict[str, Callable[[Path], None]]:
         histories: dict[str, History] = {
             impl: outcomes[impl].history.scaled(_factor(self.model, impl)) for impl in reversed(IMPLS)
         }
-        plots.curves(histories, folder / f"{self.model}-curves.png", title=self.recipe.title)
-        draw_predictions(program, self.examples, folder / f"{self.model}-predictions.png")
+        return {
+            f"{self.model}-curves.png": lambda path: plots.curves(histories, path, title=self.recipe.title),
+            f"{self.model}-predictions.png": lambda path: draw_predictions(self.trained, self.examples, path),
+        }
 
     def time(self, outcomes: Mapping[Impl, Outcome]) -> float:
         """Time all programs in turn, so that a busy moment of the machine meets them all."""

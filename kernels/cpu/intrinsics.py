@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
 from numba import config, types
-from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fastdl.kernels.numba_private import cgutils
 
 
 class Tile(NamedTuple):

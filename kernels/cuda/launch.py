@@ -18,17 +18,17 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 
+from fastdl.kernels import disk
 from fastdl.kernels.cuda.numba_cuda import core, cuda, driver, types
 from fastdl.kernels.garbage import collector_paused
-from fastdl.kernels.jit import cache_folder
 
 # the element types that ship, and the type of a scalar argument of a kernel for each
 ELEMENTS = {
@@ -51,6 +51,12 @@ OLDEST_CAPABILITY = (8, 0)
 # Kernels read and write so many elements at a time where an array's address and row length allow it.
 CHUNK = 4
 VECTOR_BYTES = 16
+# the packages that make machine code, whose names may end in CUDA's release, and where else it comes from
+_TOOLS = (
+    *("numba-cuda", "cuda-bindings", "cuda-core", "cuda-pathfinder", "cuda-toolkit"),
+    *("nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-nvjitlink", "nvidia-nvvm"),
+)
+_TOOL_VARIABLES = ("NUMBA_CUDA_", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
 
 
 class Array(Protocol):
@@ -146,15 +152,12 @@ def _configuration(blocks: int, threads: int) -> Any:
 
 @cache
 def _toolchain() -> str:
-    """Return a digest of the versions of all that machine code is made with, besides the kernels' text."""
-    names = ("numba-cuda", "cuda-core", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink")
-    versions = []
-    for name in names:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except ImportError:
-            continue
-    return hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
+    """Return a digest of all that machine code is made with, besides the kernels' text and Numba."""
+    tools = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_TOOL_VARIABLES)]
+    for name in (f"{package}{release}" for package in _TOOLS for release in ("", "-cu12", "-cu13")):
+        with suppress(ImportError):
+            tools.append(f"{name} {version(name)}")
+    return hashlib.sha256(" ".join(sorted(tools)).encode()).hexdigest()[:12]
 
 
 class Table(NamedTuple):
@@ -255,17 +258,12 @@ class Kernel:
 
     def machine_code(self, architecture: str) -> bytes:
         """Return the kernel's machine code, from the disk if it is there. This needs no GPU."""
-        folder = cache_folder()
-        if folder is None:
-            return link(self.ptx(), architecture)[0]
-        path = folder / f"cuda.{self.name}-{architecture}-{_toolchain()}.cubin"
-        if not path.exists():
+        file = f"cuda.{self.name}-{architecture}-{_toolchain()}.cubin"
+        code = disk.read(file)
+        if code is None:
             code, _ = link(self.ptx(), architecture)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=path.stem, suffix=".tmp")
-            with os.fdopen(handle, "wb") as file:
-                file.write(code)
-            os.replace(temporary, path)
-        return path.read_bytes()
+            disk.write(file, code)
+        return code
 
     def launch(self, stream: Stream, blocks: int, /, **arguments: Any) -> None:
         """Start so many blocks on a stream.

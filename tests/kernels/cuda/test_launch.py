@@ -18,6 +18,7 @@ from cuda.core._kernel_arg_handler import ParamHolder
 
 from benchmarks.compile_report import build
 from fastdl.kernels import cuda as kernels
+from fastdl.kernels import disk
 from fastdl.kernels.cuda import launch
 from fastdl.kernels.cuda.head import MOST_OUTPUTS
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
@@ -77,7 +78,7 @@ def loaded(driver, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(disk, "_folders", lambda configuration: (tmp_path,))
     return tmp_path
 
 
@@ -109,7 +110,7 @@ def test_a_kernel_is_compiled_and_loaded_once_for_each_architecture(driver, cach
 
 
 def test_without_a_folder_to_write_to_kernels_still_load(driver, monkeypatch):
-    monkeypatch.setattr(launch, "cache_folder", lambda: None)
+    monkeypatch.setattr(disk, "_folders", lambda configuration: ())
     _kernel().launch(launch.stream(0, 0), 1, **ARGUMENTS)
     assert len(driver.loaded) == len(driver.launches) == 1
 
