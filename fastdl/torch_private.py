@@ -5,10 +5,14 @@ Importing this imports torch, and neither its compiler nor CUDA.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
+from torch.utils._device import DeviceContext
 
 # where a module keeps its own hooks, in ``vars(module)``
 MODULE_HOOKS = {
@@ -19,6 +23,8 @@ MODULE_HOOKS = {
 }
 # the same hooks for all modules
 GLOBAL_MODULE_HOOKS = tuple((getattr(module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
+# the hooks on the step of all optimizers
+GLOBAL_STEP_HOOKS = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
 # what a module's ``__call__`` calls on it before its forward
 MODULE_CALLS = ("_call_impl", "_slow_forward")
 
@@ -33,9 +39,67 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
+def registries(module: nn.Module) -> tuple[MutableMapping[str, Any], ...]:
+    """Return where a module keeps its parameters, its buffers and its children; nothing for a scripted one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return ()
+    return module._parameters, module._buffers, module._modules
+
+
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether a hook stands on the optimizer's own step."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Return whether a hook stands on the optimizer's own step, or on that of all optimizers."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or GLOBAL_STEP_HOOKS[0]
+        or GLOBAL_STEP_HOOKS[1]
+    )
+
+
+def replaced_method(optimizer: Optimizer) -> str | None:
+    """Return which method of an SGD was replaced, on the instance or in the class; or None.
+
+    torch wraps the step: the class's at the first instance, an instance's for a learning rate scheduler.
+    """
+    for name in ("step", "zero_grad"):
+        function: Any = vars(optimizer).get(name) or getattr(type(optimizer), name)
+        innermost = None
+        while function is not None:
+            innermost = function
+            home = getattr(function, "__globals__", {}).get("__name__", "")
+            if home.split(".")[0] not in ("torch", "fastdl"):
+                return name
+            function = getattr(function, "__wrapped__", None)
+        if getattr(innermost, "__qualname__", "") not in (f"SGD.{name}", f"Optimizer.{name}"):
+            return name
+    return None
+
+
+def note_step(optimizer: Optimizer) -> None:
+    """Note for a learning rate scheduler that the optimizer has made a step, as its step does."""
+    if "step" in vars(optimizer):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def active_modes(device_type: str) -> str | None:
+    """Return what around this call watches or changes torch's ops, as a phrase; or None."""
+    modes = {
+        "under autocast": torch.is_autocast_enabled(device_type),
+        "in anomaly mode, which looks at every gradient": torch.is_anomaly_enabled(),
+        "under a torch dispatch mode": torch._C._len_torch_dispatch_stack(),
+        "in a transform of torch.func": torch._C._are_functorch_transforms_active(),
+        "under saved_tensors_hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        # a default device is such a mode as well
+        "under a torch function mode": any(
+            not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
+        ),
+    }
+    return next((phrase for phrase, is_on in modes.items() if is_on), None)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often torch wrote to a tensor; an inference tensor doesn't count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def has_tensor_hooks(tensor: torch.Tensor) -> bool:

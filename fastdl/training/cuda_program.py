@@ -144,7 +144,7 @@ class CudaProgram:
         self._totals = self._zeros(3, dtype=torch.float64)
         self._host_totals = pinned_memory((3,), torch.float64)
 
-    def prepare(self, X: Tensor, y: Tensor) -> CudaData:
+    def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> CudaData:
         """Return examples as `evaluate` takes them, of the kind of the constructor's."""
         with cuda.device(self._device):
             return self._prepare(X, y, None)

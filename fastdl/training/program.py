@@ -367,7 +367,9 @@ class Program:
         self._freshness[:] = 0
         return scores
 
-    def prepare(self, X: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    def prepare(
+        self, X: Tensor, y: Tensor, input_scale: float
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Return examples as `evaluate` takes them, of the kind of the constructor's."""
         return self._examples(X, y)
 
