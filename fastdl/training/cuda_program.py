@@ -199,7 +199,7 @@ class CudaProgram:
                 targets.append(parameter.buffer)
         torch._foreach_copy_(targets, sources)
         if rows != self._option_rows:
-            self._options.copy_(torch.tensor(rows, dtype=self._options.dtype))
+            self._options.copy_(torch.tensor(rows, dtype=self._options.dtype, device="cpu"))
             self._option_rows = rows
 
     @torch.no_grad()
@@ -386,7 +386,7 @@ class CudaProgram:
     @torch.no_grad()
     def evaluate(self, data: CudaData) -> Scores:
         """Return loss and accuracy on examples that `prepare` returned."""
-        order = torch.arange(len(data.examples.labels))
+        order = torch.arange(len(data.examples.labels), device="cpu")
         dense = self._kernels.dense
         with cuda.device(self._device):
             self._totals.zero_()

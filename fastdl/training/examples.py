@@ -72,7 +72,7 @@ def _as_tensor(array: Any, name: str) -> Tensor:
         raise TypeError(f"{name} is a masked array: fill it, e.g. {name.split()[-1]}.filled(0)")
     if isinstance(array, np.ndarray):
         # torch takes no negative strides and no foreign byte order, and a kernel no odd addresses
-        array = np.require(array, array.dtype.newbyteorder("="), "CA")
+        array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])
         return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
     if not isinstance(array, Tensor) or array.is_nested:
         kind = "nested tensor" if isinstance(array, Tensor) else type(array).__name__

@@ -27,11 +27,6 @@ def unreadable(tensor: object) -> str | None:
     return None
 
 
-def is_elsewhere(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors don't have the same elements in the same memory."""
-    return tensor.dtype != other.dtype or tensor.device != other.device or not tensor.is_set_to(other)
-
-
 def overlaps_itself(tensor: Tensor) -> bool:
     """Return whether two elements may lie at one address, as in an expanded tensor."""
     if tensor.is_contiguous():
