@@ -40,7 +40,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def registries(module: nn.Module) -> tuple[MutableMapping[str, Any], ...]:
-    """Return where a module keeps its parameters, its buffers and its children; nothing for a scripted one."""
+    """Return where a module keeps its parameters, buffers and children; nothing for a scripted one."""
     if isinstance(module, torch.jit.ScriptModule):
         return ()
     return module._parameters, module._buffers, module._modules

@@ -1,10 +1,9 @@
-"""The two engines behind `fit`: the readable Python loop, and the compiled one, which lowers nets to a program."""
+"""The two engines behind `fit`: the readable Python loop, and the compiled one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +20,26 @@ from fastdl.training.evaluation import (
 )
 from fastdl.training.examples import check_labels, floating
 from fastdl.training.loop import Scores, train_epoch
-from fastdl.training.lower import WAY_OUT, Lowered, UnsupportedError, lower, refusal
+from fastdl.training.lower import WAY_OUT, UnsupportedError, lower, refusal
 from fastdl.training.memory import unreadable
 from fastdl.training.options import check_loss, check_optimizer
 from fastdl.training.orders import Orders
 from fastdl.training.progress import EpochProgress
 from fastdl.training.undo import undone_by_errors
 
+if TYPE_CHECKING:
+    from fastdl.training.cuda_program import CudaProgram
+    from fastdl.training.program import Program
+
+# seconds that training took, and the scores on the train data and on the test data
+Epoch: TypeAlias = tuple[float, Scores, Scores | None]
+
 
 class Training(NamedTuple):
-    """What an engine trains, on what, and how.
+    """What an engine trains, on what, and how; the arguments are those of `fit`.
 
-    Attributes
-    ----------
-    net, loss, optimizer
-        As `fit` takes them.
-    data : tuple of (Tensor, Tensor)
-        X and y to train on, and those to evaluate on after each epoch, where there are any.
-    orders : Orders
-    batch_size : int
-    input_scale : float or None
-        Of what is uint8.
-    is_watched : bool
-        Whether between two epochs somebody may look at net and optimizer, or change anything.
+    `data` has X and y to train on, and those to evaluate on where there are any. `is_watched` says whether
+    somebody may look at net and optimizer between two epochs, or change anything.
     """
 
     net: nn.Module
@@ -56,51 +52,8 @@ class Training(NamedTuple):
     is_watched: bool
 
 
-class Epoch(NamedTuple):
-    """The time that training took, in seconds, and the scores of the train and of the test data."""
-
-    seconds: float
-    train: Scores
-    test: Scores | None
-
-
-class Engine(Protocol):
-    """What trains epochs, for `fit`. An epoch that raises leaves net and optimizer as they were before it."""
-
-    def epoch(self, bar: EpochProgress, *, is_last: bool) -> Epoch: ...
-
-    def close(self) -> None: ...
-
-
-class _Program(Protocol):
-    """What computes whole epochs, for the compiled engine: on the CPU or on a GPU."""
-
-    # whether an epoch can end in its middle, so that what the epoch before left must not be lost
-    is_interruptible: bool
-
-    def read(self) -> None: ...
-
-    def epoch(
-        self,
-        order: Tensor,
-        tick: Callable[[int], None] | None = None,
-        meanwhile: Callable[[], Tensor | None] | None = None,
-    ) -> Scores: ...
-
-    def write(self) -> None: ...
-
-    def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> Any: ...
-
-    def evaluate(self, examples: Any) -> Scores: ...
-
-
 class LoopEngine:
-    """The readable Python loop: any net, any loss, any optimizer.
-
-    Parameters
-    ----------
-    training : Training
-    """
+    """The readable Python loop: any net, any loss, any optimizer."""
 
     def __init__(self, training: Training) -> None:
         check_loss(training.loss)
@@ -111,6 +64,7 @@ class LoopEngine:
         self._training = training
 
     def epoch(self, bar: EpochProgress, *, is_last: bool) -> Epoch:
+        """Train an epoch and evaluate; what raises leaves net and optimizer as they were before."""
         net, loss, optimizer, ((X, y), *test), orders, batch_size, input_scale, _ = self._training
         with undone_by_errors(net, loss, optimizer):
             started = time.perf_counter()
@@ -123,19 +77,14 @@ class LoopEngine:
             seconds = time.perf_counter() - started
             net.eval()
             tested = [evaluated(net, loss, *pair, input_scale) for pair in test]
-        return Epoch(seconds, scores, tested[0] if tested else None)
+        return seconds, scores, tested[0] if tested else None
 
     def close(self) -> None:
         """Do nothing: the net itself was trained."""
 
 
 class CompiledEngine:
-    """The compiled engine: one call of a kernel for an epoch.
-
-    Parameters
-    ----------
-    training : Training
-    """
+    """The compiled engine: one call of a kernel for an epoch."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
@@ -164,9 +113,12 @@ class CompiledEngine:
                 why = f"requires a gradient: pass {name.split()[-1]}.detach()"
             if why is not None:
                 raise UnsupportedError(f"the compiled engine takes no {name} that {why}, or {WAY_OUT}")
-        if any(len(tensor) != orders.num_examples for tensor in data[0]):
-            raise ValueError(f"X and y must keep the {orders.num_examples} rows that they had at first")
-        self._lowered = lower(net, loss, optimizer, tuple(data[0][0].shape[1:]), tensors)
+        example_shape = data[0][0].shape[1:]
+        if len(data[0][0]) != orders.num_examples or any(
+            X.shape[:1] != y.shape[:1] or X.shape[1:] != example_shape for X, y in data
+        ):
+            raise ValueError("X and y must keep the shapes that they had when fit was called")
+        self._lowered = lower(net, loss, optimizer, tuple(example_shape), tensors)
         identity = None
         if is_watched:
             memory = [(each.data_ptr(), each.shape, version(each)) for each in tensors.values()]
@@ -177,11 +129,10 @@ class CompiledEngine:
 
     def _build(self) -> None:
         lowered, (train, *test), input_scale = self._lowered, self._training.data, self._training.input_scale
-        # a batch never has more rows than there are, and memory is laid out for it
-        rows = min(self._training.batch_size, max(1, len(train[0])))
-        examples = *self._taken(*train), rows, scale_of(train[0], input_scale), EVALUATION_ROWS
+        batch_size, scale = self._training.batch_size, scale_of(train[0], input_scale)
+        examples = *self._taken(*train), batch_size, scale, EVALUATION_ROWS
         tests = [(*self._taken(*pair, "test "), scale_of(pair[0], input_scale)) for pair in test]
-        self._program: _Program
+        self._program: Program | CudaProgram
         if lowered.layers[0].module.weight.is_cuda:
             from fastdl.training.cuda_program import CudaProgram
 
@@ -190,7 +141,7 @@ class CompiledEngine:
             from fastdl.training.program import Program
 
             self._program = Program(lowered, *examples)
-        self._tests = [self._program.prepare(*test) for test in tests]
+        self._tests: list[Any] = [self._program.prepare(*test) for test in tests]
 
     def _taken(self, X: Tensor, y: Tensor, part: str = "") -> tuple[Tensor, Tensor]:
         """Return examples, (N, K), and labels as the kernels read them."""
@@ -209,7 +160,7 @@ class CompiledEngine:
                     f"the compiled engine takes {part}y as one class for each example, not {y.dtype} of "
                     f"shape {tuple(y.shape)}: {WAY_OUT}"
                 )
-            # a GPU would have to be waited for: its kernels find such a label, and the epoch ends with the error
+            # a GPU would have to be waited for: its kernels find such a label
             if not y.is_cuda:
                 check_labels(y, last.out_features, lowered.ignore_index)
         elif y.dtype != lowered.dtype:
@@ -221,6 +172,7 @@ class CompiledEngine:
         return X.reshape(len(X), -1).contiguous(), y.contiguous()
 
     def epoch(self, bar: EpochProgress, *, is_last: bool) -> Epoch:
+        """Train an epoch and evaluate; what raises leaves net and optimizer as they were before."""
         started = time.perf_counter()
         orders, is_watched = self._training.orders, self._training.is_watched
         if is_watched and self._has_read:
@@ -238,7 +190,7 @@ class CompiledEngine:
             self.close()
         note_step(self._training.optimizer)
         seconds = time.perf_counter() - started - (evaluated - trained)
-        return Epoch(seconds, scores, tested[0] if tested else None)
+        return seconds, scores, tested[0] if tested else None
 
     def close(self) -> None:
         """Bring net and optimizer to where the program is."""

@@ -1,4 +1,4 @@
-"""``evaluate`` and ``predict``, and what `fit` shares with them: batches as a net takes them, its modes, its outputs."""
+"""``evaluate`` and ``predict``, and what they share with `fit`."""
 
 from __future__ import annotations
 

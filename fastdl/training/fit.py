@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from fastdl.training.engines import CompiledEngine, Engine, LoopEngine, Training
+from fastdl.training.engines import CompiledEngine, LoopEngine, Training
 from fastdl.training.evaluation import Loss, restored_modes
 from fastdl.training.examples import Array, checked, unpacked
 from fastdl.training.history import History
-from fastdl.training.options import check_arguments, integer, number
+from fastdl.training.options import check_kinds, integer, number
 from fastdl.training.orders import Orders
 from fastdl.training.progress import EpochProgress
 
@@ -49,8 +48,13 @@ def fit(
 
     Batches come in the order of ``data.batches(X, y, batch_size, generator)``, anew each epoch. The net
     trains in train mode, is evaluated in eval mode, and has its own modes again afterwards. A
-    KeyboardInterrupt, or an exception in a callback, leaves net and optimizer as they were after the last
-    finished epoch.
+    KeyboardInterrupt, or an exception anywhere, leaves net, optimizer and generator as they were after the
+    last finished epoch. The compiled engine neither reads nor writes ``.grad``; the loop leaves the last
+    batch's gradients there, as loops do.
+
+    A callback may change anything: values, options, the net, the data in place. The compiled engine looks at
+    all of it again before the next epoch, and raises what it would raise at the start; the finished epochs
+    stay. A copy of data that isn't contiguous or on the net's device is made anew where torch wrote to it.
 
     Parameters
     ----------
@@ -72,7 +76,8 @@ def fit(
     batch_size : int
         Rows of a batch.
     test : (X, y) or dataset, optional
-        What the net is evaluated on after each epoch.
+        What the net is evaluated on after each epoch. Its X may be uint8 where the other is not, or the
+        reverse.
     scheduler : LRScheduler, optional
         Stepped after each epoch; ``ReduceLROnPlateau`` with the test loss, else with the train loss.
     generator : torch.Generator, optional
@@ -82,7 +87,8 @@ def fit(
     drop_last : bool
         Whether to leave out the last, smaller batch.
     input_scale : float, optional
-        What uint8 examples are multiplied by; 1 / 255 without it.
+        What uint8 examples are multiplied by, in each of the two sets that is uint8; 1 / 255 without it.
+        Floating-point examples are taken as they are.
     compiled : bool
         Whether to use the compiled engine.
     progress : bool
@@ -100,10 +106,14 @@ def fit(
     Raises
     ------
     ValueError
-        If sizes don't fit together or make no sense, the loss is not reduced, the optimizer holds none of the
-        net's parameters, or the compiled engine can't train something. Nothing is trained then.
+        If sizes don't fit together or make no sense, an option of the loss or of SGD is one that its
+        constructor wouldn't take, the optimizer holds none of the net's parameters, or the compiled engine
+        can't train something exactly as torch would: a hook, a replaced forward or step, memory that two
+        tensors share, autocast around the call. Nothing is trained then.
     TypeError
-        If a dtype is not the net's. Nothing is trained then.
+        If an argument or option is of the wrong type, or a dtype is not the net's. Nothing is trained then.
+    RuntimeError
+        If gradients are switched off around the call.
     IndexError
         If the compiled engine is given a label that is no class. Nothing is trained then. Among labels that
         are on a GPU it is found at the end of the epoch, which doesn't count then.
@@ -119,7 +129,7 @@ def fit(
     >>> history.train_loss[-1] < 0.001
     True
     """
-    check_arguments(
+    check_kinds(
         net=net, loss=loss, optimizer=optimizer, scheduler=scheduler, generator=generator, on_epoch=on_epoch,
         shuffle=shuffle, drop_last=drop_last, compiled=compiled, progress=progress,
     )  # fmt: skip
@@ -142,23 +152,19 @@ def fit(
                 f"{tuple(X.shape[1:])}"
             )
     if input_scale is not None:
-        input_scale = number("input_scale", input_scale)
-        if not math.isfinite(input_scale):
-            raise ValueError(f"input_scale must be finite, not {input_scale}")
+        input_scale = float(number("input_scale", input_scale))
         if all(examples.dtype != torch.uint8 for examples, _ in sets):
             raise ValueError(f"input_scale is for uint8 examples, but X is {X.dtype}: scale X itself")
     used = len(X) // batch_size * batch_size if drop_last else len(X)
     if used == 0:
         raise ValueError(f"drop_last leaves no batch of {batch_size} rows of {len(X)}: lower batch_size")
-    # no batch is larger than the data
+    # memory is laid out for a batch, which never has more rows than there are
     batch_size = min(batch_size, len(X))
     orders = Orders(len(X), generator, shuffle=bool(shuffle), used=used)
-    make = CompiledEngine if compiled else LoopEngine
+    make: type[CompiledEngine | LoopEngine] = CompiledEngine if compiled else LoopEngine
     # between two epochs, only a callback or the scheduler can change net or optimizer, or look at them
     is_watched = on_epoch is not None or scheduler is not None
-    engine: Engine = make(
-        Training(net, loss, optimizer, tuple(sets), orders, batch_size, input_scale, is_watched)
-    )
+    engine = make(Training(net, loss, optimizer, tuple(sets), orders, batch_size, input_scale, is_watched))
     history = History()
     with (
         restored_modes(net),
@@ -167,13 +173,13 @@ def fit(
     ):
         for epoch in range(epochs):
             try:
-                done = engine.epoch(bar, is_last=epoch == epochs - 1)
+                seconds, train, tested = engine.epoch(bar, is_last=epoch == epochs - 1)
             except BaseException:
                 orders.undo()
                 raise
-            history.append(*done)
+            history.append(seconds, train, tested)
             if isinstance(scheduler, ReduceLROnPlateau):
-                scheduler.step((done.test or done.train).loss)
+                scheduler.step((tested or train).loss)
             elif scheduler is not None:
                 scheduler.step()
             go_on = on_epoch is None or on_epoch(history) is not False

@@ -15,7 +15,7 @@ from fastdl import nn as fastdl_nn
 from fastdl.cuda_arrays import missing_link
 from fastdl.overrides import global_hooks, overridden
 from fastdl.torch_private import has_step_hooks, has_tensor_hooks, registries, replaced_method
-from fastdl.training.memory import overlap, overlaps_itself, unreadable
+from fastdl.training.memory import overlap, unfit
 from fastdl.training.options import LOSSES, OPTIMIZERS, check_loss, check_optimizer
 
 WAY_OUT = "pass compiled=False to train with the Python loop"
@@ -77,7 +77,7 @@ class Lowered:
     label_smoothing: float = 0.0
 
     def identity(self) -> tuple[object, ...]:
-        """Return what is equal for two that one program serves: objects and sizes, but no values of tensors."""
+        """Return what is equal for two that one program serves: objects and sizes, no values of tensors."""
         modules = [layer.module for layer in self.layers]
         parameters = [parameter for module in modules for parameter in (module.weight, module.bias)]
         return (
@@ -169,31 +169,18 @@ def _parameters(layers: list[Layer]) -> dict[str, nn.Parameter]:
                 continue
             if id(parameter) in names:
                 raise refusal(f"{name}, which is the same parameter as {names[id(parameter)]}")
-            why = unreadable(parameter)
-            if why is None:
-                why = _unfit_parameter(parameter, shape, first)
+            why = unfit(parameter, shape, first)
+            if why is None and type(parameter) is not nn.Parameter:
+                why = "is no nn.Parameter"
+            if why is None and has_tensor_hooks(parameter):
+                why = "has a hook"
+            if why is None and parameter.dtype not in (torch.float32, torch.float64):
+                why = f"is {parameter.dtype}, not torch.float32 or torch.float64"
             if why is not None:
                 raise refusal(f"{name}, which {why}")
             found[name] = parameter
             names[id(parameter)] = name
     return found
-
-
-def _unfit_parameter(parameter: Tensor, shape: tuple[int, ...], first: Tensor) -> str | None:
-    """Return what stands in the way of training a parameter, as a phrase, or None."""
-    if type(parameter) is not nn.Parameter:
-        return "is no nn.Parameter"
-    if parameter.device != first.device:
-        return f"is on {parameter.device} in a net on {first.device}"
-    if parameter.dtype not in (torch.float32, torch.float64):
-        return f"is {parameter.dtype}, not torch.float32 or torch.float64"
-    if parameter.dtype != first.dtype:
-        return f"is {parameter.dtype} in a net of {first.dtype}"
-    if parameter.shape != shape:
-        return f"has shape {tuple(parameter.shape)} where its layer's sizes say {shape}"
-    if parameter.is_inference():
-        return "was made under torch.inference_mode()"
-    return "has a hook" if has_tensor_hooks(parameter) else None
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -228,52 +215,23 @@ def _assign_groups(layers: list[Layer], optimizer: torch.optim.Optimizer) -> Non
             setattr(layer, f"{key}_group", groups[id(parameter)])
 
 
-def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype, str]:
-    return tuple(tensor.shape), tensor.dtype, str(tensor.device)
-
-
 def _momentum_buffers(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """Return the momentum buffers that an epoch reads and writes; each is plain memory, as its parameter."""
     found: dict[str, Tensor] = {}
-    names = {id(parameter): name for name, parameter in parameters.items()}
+    names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
     for group in optimizer.param_groups:
         for parameter in group["params"] if group["momentum"] != 0 else ():
             buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is None or not parameter.requires_grad or id(parameter) not in names:
+            if buffer is None or id(parameter) not in names:
                 continue
             name = f"the momentum buffer of {names[id(parameter)]}"
-            why = unreadable(buffer)
-            if why is None and buffer.is_inference():
-                why = "was made under torch.inference_mode()"
-            if why is None and _kind(buffer) != _kind(parameter):
-                why = "has shape {}, {} on {}".format(*_kind(buffer))
-                why += " where the parameter has {}, {} on {}".format(*_kind(parameter))
+            why = unfit(buffer, tuple(parameter.shape), parameter)
             if why is not None:
                 raise refusal(f"{name}, which {why}")
             found[name] = buffer
     return found
-
-
-def _check_class_weight(weight: Tensor, last: nn.Linear) -> None:
-    why, wants = unreadable(weight), ((last.out_features,), last.weight.dtype, str(last.weight.device))
-    if why is None and weight.requires_grad:
-        why = "requires a gradient"
-    if why is None and _kind(weight) != wants:
-        why = "has shape {}, {} on {}".format(*_kind(weight))
-        why += " where the net's classes need {}, {} on {}".format(*wants)
-    if why is not None:
-        raise refusal(f"with a class weight that {why}")
-
-
-def _check_memory(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
-    for name, tensor in written.items():
-        if overlaps_itself(tensor):
-            raise refusal(f"{name}, several elements of which share memory")
-    shared = overlap(written, read)
-    if shared is not None:
-        raise refusal(f"{shared[0]} and {shared[1]}, which share memory")
 
 
 def lower(
@@ -330,10 +288,17 @@ def lower(
         lowered.ignore_index = operator.index(loss.ignore_index)
         lowered.label_smoothing = float(loss.label_smoothing)
         if loss.weight is not None:
-            _check_class_weight(loss.weight, layers[-1].module)
+            last = layers[-1].module
+            why = unfit(loss.weight, (last.out_features,), last.weight)
+            if loss.weight.requires_grad:
+                why = "requires a gradient"
+            if why is not None:
+                raise refusal(f"with a class weight that {why}")
             read["the class weight"] = loss.weight
     written = _momentum_buffers(parameters, optimizer)
     for name, parameter in parameters.items():
         (written if parameter.requires_grad else read)[name] = parameter
-    _check_memory(written, read)
+    shared = overlap(written, read)
+    if shared is not None:
+        raise refusal(f"{shared[0]} and {shared[1]}, which share memory")
     return lowered

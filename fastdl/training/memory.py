@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import itemgetter
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,52 +26,50 @@ def unreadable(tensor: object) -> str | None:
     return None
 
 
-def overlaps_itself(tensor: Tensor) -> bool:
-    """Return whether two elements may lie at one address, as in an expanded tensor."""
-    if tensor.is_contiguous():
-        return False
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= reach:
-                return True
+def unfit(tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> str | None:
+    """Return why a kernel can't take a tensor of this shape, and of dtype and device as another; or None."""
+    why = unreadable(tensor)
+    if why is not None:
+        return why
+    if tensor.shape != shape or tensor.dtype != like.dtype or tensor.device != like.device:
+        has = f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        return f"has shape {has} where {shape}, {like.dtype} on {like.device} is needed"
+    if tensor.is_inference():
+        return "was made under torch.inference_mode()"
+    if not tensor.is_contiguous():
+        reach = 0
+        for stride, size in sorted(zip(tensor.stride(), shape, strict=True)):
+            if size > 1 and stride <= reach:
+                return "has elements that share memory"
             reach += (size - 1) * stride
-    return False
-
-
-class _Span(NamedTuple):
-    start: int
-    end: int
-    is_written: bool
-    name: str
-    tensor: Tensor
-
-
-def _span(name: str, tensor: Tensor, is_written: bool) -> _Span:
-    start, size = tensor.data_ptr(), tensor.nbytes
-    if size > 0 and not tensor.is_contiguous():
-        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-        size = (last + 1) * tensor.element_size()
-    return _Span(start, start + size, is_written, name, tensor)
+    return None
 
 
 def overlap(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """Return the names of two tensors that share memory, at least one of which is written; or None."""
-    spans = [_span(*item, True) for item in written.items()]
-    spans += [_span(*item, False) for item in read.items()]
-    spans.sort(key=itemgetter(0))
-    reaching: list[_Span] = []
+    spans = sorted(
+        ((*_span(tensor), name, tensor) for name, tensor in (*written.items(), *read.items())),
+        key=itemgetter(0),
+    )
+    reaching: list[tuple[int, int, str, Tensor]] = []
     for span in spans:
-        reaching = [before for before in reaching if before.end > span.start]
-        for before in reaching:
-            if (before.is_written or span.is_written) and _share(before.tensor, span.tensor):
-                return before.name, span.name
+        start, _, name, tensor = span
+        reaching = [before for before in reaching if before[1] > start]
+        for _, _, other_name, other in reaching:
+            if (name in written or other_name in written) and _share(tensor, other):
+                return other_name, name
         reaching.append(span)
     return None
 
 
+def _span(tensor: Tensor) -> tuple[int, int]:
+    start, size = tensor.data_ptr(), tensor.nbytes
+    if size > 0 and not tensor.is_contiguous():
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        size = (last + 1) * tensor.element_size()
+    return start, start + size
+
+
 def _share(first: Tensor, second: Tensor) -> bool:
-    if first.is_cuda or (first.is_contiguous() and second.is_contiguous()):
-        return True
     # exact: columns of one matrix lie between each other without a common element
-    return bool(np.shares_memory(first.detach().numpy(), second.detach().numpy()))
+    return first.is_cuda or np.shares_memory(first.detach().numpy(), second.detach().numpy())

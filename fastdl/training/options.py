@@ -1,4 +1,4 @@
-"""What `fit` is told, and the options of a loss and of SGD, checked before the first step as torch's constructors do."""
+"""What `fit` is told, and the options of losses and of SGD, checked before the first step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastdl.optim import SGD
 LOSSES = (nn.CrossEntropyLoss, fastdl_nn.CrossEntropyLoss, nn.MSELoss, fastdl_nn.MSELoss)
 OPTIMIZERS = (torch.optim.SGD, SGD)
 
+_INT64 = 1 << 63
 _FLAG = (bool, np.bool_), "True or False"
 # by argument of `fit`: the classes it may have, and how a message calls them
 _ARGUMENTS: dict[str, tuple[Any, str]] = {
@@ -33,46 +34,45 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "drop_last": _FLAG,
     "compiled": _FLAG,
     "progress": _FLAG,
+    "nesterov": _FLAG,
+    "maximize": _FLAG,
+    "weight": ((Tensor, NoneType), "a tensor"),
 }
-# by option of SGD: the least value that its constructor takes
-_SGD = {"lr": 0.0, "momentum": 0.0, "weight_decay": 0.0, "dampening": -math.inf}
+# the least value that SGD's constructor takes
+_SGD = {"lr": 0, "momentum": 0, "weight_decay": 0, "dampening": -math.inf}
 
 
 def _shown(value: object) -> str:
     return repr(value) if isinstance(value, (int, float, str, NoneType)) else f"a {type(value).__name__}"
 
 
-def check_arguments(**arguments: object) -> None:
-    """Raise TypeError if an argument of `fit` is of another kind than it takes."""
+def check_kinds(where: str = "", **arguments: object) -> None:
+    """Raise TypeError if an argument is of another kind than it may be."""
     for name, value in arguments.items():
         kinds, text = _ARGUMENTS[name]
         if not isinstance(value, kinds):
-            raise TypeError(f"{name} must be {text}, not {_shown(value)}")
+            raise TypeError(f"{name}{where} must be {text}, not {_shown(value)}")
 
 
-def integer(name: str, value: Any, least: int, most: float = math.inf) -> int:
-    """Return an option that is an integer, or raise TypeError or ValueError if it is none or out of range."""
+def integer(name: str, value: Any, least: float, most: float = math.inf) -> int:
+    """Return an integer, or raise TypeError or ValueError if it is none or out of range."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
-        whole = operator.index(value)
+        return int(number(name, operator.index(value), least, most))
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {_shown(value)}") from None
-    if not least <= whole <= most:
-        above = f"{least} or more" if most == math.inf else f"from {least} to {most}"
-        raise ValueError(f"{name} must be {above}, not {whole}")
-    return whole
 
 
-def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """Return an option that is a real number, or raise TypeError or ValueError if it is none or out of range."""
-    if not isinstance(value, Real):
+def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> Any:
+    """Return a real number, or raise TypeError or ValueError if it is none or out of range."""
+    is_real = isinstance(value, Real)
+    if not is_real:
         raise TypeError(f"{name} must be a number, not {_shown(value)}")
-    result = float(value)
-    if result < least or result > most:
-        above = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
-        raise ValueError(f"{name} must be {above}, not {value}")
-    return result
+    if not least <= value <= most:
+        bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+        raise ValueError(f"{name} must be {'a number' if least == -math.inf else bounds}, not {value}")
+    return value
 
 
 def check_loss(loss: Any) -> None:
@@ -80,19 +80,14 @@ def check_loss(loss: Any) -> None:
     if isinstance(loss, type):
         raise TypeError(f"loss must be an instance, such as {loss.__name__}(), not the class itself")
     reduction = getattr(loss, "reduction", None)
-    if isinstance(reduction, str) and reduction == "none":
-        raise ValueError(f"{loss} gives a loss for each row: training needs reduction='mean' or 'sum'")
-    if type(loss) not in LOSSES:
-        return
-    if not isinstance(reduction, str) or reduction not in ("mean", "sum"):
-        raise ValueError(f"the loss's reduction must be 'mean' or 'sum', not {_shown(reduction)}")
-    if isinstance(loss, nn.CrossEntropyLoss):
-        smoothing = number("label_smoothing", loss.label_smoothing, 0.0, 1.0)
-        if math.isnan(smoothing):
-            raise ValueError("label_smoothing must be from 0 to 1, not nan")
-        integer("ignore_index", loss.ignore_index, -(1 << 63), (1 << 63) - 1)
-        if not isinstance(loss.weight, (Tensor, NoneType)):
-            raise TypeError(f"the loss's weight must be a tensor, not {_shown(loss.weight)}")
+    if (isinstance(reduction, str) and reduction == "none") or (
+        type(loss) in LOSSES and reduction not in ("mean", "sum")
+    ):
+        raise ValueError(f"{loss} has the reduction {_shown(reduction)}: training needs 'mean' or 'sum'")
+    if type(loss) in LOSSES and isinstance(loss, nn.CrossEntropyLoss):
+        number("label_smoothing", loss.label_smoothing, 0, 1)
+        integer("ignore_index", loss.ignore_index, -_INT64, _INT64 - 1)
+        check_kinds(" of the loss", weight=loss.weight)
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
@@ -100,28 +95,21 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in OPTIMIZERS:
         return
     for index, group in enumerate(optimizer.param_groups):
+        where = f" of parameter group {index}"
         for option, least in _SGD.items():
             value = group.get(option)
-            if type(value) is not float or not value >= least:
-                _check_sgd(f"{option} of parameter group {index}", option, value, least)
-        for option in ("nesterov", "maximize"):
-            if not isinstance(group.get(option), (bool, np.bool_)):
-                name = f"{option} of parameter group {index}"
-                raise TypeError(f"{name} must be True or False, not {_shown(group.get(option))}")
+            if type(value) is float and value >= least:
+                continue
+            # torch computes 1 - dampening, which rounds otherwise in a tensor
+            if isinstance(value, Tensor) and option != "dampening":
+                if value.numel() != 1:
+                    shape = tuple(value.shape)
+                    raise ValueError(f"{option}{where} must be one number, not a tensor of shape {shape}")
+                value = value if value.requires_grad or value.is_meta else value.item()
+            number(option + where, value, least)
+        check_kinds(where, nesterov=group.get("nesterov"), maximize=group.get("maximize"))
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
-                f"nesterov of parameter group {index} needs a momentum and no dampening, not momentum "
-                f"{group['momentum']} and dampening {group['dampening']}"
+                f"nesterov{where} needs a momentum and no dampening, not momentum {group['momentum']} and "
+                f"dampening {group['dampening']}"
             )
-
-
-def _check_sgd(name: str, option: str, value: Any, least: float) -> None:
-    # torch computes 1 - dampening, which rounds otherwise in a tensor
-    if isinstance(value, Tensor) and option != "dampening":
-        if value.numel() != 1 or value.is_complex() or value.requires_grad or value.is_meta:
-            raise ValueError(
-                f"{name} must be a number, or a tensor of one without a gradient, not a tensor of shape "
-                f"{tuple(value.shape)} and {value.dtype}{' with a gradient' * value.requires_grad}"
-            )
-        value = value.item()
-    number(name, value, least)

@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -79,7 +80,7 @@ def classes(seed, dtype=torch.float64, widths=(6, 6, 3), rows=20, loss=None, **o
     """Return a classifier's problem; the same for the same seed."""
     torch.manual_seed(seed)
     layers = []
-    for sizes in zip(widths, widths[1:], strict=False):
+    for sizes in pairwise(widths):
         layers += [nn.Linear(*sizes), nn.ReLU()]
     net = nn.Sequential(*layers[:-1]).to(dtype)
     optimizer = torch.optim.SGD(net.parameters(), **({"lr": 0.1, "momentum": 0.9} | options))

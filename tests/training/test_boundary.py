@@ -540,7 +540,7 @@ def _group_option(**options):
     return lambda problem: problem.optimizer.param_groups[0].update(options)
 
 
-# what a callback does after the first of three epochs; the message, or None where the rest is as in torch's loop
+# what a callback does after the first epoch; the refusal, or None where the rest is as in torch's loop
 CALLBACKS = {
     "other values": (_in_place("net.0.weight", lambda t: t.mul_(0.5)), None),
     "other data": (_set("net.0.weight.data", lambda p: p.net[0].weight.data.clone() * 2), None),
@@ -575,7 +575,9 @@ CALLBACKS = {
     "X of other data": (_set("X.data", lambda p: p.X.data * 2), None),
     "a label that is none": (_in_place("y", lambda t: t[4].fill_(3)), "row 4"),
     "a label far outside": (_in_place("y", lambda t: t[4].fill_(1 << 60)), "row 4"),
-    "shorter X": (_set("X.data", lambda p: p.X.data[:5].clone()), "20 rows"),
+    "shorter X": (_set("X.data", lambda p: p.X.data[:5].clone()), "keep the shapes"),
+    "shorter y": (_set("y.data", lambda p: p.y.data[:5].clone()), "keep the shapes"),
+    "y in two": (_set("y.data", lambda p: p.y.data[:, None].clone()), "one class for each"),
     "narrower X": (_set("X.data", lambda p: p.X.data[:, :5].clone()), "takes 6 features"),
     "shape": (_set("net.0.weight.data", lambda _: torch.ones(6, 7).double()), r"0\.weight"),
     "smaller": (_set("net.0.weight.data", lambda _: torch.ones(2, 6).double()), r"0\.weight"),

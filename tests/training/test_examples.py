@@ -180,7 +180,7 @@ def test_a_net_that_works_in_place_leaves_the_data_alone(tmp_path, seed):
     assert fastdl.evaluate(net, X, y).loss == pytest.approx(loss(expected, y).item())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     Problem(net, loss, optimizer, X, y).fit(compiled=False, test=(X, y))
-    assert (X == before).all()
+    assert (before == X).all()
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -1,4 +1,4 @@
-"""Each option of `fit`, of the losses and of SGD: taken and right, or refused in one sentence before a step."""
+"""Each option of `fit`, of the losses and of SGD: taken and right, or refused before the first step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastdl
-from tests.training.problems import assert_refused, assert_trained_alike, classes, regression
+from tests.training.problems import FLOAT64, assert_refused, assert_trained_alike, classes, regression
 
 RIGHT = None
 
@@ -80,8 +80,8 @@ ARGUMENTS = [
     ("input_scale", "0.1", TypeError, "input_scale must be a number, not '0.1'"),
     ("input_scale", torch.tensor(0.1), TypeError, "input_scale must be a number, not a Tensor"),
     ("input_scale", np.array(0.1), TypeError, "input_scale must be a number, not a ndarray"),
-    ("input_scale", float("nan"), ValueError, "input_scale must be finite, not nan"),
-    ("input_scale", float("inf"), ValueError, "input_scale must be finite"),
+    ("input_scale", float("nan"), ValueError, "input_scale must be a number, not nan"),
+    ("input_scale", float("inf"), ValueError, "input_scale is for uint8"),
     ("input_scale", 0.1, ValueError, "input_scale is for uint8 examples, but X is torch.float64"),
 ]
 
@@ -150,11 +150,11 @@ SGD = [
         "lr",
         torch.tensor([0.1, 0.2]),
         ValueError,
-        "lr of parameter group 0 must be a number, or a tensor of one",
+        r"lr of parameter group 0 must be one number, not a tensor of shape \(2,\)",
     ),
-    ("lr", torch.tensor(0.1, requires_grad=True), ValueError, "without a gradient"),
-    ("lr", torch.tensor(0.1j), ValueError, "tensor of one"),
-    ("lr", torch.tensor(0.1, device="meta"), ValueError, "tensor of one"),
+    ("lr", torch.tensor(0.1, requires_grad=True), TypeError, "lr of parameter group 0 must be a number"),
+    ("lr", torch.tensor(0.1j), TypeError, "lr of parameter group 0 must be a number"),
+    ("lr", torch.tensor(0.1, device="meta"), TypeError, "lr of parameter group 0 must be a number"),
     ("lr", torch.tensor(0.05), RIGHT, ""),
     ("lr", torch.tensor([0.05]), RIGHT, ""),
     ("lr", torch.tensor([[0.05]], dtype=torch.float64), RIGHT, ""),
@@ -163,7 +163,9 @@ SGD = [
     ("lr", 0, RIGHT, ""),
     ("lr", 1, RIGHT, ""),
     ("lr", True, RIGHT, ""),
-    ("lr", float("nan"), RIGHT, ""),
+    ("lr", float("inf"), RIGHT, ""),
+    ("lr", float("nan"), ValueError, "lr of parameter group 0 must be 0 or more, not nan"),
+    ("dampening", float("nan"), ValueError, "dampening of parameter group 0"),
     ("momentum", "0.9", TypeError, "momentum of parameter group 0 must be a number"),
     ("momentum", -0.1, ValueError, "momentum of parameter group 0 must be 0 or more"),
     ("momentum", torch.tensor([0.9, 0.8]), ValueError, "momentum of parameter group 0"),
@@ -206,10 +208,7 @@ def test_options_of_sgd_are_right_or_refused(option, value, error, message, comp
         return
     problem.fit(compiled=compiled)
     twin.loop()
-    if value != value:  # noqa: PLR0124
-        assert all(parameter.isnan().all() for parameter in problem.net.parameters())
-        return
-    assert_trained_alike(problem, twin)
+    assert_trained_alike(problem, twin, **FLOAT64, equal_nan=True)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -240,7 +239,7 @@ LOSS = [
     ("label_smoothing", np.float64(0.1), RIGHT, ""),
     ("label_smoothing", 0.3, RIGHT, ""),
     ("ignore_index", None, TypeError, "ignore_index must be an integer, not None"),
-    ("ignore_index", 1 << 70, ValueError, "ignore_index must be from -9223372036854775808 to"),
+    ("ignore_index", 1 << 70, ValueError, "ignore_index must be from"),
     ("ignore_index", -(1 << 63) - 1, ValueError, "ignore_index must be from"),
     ("ignore_index", True, TypeError, "ignore_index must be an integer, not True"),
     ("ignore_index", 1.0, TypeError, "ignore_index must be an integer, not 1.0"),
@@ -249,9 +248,9 @@ LOSS = [
     ("ignore_index", torch.tensor(1), RIGHT, ""),
     ("ignore_index", 1, RIGHT, ""),
     ("ignore_index", (1 << 63) - 1, RIGHT, ""),
-    ("reduction", "foo", ValueError, "reduction must be 'mean' or 'sum', not 'foo'"),
-    ("reduction", "none", ValueError, "training needs reduction='mean' or 'sum'"),
-    ("reduction", None, ValueError, "reduction must be 'mean' or 'sum', not None"),
+    ("reduction", "foo", ValueError, "reduction 'foo': training needs"),
+    ("reduction", "none", ValueError, "reduction 'none': training needs 'mean' or 'sum'"),
+    ("reduction", None, ValueError, "reduction None: training needs"),
     ("reduction", "sum", RIGHT, ""),
 ]
 

@@ -114,6 +114,12 @@ def _deep(problem):
     return objects, repr(values)
 
 
+def _fail_after(problem, change):
+    with undone_by_errors(problem.net, problem.loss, problem.optimizer):
+        change(problem)
+        raise ZeroDivisionError
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["first epoch", "second epoch"])
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_failed_epoch_leaves_no_trace(name, first, seed):
@@ -154,9 +160,8 @@ def test_whatever_changed_meanwhile_is_brought_back(change, seed):
     problem = classes(seed)
     problem.loop(1)
     before, children = _deep(problem), list(problem.net.children())
-    with pytest.raises(ZeroDivisionError), undone_by_errors(problem.net, problem.loss, problem.optimizer):
-        change(problem)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        _fail_after(problem, change)
     assert _deep(problem) == before
     assert list(problem.net.children()) == children
 
@@ -165,9 +170,8 @@ def test_modules_without_tensors_of_their_own_are_left_alone(seed):
     problem = classes(seed)
     problem.net = torch.jit.script(problem.net)
     before = [parameter.detach().clone() for parameter in problem.net.parameters()]
-    with pytest.raises(ZeroDivisionError), undone_by_errors(problem.net, problem.loss, problem.optimizer):
-        problem.loop(1)
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        _fail_after(problem, lambda p: p.loop(1))
     for parameter, kept in zip(problem.net.parameters(), before, strict=True):
         assert torch.equal(parameter, kept)
     lazy = nn.LazyLinear(3)
