@@ -9,15 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdl.torch_private import active_modes, note_step, version
-from fastdl.training.evaluation import (
-    EVALUATION_ROWS,
-    Loss,
-    check_targets,
-    evaluated,
-    output_shape,
-    scale_of,
-    to_net,
-)
+from fastdl.training.evaluation import EVALUATION_ROWS, Loss, check_targets, evaluated, output_shape, to_net
 from fastdl.training.examples import check_labels, floating
 from fastdl.training.loop import Scores, train_epoch
 from fastdl.training.lower import WAY_OUT, UnsupportedError, lower, refusal
@@ -129,9 +121,9 @@ class CompiledEngine:
 
     def _build(self) -> None:
         lowered, (train, *test), input_scale = self._lowered, self._training.data, self._training.input_scale
-        batch_size, scale = self._training.batch_size, scale_of(train[0], input_scale)
+        batch_size, scale = self._training.batch_size, _scale(train[0], input_scale)
         examples = *self._taken(*train), batch_size, scale, EVALUATION_ROWS
-        tests = [(*self._taken(*pair, "test "), scale_of(pair[0], input_scale)) for pair in test]
+        tests = [(*self._taken(*pair, "test "), _scale(pair[0], input_scale)) for pair in test]
         self._program: Program | CudaProgram
         if lowered.layers[0].module.weight.is_cuda:
             from fastdl.training.cuda_program import CudaProgram
@@ -197,3 +189,8 @@ class CompiledEngine:
         if self._is_ahead:
             self._program.write()
             self._is_ahead = False
+
+
+def _scale(X: Tensor, input_scale: float | None) -> float:
+    """Return what a set of examples is multiplied by, as its own dtype says."""
+    return 1.0 if X.dtype != torch.uint8 else 1 / 255 if input_scale is None else input_scale

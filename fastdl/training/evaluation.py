@@ -112,13 +112,6 @@ def to_net(net: nn.Module, X: Tensor, y: Tensor, input_scale: float | None) -> t
     return X.to(parameter.dtype) * input_scale, y
 
 
-def scale_of(X: Tensor, input_scale: float | None) -> float:
-    """Return what examples are multiplied by: a set's own dtype decides."""
-    if X.dtype != torch.uint8:
-        return 1.0
-    return 1 / 255 if input_scale is None else input_scale
-
-
 def check_targets(y: Tensor, output_shape: tuple[int, ...], part: str = "") -> None:
     """Raise ValueError if targets of a squared error don't have the shape of a net's outputs."""
     # MSELoss would broadcast (N, 1) against (N,) to N x N errors, and learn nothing

@@ -31,17 +31,9 @@ class UnsupportedError(ValueError):
 
 @dataclass
 class Layer:
-    """One linear layer of a net.
+    """One linear layer of a net, by its name there.
 
-    Attributes
-    ----------
-    name : str
-        In the net's own names.
-    module : nn.Linear
-    has_relu : bool
-        Whether a ReLU follows.
-    weight_group, bias_group : int or None
-        Which of the optimizer's parameter groups each is in; None for a frozen or missing one.
+    The groups are those of the optimizer that its parameters are in; None for a frozen or missing one.
     """
 
     name: str
@@ -55,17 +47,7 @@ class Layer:
 class Lowered:
     """A net, a loss and an optimizer that the compiled engine can train.
 
-    Attributes
-    ----------
-    layers : list of Layer
-    optimizer : torch.optim.SGD
-    is_classifier : bool
-        Whether the loss is cross entropy; else it is the squared error.
-    is_mean : bool
-        Whether the loss is a mean; else it is a sum.
-    class_weight : Tensor or None
-    ignore_index : int
-    label_smoothing : float
+    The loss is cross entropy or, where it is no classifier's, the squared error; a mean or else a sum.
     """
 
     layers: list[Layer]
@@ -272,6 +254,8 @@ def lower(
         raise refusal(f"under {hooks}")
     layers = _layers(net, example_shape)
     parameters = _parameters(layers)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise refusal("a net none of whose parameters requires a gradient")
     _check_optimizer(optimizer)
     assert isinstance(optimizer, torch.optim.SGD)
     _assign_groups(layers, optimizer)

@@ -23,6 +23,8 @@ def unreadable(tensor: object) -> str | None:
         return "is a negative or conjugate view, which isn't computed yet"
     if tensor.numel() > 0 and tensor.data_ptr() == 0:
         return "has no memory"
+    if tensor.data_ptr() % tensor.element_size() != 0:
+        return "isn't aligned in memory"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,11 @@ import fastdl
 from fastdl.training import engines
 from fastdl.training.program import Program
 from tests.training.problems import assert_refused, assert_trained_alike, classes, regression
+
+
+def _at_an_odd_address(*shape):
+    memory = bytearray(8 * math.prod(shape) + 1)
+    return torch.frombuffer(memory, dtype=torch.float64, offset=1).reshape(shape)
 
 
 def _flat(problem, gap=0, columns=False):
@@ -135,6 +141,8 @@ MEMORY = {
         ),
         "share memory",
     ),
+    "all frozen": (lambda p: p.net.requires_grad_(False), "requires a gradient"),
+    "odd address": (_set("net.0.weight.data", lambda _: _at_an_odd_address(6, 6)), "aligned"),
     "negative view": (_negative_view, "negative"),
     "freed": (lambda p: p.net[0].weight.untyped_storage().resize_(0), "memory"),
     "made in inference mode": (_inference_parameters, "inference"),
@@ -687,8 +695,8 @@ def run(compiled=True):
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(30, 300), nn.ReLU(), nn.Linear(300, 5))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    fastdl.fit(net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=2, batch_size=100, test=(X, y), progress=False,
-               generator=torch.Generator().manual_seed(0), compiled=compiled)
+    fastdl.fit(net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=2, batch_size=100, test=(X, y),
+               progress=False, generator=torch.Generator().manual_seed(0), compiled=compiled)
     return b"".join(p.detach().numpy().tobytes() for p in net.parameters())
 if sys.argv[1] == "used":
     before = run()

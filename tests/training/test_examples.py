@@ -71,6 +71,7 @@ X_KINDS = {
     "nested": (lambda X: torch.nested.nested_tensor(list(X)), "nested tensor", "nested tensor"),
     "objects": (lambda X: X.numpy().astype(object), "object_", "object_"),
     "text": (lambda X: X.numpy().astype(str), "str_", "str_"),
+    "at an odd address": (lambda X: torch.from_numpy(_misaligned(X.numpy())), "aligned", None),
     "one number": (lambda X: X[0, 0], "at least one row", "at least one row"),
     "no rows": (lambda X: X[:0], "at least one row", "at least one row"),
 }
