@@ -142,7 +142,7 @@ def num_threads() -> int:
 @cache
 def like(dtype: torch.dtype) -> NDArray[Any]:
     """Return the empty array that tells a kernel the dtype of the memory at its addresses."""
-    return torch.empty(0, dtype=dtype).numpy()
+    return torch.empty(0, dtype=dtype, device="cpu").numpy()
 
 
 def address(tensor: Tensor | None) -> int:

@@ -5,13 +5,14 @@ Importing this imports torch, and neither its compiler nor CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as _module
-from torch.optim import Optimizer
+from torch.optim import Optimizer, optimizer
+from torch.utils._device import DeviceContext
 
 # where a module keeps its own hooks, in ``vars(module)``
 MODULE_HOOKS = {
@@ -23,13 +24,15 @@ MODULE_HOOKS = {
 # the same hooks for all modules
 GLOBAL_MODULE_HOOKS = tuple((getattr(_module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
 _GLOBALS = vars(_module)
+# the hooks on the step of all optimizers
+GLOBAL_STEP_HOOKS = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
 # the method that makes the replicas of a DataParallel
 REPLICATE = "_replicate_for_data_parallel"
 # what a module's ``__call__`` calls on it before its forward
 MODULE_CALLS = ("_call_impl", "_slow_forward")
 
 
-def copy_all(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source to its target, on a GPU in one launch for many."""
     if targets:
         torch._foreach_copy_(targets, sources)
@@ -81,16 +84,69 @@ def children(module: nn.Module) -> dict[str, Any]:
     return module._modules
 
 
+def registries(module: nn.Module) -> tuple[MutableMapping[str, Any], ...]:
+    """Return where a module keeps its parameters, buffers and children; nothing for a scripted one."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return ()
+    return module._parameters, module._buffers, module._modules
+
+
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether a hook stands on the optimizer's own step."""
-    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+    """Return whether a hook stands on the optimizer's own step, or on that of all optimizers."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or GLOBAL_STEP_HOOKS[0]
+        or GLOBAL_STEP_HOOKS[1]
+    )
 
 
-def has_tensor_hooks(tensor: torch.Tensor) -> bool:
+def replaced_method(optimizer: Optimizer) -> str | None:
+    """Return which method of an SGD was replaced, on the instance or in the class; or None.
+
+    torch wraps the step: the class's at the first instance, an instance's for a learning rate scheduler.
+    """
+    for name in ("step", "zero_grad"):
+        function: Any = vars(optimizer).get(name) or getattr(type(optimizer), name)
+        innermost = None
+        while function is not None:
+            innermost = function
+            home = getattr(function, "__globals__", {}).get("__name__", "")
+            if home.split(".")[0] not in ("torch", "fastdl"):
+                return name
+            function = getattr(function, "__wrapped__", None)
+        if getattr(innermost, "__qualname__", "") not in (f"SGD.{name}", f"Optimizer.{name}"):
+            return name
+    return None
+
+
+def note_step(optimizer: Optimizer) -> None:
+    """Note for a learning rate scheduler that the optimizer has made a step, as its step does."""
+    if "step" in vars(optimizer):
+        optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def active_modes(device_type: str) -> str | None:
+    """Return what around this call watches or changes torch's ops, as a phrase; or None."""
+    modes = {
+        "under autocast": torch.is_autocast_enabled(device_type),
+        "in anomaly mode, which looks at every gradient": torch.is_anomaly_enabled(),
+        "under a torch dispatch mode": torch._C._len_torch_dispatch_stack(),
+        "in a transform of torch.func": torch._C._are_functorch_transforms_active(),
+        "under saved_tensors_hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
+        # a default device is such a mode as well
+        "under a torch function mode": any(
+            not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
+        ),
+    }
+    return next((phrase for phrase, is_on in modes.items() if is_on), None)
+
+
+def has_tensor_hooks(tensor: Tensor) -> bool:
     """Return whether a hook waits for the tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
-def version_of(tensor: torch.Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """Return how often the tensor was written in place, as far as torch counts."""
     return 0 if tensor.is_inference() else tensor._version

@@ -15,7 +15,7 @@ PIECE_BYTES = 1 << 28
 
 def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return memory that the GPU can copy from by itself."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def is_there(tensor: Tensor, device: torch.device) -> bool:

@@ -225,7 +225,7 @@ class CudaProgram:
                     targets.append(copy.buffer)
         copy_all(targets, sources)
         if rows != self._option_rows:
-            self._updates.options.copy_(torch.tensor(rows, dtype=self._updates.options.dtype))
+            self._updates.options.copy_(torch.tensor(rows, dtype=self._updates.options.dtype, device="cpu"))
             self._option_rows = rows
         if first_steps != self._first_steps:
             self._updates.is_first_step.copy_(torch.tensor(first_steps))
@@ -393,7 +393,7 @@ class CudaProgram:
     @torch.no_grad()
     def evaluate(self, data: CudaData) -> Scores:
         """Return loss and accuracy on examples that `prepare` returned."""
-        order = torch.arange(len(data.examples.labels))
+        order = torch.arange(len(data.examples.labels), device="cpu")
         with cuda.device(self._device):
             data = self._current(data)
             self._totals.zero_()

@@ -131,7 +131,7 @@ class Program:
             and first.in_features <= self._kernels.small.MAX_INPUTS
             and first.out_features == 1
         )
-        dtype = torch.empty(0, dtype=lowered.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=lowered.dtype, device="cpu").numpy().dtype
         self._dtype = dtype
         self._nonzero_shares = self._sample_nonzero(X) if first.out_features > self._panel() else None
         self._nonzero = self._nonzero_shares is not None and self._nonzero_shares.mean() <= 1 - _MIN_ZEROS

@@ -23,7 +23,7 @@ from fastdl.training.lower import lower
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray
 
 # the name in the package is the function's
-fit_module = sys.modules["fastdl.training.fit"]
+engines = sys.modules["fastdl.training.engines"]
 # sums of other order, over a whole run: the rule of the convergence tests in float64
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -225,7 +225,7 @@ def test_examples_that_do_not_fit_stream_in_pieces_of_whole_batches(drop_last, s
 )
 def test_the_mean_over_rows_of_unequal_weight(loss, seed, monkeypatch):
     # evaluation too takes its means over as many rows as the loop does
-    monkeypatch.setattr(fit_module, "EVALUATION_ROWS", 6)
+    monkeypatch.setattr(engines, "EVALUATION_ROWS", 6)
     X, y = _images()
     _assert_same(_both(_net(7, 3), X, y, loss=loss, test=_images(8), options={"lr": 0.02}, epochs=1))
 
@@ -272,7 +272,7 @@ def _fit_and_fail(error, X, y, **options):
 def test_a_label_that_is_no_class_is_found_at_the_end_of_its_epoch(seed, monkeypatch):
     X, y = _images()
     # labels on a GPU aren't looked at before
-    monkeypatch.setattr(fit_module, "check_labels", lambda *_: None)
+    monkeypatch.setattr(engines, "check_labels", lambda *_: None)
     y[3] = 3
     _fit_and_fail(IndexError, X, y)
 
@@ -481,7 +481,7 @@ def test_a_label_that_a_callback_made_invalid_ends_its_epoch_by_the_name_of_its_
 def test_what_a_callback_writes_to_examples_counts_from_the_next_epoch_on(
     what, streams, seed, gpu, monkeypatch
 ):
-    monkeypatch.setattr(fit_module, "EVALUATION_ROWS", 6)
+    monkeypatch.setattr(engines, "EVALUATION_ROWS", 6)
     if streams:
         monkeypatch.setattr(cuda_examples, "PIECE_BYTES", 75)
         gpu.free = 100
