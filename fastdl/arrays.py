@@ -1,30 +1,33 @@
 """The only door from a tensor to an array: dtype, layout, device and threads are settled here.
 
 :mod:`fastdl.ops` asks :func:`accepts` whether the kernels may take a call, and if so hands each tensor's
-memory over by its :func:`address`, and the kernels make the arrays; a CUDA tensor goes through
+memory over by its address (:func:`run`), and the kernels make the arrays; a CUDA tensor goes through
 :mod:`fastdl.cuda_arrays`. Whatever the kernels can't see through (a functorch transform, a tensor subclass,
 autocast, a dispatch mode) goes to torch instead.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.overrides import has_torch_function
 
 from fastdl import cuda_arrays
 from fastdl.kernels.garbage import collector_paused
+from fastdl.torch_private import is_watched
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float64})
+_IMPORTED_BY = os.getpid()
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
@@ -92,10 +95,7 @@ def accepts(*tensors: Tensor | None) -> bool:
     return are_plain(*tensors) and not (
         torch.is_autocast_enabled("cpu" if tensors[0].is_cpu else "cuda")  # type: ignore[union-attr]
         or has_torch_function(tensors)
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or is_watched()
     )
 
 
@@ -128,7 +128,7 @@ def cpu_kernels() -> ModuleType:
         from fastdl.kernels import cpu
 
     # Numba's first threads may set the thread count of an OpenMP library that torch shares.
-    cpu.threads.start()
+    cpu.threads.start(is_forked=os.getpid() != _IMPORTED_BY)
     if torch.get_num_threads() != num_threads:
         torch.set_num_threads(num_threads)
     return cpu
@@ -142,15 +142,16 @@ def num_threads() -> int:
 @cache
 def like(dtype: torch.dtype) -> NDArray[Any]:
     """Return the empty array that tells a kernel the dtype of the memory at its addresses."""
-    return torch.empty(0, dtype=dtype).numpy()
+    return torch.empty(0, dtype=dtype, device="cpu").numpy()
 
 
-def address(tensor: Tensor | None) -> int:
-    """Return where a tensor's memory starts; 0 for None, which stands for an argument left out.
+def run(kernel: Callable[..., Any], tensors: Sequence[Tensor | None], *arguments: Any) -> Any:
+    """Call a kernel of ``kernels.cpu.addressed`` with the addresses of contiguous tensors.
 
-    Whoever uses it has to hold the tensor meanwhile, and the tensor has to be contiguous.
+    The first tensor has the dtype of all floating-point ones; None stands for an argument left out.
     """
-    return 0 if tensor is None else tensor.data_ptr()
+    addresses = tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
+    return kernel(addresses, *arguments, num_threads(), like(tensors[0].dtype))  # type: ignore[union-attr]
 
 
 def array(tensor: Tensor) -> NDArray[Any]:

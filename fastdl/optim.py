@@ -7,23 +7,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer
-from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd as torch_sgd
 
-from fastdl.ops.sgd import can_update, sgd
+from fastdl.kernels.options import SGDOptions
+from fastdl.ops.sgd import update
+from fastdl.torch_private import (
+    has_global_step_hooks,
+    has_step_hooks,
+    init_group,
+    is_profiled,
+    use_grad_for_differentiable,
+)
 
 __all__ = ["SGD"]
+
+_NUMBERS = frozenset({float, int})
+# a number beyond this isn't finite in float32, where torch raises
+_GREATEST = 1e38
 
 
 class SGD(torch.optim.SGD):
     """Stochastic gradient descent, as ``torch.optim.SGD`` in every option, with one kernel call per step.
 
-    A parameter group goes to torch's own update where the kernel doesn't apply: parameters or gradients
-    that are not dense contiguous tensors of one dtype, float32 or float64 (float16 and bfloat16 too on an
-    NVIDIA GPU), and one device, a learning rate on the GPU, ``foreach=True``, ``fused=True`` or
-    ``differentiable=True`` asked for by name, and under ``torch.compile``. A state_dict can be loaded from
-    and into ``torch.optim.SGD``.
+    A parameter group goes to torch's own update where the kernel doesn't apply: parameters, gradients or
+    momentum buffers that are not dense contiguous tensors of one shape, of one dtype, float32 or float64
+    (float16 and bfloat16 too on an NVIDIA GPU), and one device; a parameter that stands twice in the group,
+    or shares memory with another one; an option that is no finite Python number, such as a learning rate in
+    a tensor; ``foreach=True``, ``fused=True`` or ``differentiable=True`` asked for by name; and under
+    ``torch.compile``. A state_dict can be loaded from and into ``torch.optim.SGD``.
 
     Parameters
     ----------
@@ -63,9 +75,8 @@ class SGD(torch.optim.SGD):
         -------
         The closure's loss, or None.
         """
-        # a subclass's own step is wrapped by torch, which then has run the hooks
-        if type(self).step is SGD.step and self._is_watched():
-            return _step_with_hooks(self, closure)
+        if _is_watched(self) and not _runs_hooks(type(self).step):
+            return _step_with_hooks(self, closure) if closure is not None else _step_with_hooks(self)
         return self._step(closure)
 
     # torch wraps the step of every class that isn't marked so; that costs 15 us where nothing watches
@@ -80,76 +91,54 @@ class SGD(torch.optim.SGD):
             for param in group["params"]:
                 param.grad = None
 
-    def _is_watched(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or optimizer._global_optimizer_pre_hooks
-            or optimizer._global_optimizer_post_hooks
-            or _is_profiled_or_compiled()
-        )
-
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if not self._update_by_kernel(group):
-                self._update_by_torch(group)
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            buffers: list[Tensor | None] = []
+            has_sparse_grad = init_group(self, group, params, grads, buffers)
+            started = [i for i, buffer in enumerate(buffers) if buffer is None]
+            options = self._kernel_options(group)
+            if options is None or not params or not update(params, grads, buffers, options):
+                self._update_by_torch(group, has_sparse_grad, params, grads, buffers)
+            # no sooner than they are written: who is interrupted leaves no buffer that holds nothing
+            for i in started:
+                self.state[params[i]]["momentum_buffer"] = buffers[i]
         return loss
 
-    def _update_by_kernel(self, group: dict[str, Any]) -> bool:
-        """Update a group's parameters; return False, with nothing done, where the kernel can't."""
-        if group["foreach"] or group["fused"] or group["differentiable"] or torch.compiler.is_compiling():
-            return False
-        lr = group["lr"]
-        # to read a learning rate on the GPU is to wait for it
-        if type(lr) is not float and isinstance(lr, Tensor) and lr.is_cuda:
-            return False
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        for param in group["params"]:
-            grad = param.grad
-            if grad is not None:
-                params.append(param)
-                grads.append(grad)
-        if not params:
-            return True
-        momentum = group["momentum"]
-        buffers: list[Tensor] = []
-        first_step = [False] * len(params)
-        if momentum != 0:
-            found = [self.state[param].get("momentum_buffer") for param in params]
-            first_step = [buffer is None for buffer in found]
-            buffers = [
-                torch.empty_like(param, requires_grad=False) if buffer is None else buffer
-                for param, buffer in zip(params, found, strict=True)
-            ]
-        if not can_update(params, grads, buffers):
-            return False
-        for param, buffer in zip(params, buffers, strict=False):
-            self.state[param]["momentum_buffer"] = buffer
-        sgd(
-            params,
-            grads,
-            buffers,
-            first_step,
-            float(lr),
-            float(momentum),
-            float(group["dampening"]),
-            float(group["weight_decay"]),
-            group["nesterov"],
-            group["maximize"],
-        )
-        return True
+    def _kernel_options(self, group: dict[str, Any]) -> SGDOptions | None:
+        """Return a group's options as the kernel takes them, or None where the update is torch's."""
+        if (
+            group["foreach"]
+            or group["fused"]
+            or self.defaults["differentiable"]
+            or torch.compiler.is_compiling()
+            # what GradScaler leaves for fused updates is an error for others
+            or "found_inf" in vars(self)
+            or "grad_scale" in vars(self)
+        ):
+            return None
+        numbers = [group["lr"], group["momentum"], group["dampening"], group["weight_decay"]]
+        for number in numbers:
+            if type(number) not in _NUMBERS or not -_GREATEST < number < _GREATEST:
+                return None
+        lr, momentum, dampening, weight_decay = map(float, numbers)
+        nesterov, maximize = bool(group["nesterov"]), bool(group["maximize"])
+        return SGDOptions(lr, momentum, dampening, weight_decay, nesterov, maximize)
 
-    @_use_grad_for_differentiable
-    def _update_by_torch(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Tensor | None] = []
-        has_sparse_grad = self._init_group(group, params, grads, buffers)  # type: ignore[no-untyped-call]
+    @use_grad_for_differentiable
+    def _update_by_torch(
+        self,
+        group: dict[str, Any],
+        has_sparse_grad: bool,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor | None],
+    ) -> None:
         torch_sgd(
             params,
             grads,
@@ -166,13 +155,19 @@ class SGD(torch.optim.SGD):
             grad_scale=getattr(self, "grad_scale", None),
             found_inf=getattr(self, "found_inf", None),
         )
-        if group["momentum"] != 0:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
 
 
 _step_with_hooks = Optimizer.profile_hook_step(SGD._step)
 
 
+def _runs_hooks(step: Callable[..., Any]) -> bool:
+    """Return whether torch has wrapped a step so that it runs the hooks, as it does for a subclass's own."""
+    return getattr(step, "__code__", None) is _step_with_hooks.__code__
+
+
+def _is_watched(optimizer: Optimizer) -> bool:
+    return has_step_hooks(optimizer) or has_global_step_hooks() or _is_profiled_or_compiled()
+
+
 def _is_profiled_or_compiled() -> bool:
-    return torch.compiler.is_compiling() or torch.autograd.profiler._is_profiler_enabled
+    return torch.compiler.is_compiling() or is_profiled()

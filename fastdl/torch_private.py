@@ -5,9 +5,14 @@ Importing this imports torch, and neither its compiler nor CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
-from torch.optim import Optimizer
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer, optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
 
 # where a module keeps its own hooks, in ``vars(module)``
 MODULE_HOOKS = (
@@ -16,6 +21,10 @@ MODULE_HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
 )
+
+# marks an optimizer's method that runs without grad mode, but for ``differentiable=True``
+use_grad_for_differentiable = _use_grad_for_differentiable
+num_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -28,6 +37,50 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def has_tensor_hooks(tensor: torch.Tensor) -> bool:
+def has_global_step_hooks() -> bool:
+    """Return whether a hook stands on the step of every optimizer."""
+    return bool(optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks)
+
+
+def has_tensor_hooks(tensor: Tensor) -> bool:
     """Return whether a hook waits for the tensor's gradient."""
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def init_group(optimizer: SGD, group: dict[str, Any], *lists: list[Any]) -> bool:
+    """Append a group's parameters, gradients and momentum buffers; return whether a gradient is sparse."""
+    return bool(optimizer._init_group(group, *lists))
+
+
+def is_profiled() -> bool:
+    """Return whether torch's profiler runs."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)
+
+
+def is_watched() -> bool:
+    """Return whether something sees torch's ops that could not see into a kernel.
+
+    A dispatch mode, a functorch transform, forward-mode differentiation, or a ``torch.jit.trace``.
+    """
+    return bool(
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def constant_for_compilers(function: Callable[..., bool]) -> Callable[..., bool]:
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, without its import, of a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def current_cuda_device() -> int:
+    """Return the number of torch's current GPU; CUDA has to be initialised."""
+    return torch._C._cuda_getDevice()
+
+
+def current_cuda_stream(device: int) -> int:
+    """Return the handle of torch's current stream on a GPU."""
+    return torch._C._cuda_getCurrentRawStream(device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from fastdl.arrays import are_plain
+from fastdl.torch_private import num_dispatch_modes
 
 
 def apply_of(function: type[Function]) -> Callable[..., Any]:
@@ -43,15 +44,19 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
     return apply
 
 
-def must_be_differentiable(grad: Tensor) -> bool:
-    """Return whether a backward pass has to be made of differentiable torch ops.
+def kernel_inputs(grad: Tensor, *saved: Tensor | None) -> list[Any] | None:
+    """Return the upstream gradient and saved tensors as the kernels take them: plain and contiguous.
 
-    So it is where the graph of the gradient itself is wanted (``create_graph=True``, a gradient penalty),
-    and where a transform such as vmap or a dispatch mode runs over the backward pass.
+    None where a backward pass has to be made of differentiable torch ops: the graph of the gradient itself
+    is wanted (``create_graph=True``, a gradient penalty); a transform such as vmap or a dispatch mode runs
+    over the backward pass; or a hook on saved tensors has given one back as something else. Whether the
+    shapes still fit is left to the caller.
     """
     if torch.compiler.is_dynamo_compiling():
-        return False
-    return torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0 or not are_plain(grad)
+        return [grad.contiguous(), *saved]
+    if torch.is_grad_enabled() or num_dispatch_modes() or not are_plain(grad, *saved):
+        return None
+    return [tensor if tensor is None else tensor.contiguous() for tensor in (grad, *saved)]
 
 
 def reference_grads(
