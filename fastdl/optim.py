@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,10 +14,9 @@ from torch.optim.sgd import sgd as torch_sgd
 from fastdl.kernels.options import SGDOptions
 from fastdl.ops.sgd import update
 from fastdl.torch_private import (
-    has_global_step_hooks,
-    has_step_hooks,
     init_group,
     is_profiled,
+    is_step_watched,
     use_grad_for_differentiable,
 )
 
@@ -75,7 +75,7 @@ class SGD(torch.optim.SGD):
         -------
         The closure's loss, or None.
         """
-        if _is_watched(self) and not _runs_hooks(type(self).step):
+        if is_step_watched(self) and not _runs_hooks(type(self).step):
             return _step_with_hooks(self, closure) if closure is not None else _step_with_hooks(self)
         return self._step(closure)
 
@@ -84,7 +84,7 @@ class SGD(torch.optim.SGD):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as torch does."""
-        if not set_to_none or _is_profiled_or_compiled():
+        if not set_to_none or torch.compiler.is_compiling() or is_profiled():
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
@@ -122,13 +122,14 @@ class SGD(torch.optim.SGD):
             or "grad_scale" in vars(self)
         ):
             return None
-        numbers = [group["lr"], group["momentum"], group["dampening"], group["weight_decay"]]
-        for number in numbers:
-            if type(number) not in _NUMBERS or not -_GREATEST < number < _GREATEST:
-                return None
-        lr, momentum, dampening, weight_decay = map(float, numbers)
-        nesterov, maximize = bool(group["nesterov"]), bool(group["maximize"])
-        return SGDOptions(lr, momentum, dampening, weight_decay, nesterov, maximize)
+        try:
+            return _options(
+                group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"],
+                group["maximize"],
+            )  # fmt: skip
+        except TypeError:
+            # an array can't be looked up
+            return None
 
     @use_grad_for_differentiable
     def _update_by_torch(
@@ -157,17 +158,18 @@ class SGD(torch.optim.SGD):
         )
 
 
+@lru_cache(maxsize=64, typed=True)
+def _options(*options: Any) -> SGDOptions | None:
+    *numbers, nesterov, maximize = options
+    for number in numbers:
+        if type(number) not in _NUMBERS or not -_GREATEST < number < _GREATEST:
+            return None
+    return SGDOptions(*map(float, numbers), bool(nesterov), bool(maximize))  # type: ignore[call-arg, arg-type]
+
+
 _step_with_hooks = Optimizer.profile_hook_step(SGD._step)
 
 
 def _runs_hooks(step: Callable[..., Any]) -> bool:
     """Return whether torch has wrapped a step so that it runs the hooks, as it does for a subclass's own."""
     return getattr(step, "__code__", None) is _step_with_hooks.__code__
-
-
-def _is_watched(optimizer: Optimizer) -> bool:
-    return has_step_hooks(optimizer) or has_global_step_hooks() or _is_profiled_or_compiled()
-
-
-def _is_profiled_or_compiled() -> bool:
-    return torch.compiler.is_compiling() or is_profiled()

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer, optimizer
+from torch.optim import SGD, Optimizer
+from torch.optim import optimizer as all_optimizers
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 # where a module keeps its own hooks, in ``vars(module)``
@@ -25,6 +26,7 @@ MODULE_HOOKS = (
 # marks an optimizer's method that runs without grad mode, but for ``differentiable=True``
 use_grad_for_differentiable = _use_grad_for_differentiable
 num_dispatch_modes = torch._C._len_torch_dispatch_stack
+autocasts_anywhere = torch._C._is_any_autocast_enabled
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -37,9 +39,15 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def has_global_step_hooks() -> bool:
-    """Return whether a hook stands on the step of every optimizer."""
-    return bool(optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks)
+def is_step_watched(optimizer: Optimizer) -> bool:
+    """Return whether a hook stands on the optimizer's step or on all optimizers', or the profiler runs."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or all_optimizers._global_optimizer_pre_hooks
+        or all_optimizers._global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def has_tensor_hooks(tensor: Tensor) -> bool:
@@ -47,9 +55,12 @@ def has_tensor_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
 
 
-def init_group(optimizer: SGD, group: dict[str, Any], *lists: list[Any]) -> bool:
+def init_group(
+    optimizer: SGD, group: dict[str, Any], params: list[Any], grads: list[Any], buffers: list[Any]
+) -> bool:
     """Append a group's parameters, gradients and momentum buffers; return whether a gradient is sparse."""
-    return bool(optimizer._init_group(group, *lists))
+    has_sparse_grad: bool = optimizer._init_group(group, params, grads, buffers)
+    return has_sparse_grad
 
 
 def is_profiled() -> bool:
@@ -63,8 +74,8 @@ def is_watched() -> bool:
     A dispatch mode, a functorch transform, forward-mode differentiation, or a ``torch.jit.trace``.
     """
     return bool(
-        forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
+        num_dispatch_modes()
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )

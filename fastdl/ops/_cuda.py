@@ -156,6 +156,6 @@ def mse_loss_backward(
     run(input, kernels.mse_loss_backward, grad_loss, input, target, code, grad_input)
 
 
-def sgd(table: Sequence[tuple[int, ...]], like: Tensor, options: SGDOptions) -> None:
+def sgd(table: Sequence[Sequence[int]], like: Tensor, options: SGDOptions) -> None:
     """Update all parameters of a table, which lie on one GPU, and their momentum buffers in place."""
     run(like, cuda_kernels().sgd, table, like, options)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdl.arrays import are_plain
 
@@ -61,14 +63,14 @@ def register(
         torch.library.register_fake(f"fastdl::{name}", allocate, lib=_LIBRARY)
         registered = getattr(torch.ops.fastdl, name).default
 
+        @wraps(allocate)
         def call(*args: Any) -> R:
-            if torch.compiler.is_dynamo_compiling():
+            if is_dynamo_compiling():
                 return registered(*args)  # type: ignore[no-any-return]
             outputs = allocate(*args)
             (cuda if args[0].is_cuda else cpu)(outputs, *args)
             return outputs
 
-        call.__name__, call.__doc__ = name, allocate.__doc__
         return call
 
     return decorate

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import cpu_kernels, run
-from fastdl.kernels.options import CrossEntropyOptions
+from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._autograd import apply_of, kernel_inputs, reference_grads
+from fastdl.ops._autograd import apply_of, reference_grads, takes_kernels
 from fastdl.ops._registration import register
-from fastdl.ops.linear import linear_backward, linear_fits, linear_forward
+from fastdl.ops.linear import fits, linear_backward, linear_forward
 from fastdl.reference import ops as reference
 
 
@@ -29,9 +28,18 @@ def _forward(
     need_grad: bool,
 ) -> None:
     kernels = cpu_kernels()
-    options = CrossEntropyOptions(ignore_index, label_smoothing, kernels.reduction.CODES[reduction])
-    tensors = (logits, target, weight, *outputs)
-    invalid_row = run(kernels.addressed.cross_entropy_forward, tensors, (*logits.shape,), options)
+    loss, grad_logits = outputs
+    addresses = (
+        logits.data_ptr(),
+        target.data_ptr(),
+        address(weight),
+        loss.data_ptr(),
+        grad_logits.data_ptr(),
+    )
+    sizes, options = (*logits.shape,), (ignore_index, label_smoothing, kernels.reduction.CODES[reduction])
+    invalid_row = kernels.addressed.cross_entropy_forward(
+        addresses, sizes, options, num_threads(), like(logits.dtype)
+    )
     if invalid_row >= 0:
         raise IndexError(
             f"Target {target[invalid_row].item()} is out of bounds: row {invalid_row} of target must be a "
@@ -57,8 +65,10 @@ def cross_entropy_forward(
 def _backward(
     scaled: Tensor, grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int
 ) -> None:
-    tensors, sizes = (grad_loss, grad_logits, target, scaled), (grad_loss.numel(), *grad_logits.shape)
-    run(cpu_kernels().addressed.cross_entropy_backward, tensors, sizes, ignore_index)
+    addresses = grad_loss.data_ptr(), grad_logits.data_ptr(), target.data_ptr(), scaled.data_ptr()
+    sizes, threads = (grad_loss.numel(), *grad_logits.shape), num_threads()
+    kernel = cpu_kernels().addressed.cross_entropy_backward
+    kernel(addresses, sizes, ignore_index, threads, like(grad_logits.dtype))
 
 
 @register(_backward, _cuda.cross_entropy_backward, "|N, N C, int64 N")
@@ -71,16 +81,16 @@ def cross_entropy_backward(
 
 def _grad_logits(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int) -> Tensor | None:
     """Return ``grad_loss * grad_logits``, or None where it has to be made of differentiable torch ops."""
-    tensors = kernel_inputs(grad_loss, grad_logits)
     if (
-        tensors is None
+        not takes_kernels(grad_loss, grad_logits)
         or grad_logits.dim() != 2
-        or (target.dtype, target.shape) != (torch.int64, grad_logits.shape[:1])
+        or target.dtype != torch.int64
         or target.device != grad_logits.device
-        or not (grad_loss.dim() == 0 or grad_loss.shape == target.shape)
+        or target.shape != grad_logits.shape[:1]
+        or (grad_loss.dim() != 0 and grad_loss.shape != target.shape)
     ):
         return None
-    return cross_entropy_backward(*tensors, target.contiguous(), ignore_index)
+    return cross_entropy_backward(grad_loss.contiguous(), grad_logits, target.contiguous(), ignore_index)
 
 
 def _keep_grad_logits(ctx: Any, output: tuple[Tensor, Tensor], *inputs: Tensor | None) -> None:
@@ -176,8 +186,11 @@ class LinearCrossEntropyFunction(Function):
         ignore_index, label_smoothing, reduction = ctx.options
         needs_grad = ctx.needs_input_grad[:3]
         scaled = _grad_logits(grad_loss, grad_logits, target, ignore_index)
-        tensors = None if scaled is None else kernel_inputs(scaled, None, input, linear_weight)
-        if tensors is None or not linear_fits(*tensors):
+        if (
+            scaled is None
+            or not takes_kernels(scaled, input, linear_weight)
+            or not fits(scaled, None, input, linear_weight)
+        ):
 
             def forward(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
                 return reference.linear_cross_entropy(
@@ -193,7 +206,6 @@ class LinearCrossEntropyFunction(Function):
 
             inputs = (input, linear_weight, linear_bias)
             return *reference_grads(forward, inputs, needs_grad, grad_loss), *(None,) * 6
-        scaled, _, input, linear_weight = tensors
         return *linear_backward(scaled, None, input, linear_weight, needs_grad), *(None,) * 6
 
 

@@ -7,16 +7,17 @@ from typing import Any
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import cpu_kernels, run
+from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._autograd import apply_of, kernel_inputs
+from fastdl.ops._autograd import apply_of, takes_kernels
 from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
 def _forward(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> None:
+    addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr()
     sizes = *input.shape, weight.shape[0]
-    run(cpu_kernels().addressed.linear_forward, (input, weight, bias, output), sizes, relu)
+    cpu_kernels().addressed.linear_forward(addresses, sizes, relu, num_threads(), like(input.dtype))
 
 
 @register(_forward, _cuda.linear_forward, "N K, M K, M")
@@ -26,9 +27,9 @@ def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: boo
 
 
 def _grad_input(grad_input: Tensor, grad_output: Tensor, output: Tensor | None, weight: Tensor) -> None:
-    num_outputs, num_inputs = weight.shape
-    sizes = grad_output.shape[0], num_inputs, num_outputs
-    run(cpu_kernels().addressed.linear_grad_input, (grad_output, output, weight, grad_input), sizes)
+    addresses = grad_output.data_ptr(), address(output), weight.data_ptr(), grad_input.data_ptr()
+    sizes = *grad_input.shape, weight.shape[0]
+    cpu_kernels().addressed.linear_grad_input(addresses, sizes, num_threads(), like(weight.dtype))
 
 
 @register(_grad_input, _cuda.linear_grad_input, "N M, N M, M K")
@@ -45,8 +46,16 @@ def _grad_weight(
     need_weight: bool,
     need_bias: bool,
 ) -> None:
+    grad_weight, grad_bias = grads
+    addresses = (
+        grad_output.data_ptr(),
+        address(output),
+        input.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+    )
     sizes = *input.shape, grad_output.shape[1]
-    run(cpu_kernels().addressed.linear_grad_weight, (grad_output, output, input, *grads), sizes)
+    cpu_kernels().addressed.linear_grad_weight(addresses, sizes, num_threads(), like(input.dtype))
 
 
 @register(_grad_weight, _cuda.linear_grad_weight, "N M, N M, N K")
@@ -95,17 +104,14 @@ def linear_backward(
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None
 
 
-def linear_fits(
-    grad_output: Tensor, output: Tensor | None, input: Tensor | None, weight: Tensor | None
-) -> bool:
+def fits(grad_output: Tensor, output: Tensor | None, input: Tensor | None, weight: Tensor | None) -> bool:
     """Return whether saved tensors have the shapes that :func:`linear_backward` takes."""
-    if grad_output.dim() != 2:
-        return False
-    num_rows, num_outputs = grad_output.shape
+    shape = grad_output.shape
     return (
-        (output is None or output.shape == grad_output.shape)
-        and (input is None or (input.dim() == 2 and input.shape[0] == num_rows))
-        and (weight is None or (weight.dim() == 2 and weight.shape[0] == num_outputs))
+        len(shape) == 2
+        and (output is None or output.shape == shape)
+        and (input is None or (input.dim() == 2 and input.shape[0] == shape[0]))
+        and (weight is None or (weight.dim() == 2 and weight.shape[0] == shape[1]))
     )
 
 
@@ -134,11 +140,9 @@ class LinearFunction(Function):
         """Return the gradients that are wanted."""
         input, weight, output = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[:3]
-        tensors = kernel_inputs(grad_output, output, input, weight)
-        if tensors is None or not linear_fits(*tensors):
-            return *reference.linear_backward(grad_output, output, input, weight, needs_grad), None
-        grad_output, output, input, weight = tensors
-        return *linear_backward(grad_output, output, input, weight, needs_grad), None
+        if takes_kernels(grad_output, output, input, weight) and fits(grad_output, output, input, weight):
+            return *linear_backward(grad_output.contiguous(), output, input, weight, needs_grad), None
+        return *reference.linear_backward(grad_output, output, input, weight, needs_grad), None
 
 
 apply_linear = apply_of(LinearFunction)

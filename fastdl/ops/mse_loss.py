@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import cpu_kernels, run
+from fastdl.arrays import cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._autograd import apply_of, kernel_inputs, reference_grads
+from fastdl.ops._autograd import apply_of, reference_grads, takes_kernels
 from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
 def _forward(loss: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
     kernels = cpu_kernels()
+    addresses = input.data_ptr(), target.data_ptr(), loss.data_ptr()
     code = kernels.reduction.CODES[reduction]
-    run(kernels.addressed.mse_loss_forward, (input, target, loss), input.numel(), code)
+    kernels.addressed.mse_loss_forward(addresses, input.numel(), code, num_threads(), like(input.dtype))
 
 
 @register(_forward, _cuda.mse_loss_forward, "*, *")
@@ -30,9 +31,9 @@ def mse_loss_forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
 
 def _backward(grad_input: Tensor, grad_loss: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
     kernels = cpu_kernels()
-    sizes = grad_loss.numel(), input.numel()
-    code = kernels.reduction.CODES[reduction]
-    run(kernels.addressed.mse_loss_backward, (grad_loss, input, target, grad_input), sizes, code)
+    addresses = grad_loss.data_ptr(), input.data_ptr(), target.data_ptr(), grad_input.data_ptr()
+    sizes, code = (grad_loss.numel(), input.numel()), kernels.reduction.CODES[reduction]
+    kernels.addressed.mse_loss_backward(addresses, sizes, code, num_threads(), like(input.dtype))
 
 
 @register(_backward, _cuda.mse_loss_backward, "|*, *, *")
@@ -60,12 +61,12 @@ class MSELossFunction(Function):
         """Return ``2 (input - target) grad_loss``, over the number of elements for the mean."""
         need_input, need_target, _ = ctx.needs_input_grad
         input, target = ctx.saved_tensors
-        tensors = kernel_inputs(grad_loss, input, target)
         loss_shape = input.shape if ctx.reduction == "none" else ()
-        if tensors is None or input.shape != target.shape or grad_loss.shape != loss_shape:
+        fits = input.shape == target.shape and grad_loss.shape == loss_shape
+        if not fits or not takes_kernels(grad_loss, input, target):
             forward = partial(reference.mse_loss, reduction=ctx.reduction)
             return *reference_grads(forward, (input, target), (need_input, need_target), grad_loss), None
-        grad_input = mse_loss_backward(*tensors, ctx.reduction)
+        grad_input = mse_loss_backward(grad_loss.contiguous(), input, target, ctx.reduction)
         # the target stands in the difference with a minus
         grad_target = torch.neg(grad_input) if need_target else None
         return grad_input if need_input else None, grad_target, None

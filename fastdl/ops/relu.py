@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import cpu_kernels, run
+from fastdl.arrays import cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._autograd import apply_of, kernel_inputs, reference_grads
+from fastdl.ops._autograd import apply_of, reference_grads, takes_kernels
 from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
 def _forward(output: Tensor, input: Tensor) -> None:
-    run(cpu_kernels().addressed.relu_forward, (input, output), input.numel())
+    addresses = input.data_ptr(), output.data_ptr()
+    cpu_kernels().addressed.relu_forward(addresses, input.numel(), num_threads(), like(input.dtype))
 
 
 @register(_forward, _cuda.relu_forward, "*")
@@ -26,7 +27,8 @@ def relu_forward(input: Tensor) -> Tensor:
 
 
 def _backward(grad_input: Tensor, grad_output: Tensor, output: Tensor) -> None:
-    run(cpu_kernels().addressed.relu_backward, (grad_output, output, grad_input), output.numel())
+    addresses = grad_output.data_ptr(), output.data_ptr(), grad_input.data_ptr()
+    cpu_kernels().addressed.relu_backward(addresses, output.numel(), num_threads(), like(output.dtype))
 
 
 @register(_backward, _cuda.relu_backward, "*, *")
@@ -51,11 +53,11 @@ class ReLUFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
         """Return grad_output where not output <= 0, else 0."""
-        tensors = kernel_inputs(grad_output, *ctx.saved_tensors)
-        if tensors is None or tensors[0].shape != tensors[1].shape:
-            # relu(output) has the gradient of relu(input): both have one sign
-            return reference_grads(reference.relu, ctx.saved_tensors, (True,), grad_output)[0]
-        return relu_backward(*tensors)
+        (output,) = ctx.saved_tensors
+        if takes_kernels(grad_output, output) and grad_output.shape == output.shape:
+            return relu_backward(grad_output.contiguous(), output)
+        # relu(output) has the gradient of relu(input): both have one sign
+        return reference_grads(reference.relu, (output,), (True,), grad_output)[0]
 
 
 apply_relu = apply_of(ReLUFunction)

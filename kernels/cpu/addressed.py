@@ -18,6 +18,7 @@ from fastdl.kernels.cpu import cross_entropy, linear, mse_loss, relu
 from fastdl.kernels.cpu.memory import array_at
 from fastdl.kernels.cpu.reduction import NONE
 from fastdl.kernels.jit import inlined_jit, jit
+from fastdl.kernels.options import CrossEntropyOptions
 
 
 @inlined_jit
@@ -91,15 +92,19 @@ def relu_backward(addresses, size, num_threads, like):
 
 @jit
 def cross_entropy_forward(addresses, sizes, options, num_threads, like):
-    """Call ``cross_entropy.cross_entropy_forward`` and return what it returns; sizes are (N, C)."""
+    """Call ``cross_entropy.cross_entropy_forward`` and return what it returns; sizes are (N, C).
+
+    The options are a plain tuple, which gets here in a third of a record's time.
+    """
+    record = CrossEntropyOptions(*options)
     logits, target, weight, loss, grad_logits = addresses
     num_rows, num_classes = sizes
     return cross_entropy.cross_entropy_forward(
         array_at(logits, sizes, like.dtype),
         array_at(target, num_rows, np.dtype(np.int64)),
         array_at(weight, num_classes if weight else 0, like.dtype),
-        options,
-        array_at(loss, num_rows if options.reduction == NONE else 1, like.dtype),
+        record,
+        array_at(loss, num_rows if record.reduction == NONE else 1, like.dtype),
         _matrix(grad_logits, sizes, like.dtype),
         num_threads,
     )

@@ -60,4 +60,4 @@ def usable(num_threads: int) -> int:
     """
     if _is_for_owner_alone and threading.get_ident() != _owner:
         return 1
-    return min(num_threads, _limit)
+    return num_threads if num_threads < _limit else _limit
