@@ -23,8 +23,8 @@ from fastdl.torch_private import (
 __all__ = ["SGD"]
 
 _NUMBERS = frozenset({float, int})
-# a number beyond this isn't finite in float32, where torch raises
-_GREATEST = 1e38
+# numbers beyond these aren't finite in float32, where torch raises, or round to 0, which takes no part
+_LEAST, _GREATEST = 1e-37, 1e38
 
 
 class SGD(torch.optim.SGD):
@@ -162,7 +162,7 @@ class SGD(torch.optim.SGD):
 def _options(*options: Any) -> SGDOptions | None:
     *numbers, nesterov, maximize = options
     for number in numbers:
-        if type(number) not in _NUMBERS or not -_GREATEST < number < _GREATEST:
+        if type(number) not in _NUMBERS or not (number == 0 or _LEAST < abs(number) < _GREATEST):
             return None
     return SGDOptions(*map(float, numbers), bool(nesterov), bool(maximize))  # type: ignore[call-arg, arg-type]
 

@@ -46,9 +46,9 @@ def update(param, grad, scale, buffer, is_fresh, options):
     dtype = param.dtype.type
     scale, lr, momentum = dtype(scale), dtype(options.lr), dtype(options.momentum)
     weight_decay, nesterov = dtype(options.weight_decay), options.nesterov
-    # an option that is 0 takes no part: 0 times infinity would be NaN
-    decays = weight_decay != 0
-    if momentum == 0:
+    # an option that is 0 takes no part: 0 times infinity would be NaN; one that rounds to 0 does
+    decays = options.weight_decay != 0
+    if options.momentum == 0:
         if decays:
             for i in range(param.size):
                 param[i] -= lr * (scale * grad[i] + weight_decay * param[i])
