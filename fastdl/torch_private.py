@@ -9,9 +9,12 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
-from torch.optim import Optimizer, optimizer
+from torch.optim import SGD, Optimizer
+from torch.optim import optimizer as _optimizer
+from torch.optim.optimizer import _use_grad_for_differentiable
 from torch.utils._device import DeviceContext
 
 # where a module keeps its own hooks, in ``vars(module)``
@@ -25,7 +28,7 @@ MODULE_HOOKS = {
 GLOBAL_MODULE_HOOKS = tuple((getattr(_module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
 _GLOBALS = vars(_module)
 # the hooks on the step of all optimizers
-GLOBAL_STEP_HOOKS = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
+GLOBAL_STEP_HOOKS = _optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks
 # the method that makes the replicas of a DataParallel
 REPLICATE = "_replicate_for_data_parallel"
 # what a module's ``__call__`` calls on it before its forward
@@ -36,6 +39,12 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copy each source to its target, on a GPU in one launch for many."""
     if targets:
         torch._foreach_copy_(targets, sources)
+
+
+# marks an optimizer's method that runs without grad mode, but for ``differentiable=True``
+use_grad_for_differentiable = _use_grad_for_differentiable
+num_dispatch_modes = torch._C._len_torch_dispatch_stack
+autocasts_anywhere = torch._C._is_any_autocast_enabled
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -131,7 +140,7 @@ def active_modes(device_type: str) -> str | None:
     modes = {
         "under autocast": torch.is_autocast_enabled(device_type),
         "in anomaly mode, which looks at every gradient": torch.is_anomaly_enabled(),
-        "under a torch dispatch mode": torch._C._len_torch_dispatch_stack(),
+        "under a torch dispatch mode": num_dispatch_modes(),
         "in a transform of torch.func": torch._C._are_functorch_transforms_active(),
         "under saved_tensors_hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
         # a default device is such a mode as well
@@ -150,3 +159,45 @@ def has_tensor_hooks(tensor: Tensor) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Return how often the tensor was written in place, as far as torch counts."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def init_group(
+    optimizer: SGD, group: dict[str, Any], params: list[Any], grads: list[Any], buffers: list[Any]
+) -> bool:
+    """Append a group's parameters, gradients and momentum buffers; return whether a gradient is sparse."""
+    has_sparse_grad: bool = optimizer._init_group(group, params, grads, buffers)
+    return has_sparse_grad
+
+
+def is_profiled() -> bool:
+    """Return whether torch's profiler runs."""
+    return bool(torch.autograd.profiler._is_profiler_enabled)
+
+
+def is_watched() -> bool:
+    """Return whether something sees torch's ops that could not see into a kernel.
+
+    A dispatch mode, a functorch transform, forward-mode differentiation, or a ``torch.jit.trace``.
+    """
+    return bool(
+        num_dispatch_modes()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or is_tracing()
+    )
+
+
+def constant_for_compilers(function: Callable[..., bool]) -> Callable[..., bool]:
+    """Mark a function as ``torch.compiler.assume_constant_result`` does, without its import, of a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def current_cuda_device() -> int:
+    """Return the number of torch's current GPU; CUDA has to be initialised."""
+    return torch._C._cuda_getDevice()
+
+
+def current_cuda_stream(device: int) -> int:
+    """Return the handle of torch's current stream on a GPU."""
+    return torch._C._cuda_getCurrentRawStream(device)

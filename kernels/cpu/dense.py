@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from fastdl.kernels.cpu.intrinsics import TILE, Matrix, sum_open, transpose_block
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix, sum_rows, transpose_block
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     PANEL_BYTES,
@@ -37,6 +37,7 @@ from fastdl.kernels.cpu.panels import (
 )
 from fastdl.kernels.cpu.sgd import update
 from fastdl.kernels.jit import inlined_jit, linked_jit
+from fastdl.kernels.options import SGDOptions
 
 # the columns of the table of layers
 (
@@ -356,7 +357,10 @@ def update_part(state, at, buffer_at, is_fresh, options, scratch, grad_at, count
         -scale if options[MAXIMIZE] != 0 else scale,
         state[buffer_at : buffer_at + count],
         is_fresh,
-        options[LR], options[MOMENTUM], options[DAMPENING], options[WEIGHT_DECAY], options[NESTEROV] != 0,
+        SGDOptions(
+            options[LR], options[MOMENTUM], options[DAMPENING], options[WEIGHT_DECAY], options[NESTEROV] != 0,
+            options[MAXIMIZE] != 0,
+        ),
     )  # fmt: skip
 
 
@@ -529,7 +533,7 @@ def backward_bias(layers, layer, stride, state, scratch, work, count, panels, gr
     panel = panel_of(scratch)
     for j in range(panels[0], panels[1]):
         at = layers[layer, GRAD] + j * stride * panel
-        sum_open(scratch, at, scratch, at, False, panel, count, panel, scratch, work)
+        sum_rows(Matrix(scratch, at, panel), (scratch, at), False, (count, panel), (scratch, work))
         update_part(
             state, layers[layer, BIAS] + j * panel, layers[layer, BIAS_BUFFER] + j * panel, is_fresh, options,
             scratch, work, min(panel, layers[layer, NUM_OUTPUTS] - j * panel), state.dtype.type(1),

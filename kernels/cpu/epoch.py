@@ -56,7 +56,9 @@ from fastdl.kernels.cpu.dense import (
 from fastdl.kernels.cpu.intrinsics import TILE
 from fastdl.kernels.cpu.panels import WORD, panel_of
 from fastdl.kernels.cpu.parallel import share
+from fastdl.kernels.cpu.reduction import MEAN
 from fastdl.kernels.jit import inlined_jit, jit, linked_jit
+from fastdl.kernels.options import CrossEntropyOptions
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
 # what counters says: arrivals at the barrier; whether to stop, asked from outside; whether all threads stop;
@@ -130,15 +132,15 @@ def _loss_rows(
         columns = np.empty((width + ROW_SUMS, block), scratch.dtype)
         losses, block_labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
         best = np.empty(block, np.int32)
+        options = CrossEntropyOptions(ignore_index, smoothing, int(MEAN))
         for start in range(rows[0], rows[1], block):
             size = min(block, rows[1] - start)
             for n in range(size):
                 block_labels[n] = labels[order[first + start + n]]
             read_block(scratch, output + start * panel, panel, stride * panel, size, columns)
             cross_entropy_block(
-                columns, size, block_labels, class_weight, ignore_index, smoothing, 1.0 / divisor,
-                losses, best, needs_grad,
-            )  # fmt: skip
+                columns, block_labels[:size], class_weight, options, 1.0 / divisor, losses, best, needs_grad
+            )
             # a mean counts for as many rows as the batch has
             factor = count / divisor if is_mean else 1.0
             for n in range(size):

@@ -164,7 +164,9 @@ def _multiply_panels_down(*arguments):
     _multiply_panels(*arguments, ways=[True])
 
 
-def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, rows, cols, bias, start, relu):
+def _multiply_packed(vectors, output, a, down, b, size, epilogue):
+    (output, output_stride), (a, a_run), (b,) = output, a, b
+    depth, rows, cols = size
     used = vectors.vectors_of(cols)
 
     def write(num_vectors, num_rows, is_down):
@@ -172,7 +174,7 @@ def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, r
         tile.prefetch()
         sums = [vectors.zero] * (num_rows * num_vectors)
         sums = _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors)
-        tile.write(sums, bias, start, relu)
+        tile.write(sums, *epilogue)
         return []
 
     _choose_tile(vectors, used, rows, down, [False, True], write)
@@ -209,31 +211,33 @@ def _outer_product(vectors, output, a, b, rows):
     vectors.loop(rows, 1, [output], row)
 
 
-def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
+def _pack_panel(vectors, source, mask_source, is_masked, target, size):
     builder = vectors.builder
+    (source, stride), (mask_source,), (target,) = source, mask_source, target
+    lines, cols = size
     panel = TILE.vectors * vectors.width
 
-    def write(is_whole, is_gated):
+    def write(is_whole, is_masked):
         columns = [v * vectors.width for v in range(TILE.vectors)]
         masks = [None if is_whole else vectors.first(builder.sub(cols, INTP(c))) for c in columns]
 
         def line(_, state):
-            source, gate, target = state
+            source, mask_source, target = state
             for column, mask in zip(columns, masks, strict=True):
                 value = vectors.load(vectors.at(source, column), mask)
-                if is_gated:
-                    value = vectors.close(vectors.load(vectors.at(gate, column), mask), value)
+                if is_masked:
+                    value = vectors.masked(vectors.load(vectors.at(mask_source, column), mask), value)
                 vectors.store(value, vectors.at(target, column))
-            return [vectors.at(source, stride), vectors.at(gate, stride), vectors.at(target, panel)]
+            return [vectors.at(source, stride), vectors.at(mask_source, stride), vectors.at(target, panel)]
 
-        vectors.loop(lines, 1, [source, gate, target], line)
+        vectors.loop(lines, 1, [source, mask_source, target], line)
         return []
 
     whole = builder.icmp_signed("==", cols, INTP(panel))
     vectors.choose(
         whole,
         [False, True],
-        lambda is_whole: vectors.choose(gated, [False, True], lambda is_gated: write(is_whole, is_gated)),
+        lambda is_whole: vectors.choose(is_masked, [False, True], lambda masked: write(is_whole, masked)),
     )
 
 
@@ -357,37 +361,24 @@ def outer_product(typing_context, output, output_at, a, a_at, b, b_at, rows):
 
 
 @intrinsic
-def multiply_packed(
-    typing_context,
-    output, output_at, output_stride,
-    a, a_at, a_run, down,
-    b, b_at,
-    depth, rows, cols,
-    bias, bias_at, start, relu,
-):  # fmt: skip
-    """Write one tile of a product as ``multiply_panels`` does, but to rows of any stride.
+def multiply_packed(typing_context, output, a, down, b, size, epilogue):
+    """Write one tile of a product as ``multiply_panels`` does, but to rows of any stride, with an epilogue.
 
-    The tile has cols columns, of at most a panel. It starts from what ``start`` says, and where relu is true
-    its numbers that are 0 or less become 0 at the end.
+    The output is a Matrix with a stride of rows, a one with a stride of panels, b (array, position), and size
+    (depth, rows, cols), where the tile has cols columns, of at most a panel.
     """
-    return call_of(
-        _multiply_packed, output, output_at, output_stride, a, a_at, a_run, down, b, b_at, depth, rows, cols,
-        bias, bias_at, start, relu,
-    )  # fmt: skip
+    return call_of(_multiply_packed, output, a, down, b, size, epilogue, grouped=True)
 
 
 @intrinsic
-def pack_panel(
-    typing_context, source, source_at, source_stride, gate, gate_at, gated, target, target_at, lines, cols
-):
+def pack_panel(typing_context, source, mask_source, is_masked, target, size):
     """Copy lines of a matrix, cols columns of each, to the rows of a panel, and 0 to the columns behind.
 
-    Where gated is true, 0 is written for each number whose gate, at the same place of a matrix of the same
-    stride, is 0 or less.
+    Where is_masked is true, 0 is written for each number for which mask_source, a matrix of the same stride,
+    is 0 or less. The source is a Matrix with a stride of lines, mask_source and target are (array, position),
+    and size is (lines, cols).
     """
-    return call_of(
-        _pack_panel, source, source_at, source_stride, gate, gate_at, gated, target, target_at, lines, cols
-    )
+    return call_of(_pack_panel, source, mask_source, is_masked, target, size, grouped=True)
 
 
 @intrinsic
