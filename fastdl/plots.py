@@ -77,8 +77,9 @@ def _picture(
 
 def _import_matplotlib() -> None:
     """Import matplotlib, which raises where MPLBACKEND names a backend that it doesn't know."""
-    if "matplotlib" in sys.modules or not (backend := os.environ.pop("MPLBACKEND", None)):
+    if "matplotlib" in sys.modules or not os.environ.get("MPLBACKEND"):
         return
+    backend = os.environ.pop("MPLBACKEND")
     try:
         import matplotlib
     finally:
