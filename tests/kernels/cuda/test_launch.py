@@ -106,14 +106,17 @@ def test_a_kernel_is_compiled_and_loaded_once_for_each_architecture(driver, cach
     "package", ["nvidia-cuda-nvcc", "nvidia-nvjitlink", "nvidia-nvvm", "numba-cuda", "cuda-core"]
 )
 def test_another_release_of_what_makes_machine_code_has_files_of_its_own(package, release, monkeypatch):
+    installed = {}
+
     def version(name):
-        if name == f"{package}{release}":
-            return found
-        raise ImportError(name)
+        if name not in installed:
+            raise ImportError(name)
+        return installed[name]
 
     monkeypatch.setattr(launch, "version", version)
     digests = []
     for found in ("1.0", "1.1"):
+        installed[f"{package}{release}"] = found
         launch._toolchain.cache_clear()
         digests.append(launch._toolchain())
     launch._toolchain.cache_clear()
@@ -134,13 +137,13 @@ def test_other_settings_of_cuda_have_files_of_their_own(variable, monkeypatch):
     "damage", [lambda code: code[: len(code) // 2], lambda code: b"", lambda code: code[::-1]]
 )
 def test_damaged_machine_code_is_made_anew(damage, driver, cache):
-    code = _kernel().machine_code("sm_90a")
+    _kernel().machine_code("sm_90a")
     (path,) = cache.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    assert _kernel().machine_code("sm_90a") == code
-    whole = path.read_bytes()
-    assert _kernel().machine_code("sm_90a") == code
-    assert path.read_bytes() == whole
+    code = _kernel().machine_code("sm_90a")
+    assert code[:4] == b"\x7fELF"
+    # written anew, and read by the next
+    assert _kernel().machine_code("sm_90a") == code == disk.read(path.name)
 
 
 def test_without_a_folder_to_write_to_kernels_still_load(driver, monkeypatch):
