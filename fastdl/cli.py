@@ -193,6 +193,8 @@ def _train(model: Model, options: _Options) -> None:
     folder = options.out or Path("runs", f"{model}-{impl}")
     # a folder that can't be written is better found before the training than after it
     make_folder(folder)
+    X, y, test = examples.X, examples.y, (examples.X_test, examples.y_test)
+    settings: dict[str, Any] = {"num_epochs": options.epochs, "batch_size": options.batch_size}
     finished: tuple[dict[str, Tensor], History] | None = None
 
     def keep(history: History) -> None:
@@ -203,18 +205,7 @@ def _train(model: Model, options: _Options) -> None:
     started = time.perf_counter()
     interrupted = False
     try:
-        run(
-            program,
-            impl,
-            examples.X,
-            examples.y,
-            num_epochs=options.epochs,
-            batch_size=options.batch_size,
-            test=(examples.X_test, examples.y_test),
-            generator=order,
-            progress=True,
-            on_epoch=keep,
-        )
+        run(program, impl, X, y, **settings, test=test, generator=order, progress=True, on_epoch=keep)
     except KeyboardInterrupt:
         interrupted = True
     seconds = time.perf_counter() - started
@@ -223,9 +214,9 @@ def _train(model: Model, options: _Options) -> None:
         weights, history = finished
         with replacing(folder / "weights.safetensors") as temporary:
             temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
-        settings = {"epochs": options.epochs, "batch_size": options.batch_size, "seed": options.seed}
-        about = {"model": model, "impl": impl, "data": examples.name, "device": str(device), **settings}
-        about |= {"examples": options.examples, **update, "machine": machine.describe()}
+        about = {"model": model, "impl": impl, "data": examples.name, "device": str(device), **update}
+        about |= {name: getattr(options, name) for name in ("epochs", "batch_size", "seed", "examples")}
+        about["machine"] = machine.describe()
         history.save(folder / "history.json", about)
         _print_history(history, f"{title}, {impl}, {examples.name} data, {seconds:.1f} s")
         if model == "linear":
@@ -287,10 +278,10 @@ def reproduce_command(
     """
     if threads:
         torch.set_num_threads(threads)
+    make_folder(out)
     started = time.perf_counter()
     report = reproduce(
         [model for model in RECIPES if not models or model in models],
-        out,
         data_name=data_name,
         data_root=data_root,
         num_examples=examples,
@@ -299,6 +290,7 @@ def reproduce_command(
         say=_note,
     )
     Console(width=max(console.width, _TABLE_WIDTH)).print(report.table())
+    report.save(out / "results.json")
     undrawn = plots.draw(out, report.pictures)
     seconds = time.perf_counter() - started
     console.print(f"Saved to {out} after {seconds:.0f} s: results.json and the pictures")

@@ -16,12 +16,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Parameters
     ----------
     path : path
-        Its folder is created where it is missing; a file that stands there stays until it is replaced.
+        Its folder is created where it is missing; an existing file stays until it is replaced.
 
     Yields
     ------
     Path
-        A path beside it, of the same name, at which nothing stands yet. What is there is removed if the
+        A path beside it, of the same name, which doesn't exist yet. What is there is removed if the
         block raises.
 
     Raises

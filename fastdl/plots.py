@@ -77,8 +77,9 @@ def _picture(
 
 def _import_matplotlib() -> None:
     """Import matplotlib, which raises where MPLBACKEND names a backend that it doesn't know."""
-    if "matplotlib" in sys.modules or not (backend := os.environ.pop("MPLBACKEND", None)):
+    if "matplotlib" in sys.modules or not os.environ.get("MPLBACKEND"):
         return
+    backend = os.environ.pop("MPLBACKEND")
     try:
         import matplotlib
     finally:
@@ -210,7 +211,7 @@ def speedup(
             _bars(axes, title, programs, colors)
         values = [value for programs in seconds.values() for value in programs.values()]
         panels[0].set_xscale("log")
-        # room for the numbers on the right; bars on a log axis have no natural start
+        # space for the numbers on the right; bars on a log axis have no natural start
         panels[0].set_xlim(min(values) / 3, max(values) * (max(values) / min(values) * 3) ** 0.35)
         panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: _duration(value)))
         panels[-1].set_xlabel("time of an epoch (log scale); x: times faster than the textbook loop")

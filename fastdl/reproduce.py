@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from fastdl import data, machine, plots
-from fastdl.files import make_folder, replacing
+from fastdl.files import replacing
 from fastdl.programs import RECIPES, Impl, Model, build, parity_run, run
 from fastdl.reference import concise, parity, textbook
 from fastdl.reference.parity import Check, Run
@@ -104,7 +104,7 @@ class Report:
     machine : dict
         What it was measured on.
     settings : dict
-        What it was asked for.
+        The options of `reproduce`.
     outcomes : dict
         For each model and implementation.
     baseline_seconds : dict of str to float
@@ -180,15 +180,11 @@ class Report:
         if baseline is None:
             return [*cells, "", "", ""]
         memory = self.outcomes[model]["concise"].seconds
-        return [
-            *cells,
-            f"{outcome.seconds:.3g}",
-            plots.times(baseline / outcome.seconds),
-            plots.times(memory / outcome.seconds),
-        ]
+        ratios = (plots.times(seconds / outcome.seconds) for seconds in (baseline, memory))
+        return [*cells, f"{outcome.seconds:.3g}", *ratios]
 
-    def save(self, folder: Path) -> None:
-        """Write ``results.json``."""
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
         content = {
             "machine": self.machine,
             "settings": self.settings,
@@ -196,7 +192,7 @@ class Report:
             "failures": self.failures(),
             "models": {model: self._as_json(model) for model in self.outcomes},
         }
-        with replacing(folder / "results.json") as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
 
     def draw_speedup(self, path: Path) -> None:
@@ -236,7 +232,6 @@ class Report:
 
 def reproduce(
     models: Sequence[Model],
-    folder: Path,
     *,
     data_name: str = "auto",
     data_root: Path | None = None,
@@ -250,8 +245,6 @@ def reproduce(
     Parameters
     ----------
     models : sequence of {'linear', 'softmax', 'mlp'}
-    folder : Path
-        Where ``results.json`` goes.
     data_name, data_root
         The images, as for ``data.load``.
     num_examples : int, optional
@@ -273,10 +266,7 @@ def reproduce(
     ------
     DataUnavailableError
         If the images cannot be had.
-    OSError
-        If nothing can be written to the folder: before anything is trained.
     """
-    make_folder(folder)
     images = None
     if any(model != "linear" for model in models):
         images = image_examples(data.load(data_name, data_root, notify=say), num_examples)
@@ -298,7 +288,6 @@ def reproduce(
     report.machine = machine.describe()
     if report.baseline_seconds:
         report.pictures["speedup.png"] = report.draw_speedup
-    report.save(folder)
     return report
 
 
@@ -330,21 +319,12 @@ class _Bench:
             yield from data.batches(examples.X, examples.y, self.recipe.batch_size, order)
 
     def run(self, program: Program, impl: Impl) -> History:
-        examples = self.examples
-        X, y, X_test, y_test = (
-            tensor.to(program.dtype) if tensor.is_floating_point() else tensor
-            for tensor in (examples.X, examples.y, examples.X_test, examples.y_test)
+        tensors = (self.examples.X, self.examples.y, self.examples.X_test, self.examples.y_test)
+        X, y, *test = (
+            tensor.to(program.dtype) if tensor.is_floating_point() else tensor for tensor in tensors
         )
-        return run(
-            program,
-            impl,
-            X,
-            y,
-            num_epochs=self.num_epochs,
-            batch_size=self.recipe.batch_size,
-            test=(X_test, y_test),
-            generator=self.order(),
-        )
+        settings: dict[str, Any] = {"num_epochs": self.num_epochs, "batch_size": self.recipe.batch_size}
+        return run(program, impl, X, y, **settings, test=(test[0], test[1]), generator=self.order())
 
     def outcomes(self) -> dict[Impl, Outcome]:
         def make_runs(dtype: torch.dtype) -> dict[str, Run]:
@@ -398,20 +378,9 @@ class _Bench:
         return statistics.median(seconds[_DATA_LOADER])
 
     def _epoch(self, impl: Impl) -> Callable[[], History]:
-        program, order, examples = self.build(impl), self.order(), self.examples
-
-        def epoch() -> History:
-            return run(
-                program,
-                impl,
-                examples.X,
-                examples.y,
-                num_epochs=1,
-                batch_size=self.recipe.batch_size,
-                generator=order,
-            )
-
-        return epoch
+        program, order, X, y = self.build(impl), self.order(), self.examples.X, self.examples.y
+        batch_size = self.recipe.batch_size
+        return lambda: run(program, impl, X, y, num_epochs=1, batch_size=batch_size, generator=order)
 
 
 def draw_predictions(program: Program, examples: Examples, path: Path) -> None:

@@ -49,7 +49,7 @@ def _digest(*key: object) -> str:
 
 
 class _Cache:
-    """Keeps one kernel's machine code on disk; stands in a dispatcher for Numba's own cache.
+    """Keeps one kernel's machine code on disk, in place of Numba's own cache.
 
     There is a file for each signature, so that processes can start together: Numba's own index file maps
     signatures to numbered files, and two processes that compile different signatures at once can each take

@@ -35,7 +35,7 @@ def configuration() -> str:
     # a number of threads that changes too late is the concern of those who start them
     with suppress(RuntimeError):
         config.reload_config()
-    return repr([(name, getattr(config, name)) for name in _SETTINGS])
+    return repr([getattr(config, name) for name in _SETTINGS])
 
 
 def is_compiler_disabled() -> bool:

@@ -109,6 +109,51 @@ def test_a_kernel_is_compiled_and_loaded_once_for_each_architecture(driver, cach
     assert len(driver.loaded) == 3
 
 
+@pytest.mark.parametrize("release", ["", "-cu12", "-cu13"])
+@pytest.mark.parametrize(
+    "package", ["nvidia-cuda-nvcc", "nvidia-nvjitlink", "nvidia-nvvm", "numba-cuda", "cuda-core"]
+)
+def test_another_release_of_what_makes_machine_code_has_files_of_its_own(package, release, monkeypatch):
+    installed = {}
+
+    def version(name):
+        if name not in installed:
+            raise ImportError(name)
+        return installed[name]
+
+    monkeypatch.setattr(launch, "version", version)
+    digests = []
+    for found in ("1.0", "1.1"):
+        installed[f"{package}{release}"] = found
+        launch._toolchain.cache_clear()
+        digests.append(launch._toolchain())
+    launch._toolchain.cache_clear()
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_CUDA_DEBUGINFO", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"])
+def test_other_settings_of_cuda_have_files_of_their_own(variable, monkeypatch):
+    launch._toolchain.cache_clear()
+    before = launch._toolchain()
+    monkeypatch.setenv(variable, "/elsewhere")
+    launch._toolchain.cache_clear()
+    assert launch._toolchain() != before
+    launch._toolchain.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda code: code[: len(code) // 2], lambda code: b"", lambda code: code[::-1]]
+)
+def test_damaged_machine_code_is_made_anew(damage, driver, cache):
+    _kernel().machine_code("sm_90a")
+    (path,) = cache.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    code = _kernel().machine_code("sm_90a")
+    assert code[:4] == b"\x7fELF"
+    # written anew, and read by the next
+    assert _kernel().machine_code("sm_90a") == code == disk.read(path.name)
+
+
 def test_without_a_folder_to_write_to_kernels_still_load(driver, monkeypatch):
     monkeypatch.setattr(disk, "_folders", lambda configuration: ())
     _kernel().launch(launch.stream(0, 0), 1, **ARGUMENTS)
