@@ -184,10 +184,8 @@ def _build_weight(tile: Tile, real: Any, element: str) -> Callable[..., None]:
         first, count = rows_of_step(step)
         if count > 0:
             # prefetched, so that no update waits for them
-            own, starts = (
-                options_of(updates, 2 * layer.layer_index),
-                updates.is_first_step[2 * layer.layer_index],
-            )
+            at = 2 * layer.layer_index
+            own, starts = options_of(updates, at), updates.is_first_step[at]
             wants_sums = col == 0 and layer.bias != 0
             # to look a row up in each round would be to wait for it in each
             if gathers and count <= PREFETCHED_ROWS:
@@ -211,8 +209,8 @@ def _build_weight(tile: Tile, real: Any, element: str) -> Callable[..., None]:
                         g = factor * slices_total(shared, i)
                         update_one(weight, weight_buffer, n * num_cols + m, g, is_first_step, own)
             if wants_sums and thread < size and row + thread < num_rows:
-                own = options_of(updates, 2 * layer.layer_index + 1)
-                is_first_step = first == 0 and updates.is_first_step[2 * layer.layer_index + 1] != 0
+                own = options_of(updates, at + 1)
+                is_first_step = first == 0 and updates.is_first_step[at + 1] != 0
                 g = row_total(shared, thread)
                 update_one(bias, bias_buffer, row + thread, g, is_first_step, own)
 
