@@ -113,7 +113,10 @@ class CompiledEngine:
         self._lowered = lower(net, loss, optimizer, tuple(example_shape), tensors)
         identity = None
         if is_watched:
-            memory = [(each.data_ptr(), each.shape, version_of(each)) for each in tensors.values()]
+            memory = [
+                (each.data_ptr(), each.dtype, each.shape, each.stride(), version_of(each))
+                for each in tensors.values()
+            ]
             identity = self._lowered.identity(), memory
         if identity is None or identity != self._identity:
             self._build()

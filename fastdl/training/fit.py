@@ -121,6 +121,7 @@ def fit(
     Examples
     --------
     >>> from torch import nn
+    >>> from fastdl import data
     >>> generator = torch.Generator().manual_seed(0)
     >>> points = data.regression(generator=generator)
     >>> net = nn.Linear(2, 1)

@@ -157,7 +157,7 @@ def _parameters(layers: list[Layer]) -> dict[str, nn.Parameter]:
             if why is None and has_tensor_hooks(parameter):
                 why = "has a hook"
             if why is None and parameter.dtype not in (torch.float32, torch.float64):
-                why = f"is {parameter.dtype}, not torch.float32 or torch.float64"
+                why = f"is {parameter.dtype}; it takes float32 and float64"
             if why is not None:
                 raise refusal(f"{name}, which {why}")
             found[name] = parameter

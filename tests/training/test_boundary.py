@@ -581,6 +581,8 @@ CALLBACKS = {
     "y in place": (_in_place("y", lambda t: t.copy_((t + 1) % 3)), None),
     "y by numpy": (_numpy_labels, None),
     "X of other data": (_set("X.data", lambda p: p.X.data * 2), None),
+    "X transposed": (_set("X.data", lambda p: p.X.data.reshape(6, 20).T.reshape(20, 6)), None),
+    "rows in another order": (_set("X.data", lambda p: p.X.data.as_strided((20, 6), (1, 1))), None),
     "a label that is none": (_in_place("y", lambda t: t[4].fill_(3)), "row 4"),
     "a label far outside": (_in_place("y", lambda t: t[4].fill_(1 << 60)), "row 4"),
     "shorter X": (_set("X.data", lambda p: p.X.data[:5].clone()), "keep the shapes"),

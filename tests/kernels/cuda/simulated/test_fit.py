@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,12 +17,10 @@ import torch
 from torch import nn
 
 import fastdl
-from fastdl.training import cuda_examples, cuda_program, program
+from fastdl.training import cuda_examples, cuda_program, engines, evaluation, program
 from fastdl.training.lower import lower
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray
 
-# the name in the package is the function's
-engines = sys.modules["fastdl.training.engines"]
 # sums of other order, over a whole run: the rule of the convergence tests in float64
 FLOAT64 = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -225,7 +222,8 @@ def test_examples_that_do_not_fit_stream_in_pieces_of_whole_batches(drop_last, s
 )
 def test_the_mean_over_rows_of_unequal_weight(loss, seed, monkeypatch):
     # evaluation too takes its means over as many rows as the loop does
-    monkeypatch.setattr(engines, "EVALUATION_ROWS", 6)
+    for module in (engines, evaluation):
+        monkeypatch.setattr(module, "EVALUATION_ROWS", 6)
     X, y = _images()
     _assert_same(_both(_net(7, 3), X, y, loss=loss, test=_images(8), options={"lr": 0.02}, epochs=1))
 
