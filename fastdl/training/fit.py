@@ -64,7 +64,7 @@ class _Program(Protocol):
 
     def write(self) -> None: ...
 
-    def prepare(self, X: Tensor, y: Tensor) -> Any: ...
+    def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> Any: ...
 
     def evaluate(self, examples: Any) -> Scores: ...
 
@@ -295,6 +295,7 @@ class _Compiled:
         self._lowered = lower(net, loss, optimizer, tuple(X.shape[1:]))
         self._on_gpu = self._lowered.layers[0].module.weight.is_cuda
         self._orders = orders
+        self._input_scale = input_scale
         self._has_read = self._is_ahead = False
         examples = self._taken(X, y)
         # a batch never has more rows than there are, and memory is laid out for it
@@ -347,7 +348,7 @@ class _Compiled:
 
     def prepare(self, X: Tensor, y: Tensor) -> Any:
         """Return examples as the program evaluates them, or raise the error for what it can't take."""
-        return self._program.prepare(*self._taken(X, y))
+        return self._program.prepare(*self._taken(X, y), _scale_of(X, self._input_scale))
 
     def train(self, bar: EpochProgress, *, is_watched: bool, is_last: bool) -> Scores:
         if is_watched or not self._has_read:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastdl.kernels.cpu.intrinsics import TILE
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     ROW_COUNTS,
@@ -31,7 +31,8 @@ def close(result, expected, dtype):
 
 @jit
 def _multiply(output, a, a_run, down, b, depth, rows, vectors, accumulate):
-    multiply_panels(output, 0, a, 0, a_run, down, b, 0, depth, rows, vectors, accumulate)
+    size = depth, rows, vectors
+    multiply_panels((output, 0), Matrix(a, 0, a_run), down, (b, 0), size, accumulate)
 
 
 @each_dtype
@@ -74,7 +75,8 @@ def test_tiles_along_rows_and_down_columns(dtype, rows, vectors, accumulate, see
 
 @jit
 def _multiply_row(output, output_panel, a, a_run, b, b_panel, depth, vectors, accumulate):
-    multiply_row(output, 0, output_panel, a, 0, a_run, b, 0, b_panel, depth, vectors, accumulate)
+    output, a, b = Matrix(output, 0, output_panel), Matrix(a, 0, a_run), Matrix(b, 0, b_panel)
+    multiply_row(output, a, b, (depth, vectors), accumulate)
 
 
 @each_dtype
@@ -108,7 +110,7 @@ def test_a_long_row_has_the_bits_of_tiles_of_one_row(dtype, vectors, accumulate,
 
 @jit
 def _outer(output, a, b, rows):
-    outer_product(output, 0, a, 0, b, 0, rows)
+    outer_product((output, 0), (a, 0), (b, 0), rows)
 
 
 @each_dtype
@@ -125,7 +127,9 @@ def test_an_outer_product_has_a_row_for_each_factor(dtype, seed):
 
 @jit
 def _multiply_nonzero(output, output_panel, values, masks, rows, b, b_panel, vectors):
-    multiply_nonzero(output, 0, output_panel, values, 0, masks, 0, rows, b, 0, b_panel, vectors)
+    size = rows, vectors
+    output, b = Matrix(output, 0, output_panel), Matrix(b, 0, b_panel)
+    multiply_nonzero(output, (values, 0), (masks, 0), b, size)
 
 
 @jit
@@ -181,7 +185,7 @@ def test_masks_say_what_is_not_zero(dtype, seed):
 
 @jit
 def _dots(output, a, a_panel, b, b_panel, panels, rows, cols):
-    dot_panels(output, 0, a, 0, a_panel, b, 0, b_panel, panels, rows, cols)
+    dot_panels((output, 0), Matrix(a, 0, a_panel), Matrix(b, 0, b_panel), (panels, rows, cols))
 
 
 @each_dtype
