@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable
-from itertools import starmap
+from itertools import pairwise, starmap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ _FEW_ROWS = 16
 
 
 class _Parameter(NamedTuple):
-    """A parameter of the net, its shape, and its record and its layer's, which say where it lies in the state."""
+    """A parameter of the net, its shape, and the record that says where it lies in the state."""
 
     module: nn.Module
     name: str
@@ -42,12 +42,12 @@ class _Parameter(NamedTuple):
     is_skinny: bool
 
 
-class _Copy(NamedTuple):
-    """An array, and where in the state its numbers begin."""
+class _Part(NamedTuple):
+    """A parameter or its momentum buffer, which begins at ``record[position]`` of the state."""
 
-    array: NDArray[Any]
-    start: int
-    is_skinny: bool
+    tensor: Tensor
+    parameter: _Parameter
+    position: str
 
 
 class _Data(NamedTuple):
@@ -55,6 +55,7 @@ class _Data(NamedTuple):
 
     examples: Any
     loss: Any
+    inputs: Any
 
 
 class Program:
@@ -85,26 +86,28 @@ class Program:
     ) -> None:
         self._kernels = kernels = cpu_kernels()
         self._lowered = lowered
-        self._batch_size = batch_size
-        self._evaluation_rows = evaluation_rows
+        self._batch_size, self._evaluation_rows = batch_size, evaluation_rows
         self._dtype = torch.empty(0, dtype=lowered.dtype).numpy().dtype
         shapes = [tuple(layer.module.weight.shape) for layer in lowered.layers]
+        relus = [layer.has_relu for layer in lowered.layers]
+        if any(depth != width for (width, _), (_, depth) in pairwise(shapes)):
+            raise RuntimeError(f"weights of the shapes {shapes} are no chain of layers")
+        self._is_small = (
+            not lowered.is_classifier
+            and not relus[0]
+            and [width for width, _ in shapes] == [1]
+            and shapes[0][1] <= kernels.small.MAX_INPUTS
+        )
         flops = 6 * batch_size * sum(width * depth for width, depth in shapes)
-        self._num_threads = int(max(1, min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)))
-        self.is_interruptible = (
+        most_threads = 1 if self._is_small else num_threads()
+        self._num_threads = int(max(1, min(most_threads, flops // _MIN_FLOPS_PER_THREAD)))
+        self.is_interruptible = not self._is_small and (
             self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
-        relus = [layer.has_relu for layer in lowered.layers]
-        self._is_small = (
-            len(shapes) == 1
-            and not lowered.is_classifier
-            and not relus[0]
-            and shapes[0][0] == 1
-            and shapes[0][1] <= kernels.small.MAX_INPUTS
-        )
         rows = max(batch_size, evaluation_rows)
         self._memory = kernels.layout.Memory(shapes, relus, self._dtype, rows, self._num_threads)
+        self._loss_sums = np.zeros(rows)
         self._team = kernels.team.Team(self._num_threads)
         self._parameters = [
             _Parameter(layer.module, name, shape, record[name], bool(record["is_skinny"]))
@@ -114,23 +117,21 @@ class Program:
             for name, shape in (("weight", (width, depth)), ("bias", (width,)))
             if getattr(layer.module, name) is not None
         ]
-        # those that were to be trained when they were read, with their memory in the state
-        self._trained: list[tuple[Tensor, _Parameter, bool]] = []
+        # what was to be trained when it was read, and whether it has a momentum buffer
+        self._trained: list[tuple[_Part, bool]] = []
         self._is_valid = True
         self._data = self.prepare(X, y, input_scale)
 
     def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> _Data:
         """Return a data set as `evaluate` takes it, of any dtype that the constructor takes."""
         layout, lowered = self._kernels.layout, self._lowered
-        num_outputs, num_inputs = (
-            self._memory.net.layers[-1]["num_outputs"],
-            self._memory.net.layers[0]["num_inputs"],
-        )
-        y_shape = (len(X),) if lowered.is_classifier else (len(X), num_outputs)
-        if X.shape[1:] != (num_inputs,) or y.shape != y_shape:
+        layers = self._memory.net.layers
+        num_inputs, num_outputs = int(layers[0]["num_inputs"]), int(layers[-1]["num_outputs"])
+        outputs = () if lowered.is_classifier else (num_outputs,)
+        if (X.shape[1:], y.shape) != ((num_inputs,), (len(X), *outputs)):
             raise RuntimeError(
-                f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}, but the net takes {num_inputs} features and "
-                f"gives {num_outputs}"
+                f"the net takes {num_inputs} features and gives {num_outputs} outputs, but X has shape "
+                f"{tuple(X.shape)} and y {tuple(y.shape)}"
             )
         weight = lowered.class_weight
         loss = layout.Loss(
@@ -142,18 +143,18 @@ class Program:
             ignore_index=lowered.ignore_index,
             label_smoothing=lowered.label_smoothing,
         )
-        return _Data(self._memory.examples(array(X), input_scale), loss)
+        examples = layout.Examples(array(X), float(input_scale))
+        return _Data(examples, loss, self._memory.inputs(examples.X))
 
     def read(self) -> None:
         """Copy the parameters, momentum buffers and options from the net and the optimizer."""
         optimizer = self._lowered.optimizer
         groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
-        copies: list[_Copy] = []
+        parts: list[_Part] = []
         self._trained = []
         for parameter in self._parameters:
             record, tensor = parameter.record, getattr(parameter.module, parameter.name)
-            self._check(tensor, parameter, "start")
-            copies.append(_Copy(array(tensor), int(record["start"]), parameter.is_skinny))
+            parts.append(_Part(tensor, parameter, "start"))
             group = groups.get(id(tensor)) if tensor.requires_grad else None
             record["trains"] = group is not None
             if group is None:
@@ -161,73 +162,73 @@ class Program:
             for option in SGDOptions._fields:
                 record[option] = float(group[option])
             has_buffer = group["momentum"] != 0
-            self._trained.append((tensor, parameter, has_buffer))
+            self._trained.append((parts[-1], has_buffer))
             buffer = optimizer.state.get(tensor, {}).get("momentum_buffer") if has_buffer else None
             record["is_fresh"] = buffer is None
             if buffer is not None:
-                self._check(buffer, parameter, "buffer")
-                copies.append(_Copy(array(buffer), int(record["buffer"]), parameter.is_skinny))
-        self._copy(copies, to_state=True)
-        self._team.members["has_finite_weight"] = np.isfinite(copies[0].array).all()
+                parts.append(_Part(buffer, parameter, "buffer"))
+        self._check(parts)
+        arrays = [array(part.tensor) for part in parts]
+        self._copy(parts, arrays, to_state=True)
+        self._team.members["has_finite_weight"] = np.isfinite(arrays[0]).all()
         self._is_valid = True
 
-    def _check(self, tensor: Tensor, parameter: _Parameter, position: str) -> None:
-        """Raise an error unless a tensor has the shape for which there is memory at a position of the record."""
-        wanted = parameter.shape, self._lowered.dtype, "cpu"
-        found = tuple(tensor.shape), tensor.dtype, tensor.device.type
-        if found != wanted:
-            what = parameter.name if position == "start" else f"the momentum buffer of {parameter.name}"
-            raise RuntimeError(
-                f"{what} of {parameter.module} has become {found} from {wanted} since fit began: {WAY_OUT}"
-            )
+    def _check(self, parts: list[_Part]) -> None:
+        """Raise an error unless each tensor has the shape for which there is memory."""
+        for tensor, parameter, position in parts:
+            wanted = parameter.shape, self._lowered.dtype, "cpu"
+            found = tuple(tensor.shape), tensor.dtype, tensor.device.type
+            if found != wanted:
+                buffer = "" if position == "start" else "'s momentum buffer"
+                raise RuntimeError(
+                    f"the compiled engine can't train {parameter.name}{buffer} of {parameter.module}: it is "
+                    f"{found} in place of {wanted}: {WAY_OUT}"
+                )
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer: all of them, or none."""
         if not self._is_valid:
             return
         state = self._lowered.optimizer.state
-        targets: list[tuple[Tensor, _Parameter, str]] = []
+        parts: list[_Part] = []
         fresh: list[tuple[Tensor, Tensor]] = []
-        for tensor, parameter, has_buffer in self._trained:
-            targets.append((tensor, parameter, "start"))
+        for part, has_buffer in self._trained:
+            parts.append(part)
             if has_buffer:
-                buffer = state.get(tensor, {}).get("momentum_buffer")
+                buffer = state.get(part.tensor, {}).get("momentum_buffer")
                 if buffer is None:
-                    buffer = torch.empty_like(tensor, requires_grad=False)
-                    fresh.append((tensor, buffer))
-                targets.append((buffer, parameter, "buffer"))
-        copies = []
-        for tensor, parameter, position in targets:
-            self._check(tensor, parameter, position)
-            values = np.empty(parameter.shape, self._dtype)
-            copies.append(_Copy(values, int(parameter.record[position]), parameter.is_skinny))
-        self._copy(copies, to_state=False)
+                    buffer = torch.empty_like(part.tensor, requires_grad=False)
+                    fresh.append((part.tensor, buffer))
+                parts.append(_Part(buffer, part.parameter, "buffer"))
+        self._check(parts)
+        arrays = [np.empty(part.parameter.shape, self._dtype) for part in parts]
+        self._copy(parts, arrays, to_state=False)
         entries: list[tuple[Any, Any, Any]] = [
-            (tensor.detach().numpy(), ..., copy.array)
-            for (tensor, _, _), copy in zip(targets, copies, strict=True)
+            (part.tensor.detach().numpy(), ..., values) for part, values in zip(parts, arrays, strict=True)
         ]
-        entries += [(state[tensor], "momentum_buffer", buffer) for tensor, buffer in fresh]
+        entries += [(state[owner], "momentum_buffer", buffer) for owner, buffer in fresh]
         # one call of C, into which no Ctrl-C comes
         deque(starmap(operator.setitem, entries), maxlen=0)
         # a graph that saved a tensor must notice: numpy's writes aren't counted, torch's are
-        increment_version([tensor for tensor, _, _ in targets])
+        increment_version([part.tensor for part in parts])
 
-    def _copy(self, copies: list[_Copy], *, to_state: bool) -> None:
+    def _copy(self, parts: list[_Part], arrays: list[NDArray[Any]], *, to_state: bool) -> None:
         """Copy arrays to the state, or from it, on as many threads as that pays for."""
-        pays = sum(copy.array.size for copy in copies) >= _MIN_NUMBERS_TO_SHARE
+        pays = sum(values.size for values in arrays) >= _MIN_NUMBERS_TO_SHARE
         num_threads = self._num_threads if pays else 1
+        state = self._memory.net.state
 
         def work(thread: int, _: Any) -> None:
-            for values, start, is_skinny in copies:
-                part = self._memory.net.state[start : start + values.size]
+            for part, values in zip(parts, arrays, strict=True):
+                start = int(part.parameter.record[part.position])
+                own = state[start : start + values.size]
                 if values.ndim == 2:
                     self._kernels.weights.copy_weight(
-                        values, self._memory.net.state, start, is_skinny, to_state, thread, num_threads
+                        values, state, start, part.parameter.is_skinny, to_state, thread, num_threads
                     )
-                elif thread == 0 and to_state:
-                    part[:] = values
                 elif thread == 0:
-                    values[:] = part
+                    target, source = (own, values) if to_state else (values, own)
+                    target[:] = source
 
         self._team.run(work, in_caller=num_threads == 1)
 
@@ -280,22 +281,25 @@ class Program:
     ) -> Scores:
         kernels, memory, team = self._kernels, self._memory, self._team
         batch_size = self._batch_size if trains else self._evaluation_rows
-        loss_sums = np.zeros(memory.rows)
-        epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, loss_sums)
+        examples, loss, inputs = data
+        self._loss_sums[:] = 0
+        epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
+        if self._is_small:
+            kernels.small.run_small_epoch(memory.net, examples, loss, epoch)
+            return Scores(float(self._loss_sums[0]) / len(order))
 
         def work(thread: int, shared: Any) -> None:
-            if self._is_small:
-                kernels.small.run_small_epoch(memory.net, *data, epoch)
-            else:
-                kernels.epoch.run_epoch(thread, shared, memory.net, *data, epoch, memory.workspace)
+            kernels.epoch.run_epoch(
+                thread, shared, memory.net, examples, loss, epoch, inputs, memory.workspace
+            )
 
         team.run(work, tick, meanwhile, in_caller=not self.is_interruptible)
-        loss = float(loss_sums.sum()) / len(order)
+        mean_loss = float(self._loss_sums.sum()) / len(order)
         if not self._lowered.is_classifier:
-            return Scores(loss)
+            return Scores(mean_loss)
         wrong_row = team.members["wrong_row"].min()
         if wrong_row < kernels.team.NO_ROW:
-            labels = torch.from_numpy(data.loss.labels)
-            check_labels(labels, int(memory.net.layers[-1]["num_outputs"]), data.loss.ignore_index)
+            labels = torch.from_numpy(loss.labels)
+            check_labels(labels, int(memory.net.layers[-1]["num_outputs"]), loss.ignore_index)
             raise IndexError(f"row {wrong_row} of y was no class for a while: leave y alone while fit trains")
-        return Scores(loss, int(team.members["num_correct"].sum()) / len(order))
+        return Scores(mean_loss, int(team.members["num_correct"].sum()) / len(order))

@@ -15,8 +15,8 @@ from fastdl.kernels.jit import inlined_jit
 
 # 64-bit words between the counters that threads write, so that none shares a cache line with another
 LINE = 8
-# What the counters of a run are: arrivals at the barrier; whether the run is to stop; how many steps are done.
-# Behind them is one for each thread: how many barriers it came to.
+# The counters of a run: arrivals at the barrier; whether the run is to stop; how many steps are done; and for
+# each thread, how many barriers it came to.
 ARRIVALS, STOP, STEPS, _OWN = (position * LINE for position in range(4))
 # how often a thread looks before it gives its core away, about 20 us
 _SPINS = 1 << 12
@@ -67,13 +67,8 @@ def _yield_core(typing_context):
 def wait(team, thread):
     """Return whether to go on: when all threads have called this for the same time, or the run is to stop.
 
-    STOP is set once and never taken back, and what a stopped run has computed counts for nothing. So threads need
-    not agree on the step in which they see it: one that goes on meets it where it would wait for one that left.
-
-    Parameters
-    ----------
-    team : team.Shared
-    thread : int
+    STOP is never taken back, and what a stopped run has computed counts for nothing. So threads need not
+    agree on the step in which they see it: one that goes on sees it where it would wait for one that left.
     """
     counters = team.counters
     counters[_OWN + thread * LINE] += 1

@@ -1,15 +1,15 @@
 """The phases of a training step of a dense network, on panels; a thread does a part of each.
 
-A function is told of a layer by its record, ``layout.LAYER``, of what a step computes by ``layout.Workspace``, with
-the thread's own row in the place of ``own``, and of rows or panels by the half-open range of them.
+A function is told of a layer by its record, of what a step computes by ``layout.Workspace`` with the thread's
+own row for ``own``, and of some rows or panels by their half-open range. A Matrix here has panels over its
+columns; its stride is how many rows they lie apart.
 
 With h the input of a layer, z its product, a = relu(z) and g the gradient of z:
 
     z = h @ weight.T + bias       grad_weight = g.T @ h       grad_bias = g.sum(0)
     g of the layer before = (g @ weight) * (a of the layer before > 0)
 
-What lies in a panel behind a matrix's last column is 0 where it is multiplied, so that nothing but the matrix counts,
-whatever infinities it has.
+Behind a matrix's last column a panel is 0 where whole panels are summed: infinities stay in their columns.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from fastdl.kernels.cpu.intrinsics import TILE, Matrix, sum_open, transpose_block
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix, sum_open
 from fastdl.kernels.cpu.layout import BLOCK_BATCH, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_INPUTS, BLOCK_ROWS
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
@@ -36,8 +34,7 @@ from fastdl.kernels.cpu.panels import (
     panels_of,
     prefetch,
     tile_height,
-    transpose_bytes,
-    widen_panel,
+    transpose_square,
 )
 from fastdl.kernels.cpu.sgd import update
 from fastdl.kernels.jit import inlined_jit, linked_jit
@@ -49,7 +46,7 @@ _ROW_DOT_COLS = min(4, TILE.dot_cols)
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
 _CACHE_LINE = 64
-# rows and columns of what transpose_bytes takes
+# rows and columns of what transpose_square takes of bytes
 _BYTES_BLOCK = 16
 
 
@@ -83,26 +80,6 @@ def _add_bias(layer, state, workspace, rows, panels, scale):
                 outputs[n * panel + columns : (n + 1) * panel] = zero
 
 
-@linked_jit
-def forward_skinny(layer, source, state, workspace, rows, scale):
-    """Do what ``forward`` does for a layer of few outputs; source may be of bytes."""
-    depth, width = layer.num_inputs, layer.num_outputs
-    scratch, weight = workspace.scratch, layer.weight.start
-    panel = panel_of(scratch)
-    row = rows[0]
-    while row < rows[1]:
-        height = _DOT_ROWS if row + _DOT_ROWS <= rows[1] else 1
-        for col in range(0, width, _DOT_COLS):
-            dot_panels(
-                (scratch, layer.output + row * panel + col),
-                Matrix(source.storage, source.offset + row * panel, source.stride * panel),
-                Matrix(state, weight + col * panel, width * panel),
-                (panels_of(depth, panel), height, min(_DOT_COLS, width - col)),
-            )
-        row += height
-    _add_bias(layer, state, workspace, rows, (0, 1), scale)
-
-
 @inlined_jit
 def _long_row(panels):
     """Return the most panels, of those left, that one long row takes."""
@@ -112,68 +89,92 @@ def _long_row(panels):
     return 1
 
 
+@linked_jit
+def _multiply(output, a, b, depth, columns, rows, panels):
+    """Write some rows, and panels of columns, of ``output[i, j] = sum over p < depth of a[i, p] b[p, j]``."""
+    panel = panel_of(output.storage)
+    for first in range(0, depth, BLOCK_DEPTH):
+        steps = min(BLOCK_DEPTH, depth - first)
+        a_at, b_at, accumulate = a.offset + first * a.stride, b.offset + first * panel, first > 0
+        j = panels[0]
+        while rows[1] - rows[0] == 1 and j < panels[1]:
+            used = _long_row(panels[1] - j)
+            at = output.offset + j * output.stride * panel
+            multiply_row(
+                Matrix(output.storage, at + rows[0] * panel, output.stride * panel),
+                Matrix(a.storage, a_at + rows[0] * panel, a.stride * panel),
+                Matrix(b.storage, b_at + j * b.stride * panel, b.stride * panel),
+                (steps, used * _VECTORS), accumulate,
+            )  # fmt: skip
+            j += used
+        while j < panels[1]:
+            row, used = rows[0], _used_vectors(columns - j * panel, panel)
+            at = output.offset + j * output.stride * panel
+            while row < rows[1]:
+                height = tile_height(rows[1] - row)
+                multiply_panels(
+                    (output.storage, at + row * panel),
+                    Matrix(a.storage, a_at + row * panel, a.stride * panel), False,
+                    (b.storage, b_at + j * b.stride * panel), (steps, height, used), accumulate,
+                )  # fmt: skip
+                row += height
+            j += 1
+
+
 @inlined_jit
-def _multiply_row_of(output, a, b, depth, panels, accumulate):
-    """Write one row of a product as ``multiply_panels`` does, for some panels of its columns."""
-    j = panels[0]
-    while j < panels[1]:
-        used = _long_row(panels[1] - j)
-        multiply_row(
-            Matrix(output.storage, output.offset + j * output.stride, output.stride),
-            a,
-            Matrix(b.storage, b.offset + j * b.stride, b.stride),
-            (depth, used * _VECTORS),
-            accumulate,
-        )
-        j += used
+def _multiply_transposed(own, at, a, b, size, accumulate):
+    """Write rows to own memory of a panel of ``a.T @ b``; a and b are pairs of an array and a position.
+
+    ``size`` is the steps of the sum, the rows, which are columns of a panel of a, and the columns.
+    """
+    steps, rows, columns = size
+    panel = panel_of(own)
+    row = 0
+    while row < rows:
+        height = tile_height(rows - row)
+        multiply_panels(
+            (own, at + row * panel), Matrix(a[0], a[1] + row, 0 * panel), True, b,
+            (steps, height, _used_vectors(columns, panel)), accumulate,
+        )  # fmt: skip
+        row += height
+
+
+@linked_jit
+def forward_skinny(layer, source, state, workspace, rows, scale):
+    """Do what ``forward`` does for a layer of few outputs; source may be of bytes."""
+    depth, width = layer.num_inputs, layer.num_outputs
+    panel = panel_of(state)
+    row = rows[0]
+    while row < rows[1]:
+        height = _DOT_ROWS if row + _DOT_ROWS <= rows[1] else 1
+        for col in range(0, width, _DOT_COLS):
+            dot_panels(
+                (workspace.scratch, layer.output + row * panel + col),
+                Matrix(source.storage, source.offset + row * panel, source.stride * panel),
+                Matrix(state, layer.weight.start + col * panel, width * panel),
+                (panels_of(depth, panel), height, min(_DOT_COLS, width - col)),
+            )
+        row += height
+    _add_bias(layer, state, workspace, rows, (0, 1), scale)
 
 
 @linked_jit
 def forward(layer, source, state, workspace, rows, panels, scale):
-    """Write some rows, and panels of columns, of a layer's output.
-
-    ``source`` is the layer's input, as a Matrix whose panels are a stride of rows apart.
-    """
+    """Write some rows, and panels of columns, of a layer's output; source is its input."""
     if layer.is_skinny:
         forward_skinny(layer, source, state, workspace, rows, scale)
         return
-    depth, width, weight = layer.num_inputs, layer.num_outputs, layer.weight.start
-    scratch, stride = workspace.scratch, workspace.stride
-    panel = panel_of(scratch)
-    for block in range(rows[0], rows[1], BLOCK_ROWS):
-        block_stop = min(block + BLOCK_ROWS, rows[1])
-        for first in range(0, depth, BLOCK_DEPTH):
-            steps = min(BLOCK_DEPTH, depth - first)
-            input_at = source.offset + first * source.stride
-            if block_stop - block == 1:
-                _multiply_row_of(
-                    Matrix(scratch, layer.output + block * panel, stride * panel),
-                    Matrix(source.storage, input_at + block * panel, source.stride * panel),
-                    Matrix(state, weight + first * panel, depth * panel),
-                    steps,
-                    panels,
-                    first > 0,
-                )
-                continue
-            for j in range(panels[0], panels[1]):
-                row = block
-                while row < block_stop:
-                    height = tile_height(block_stop - row)
-                    multiply_panels(
-                        (scratch, layer.output + (j * stride + row) * panel),
-                        Matrix(source.storage, input_at + row * panel, source.stride * panel),
-                        False,
-                        (state, weight + (j * depth + first) * panel),
-                        (steps, height, _used_vectors(width - j * panel, panel)),
-                        first > 0,
-                    )
-                    row += height
-        _add_bias(layer, state, workspace, (block, block_stop), panels, scale)
+    output = Matrix(workspace.scratch, layer.output, workspace.stride)
+    weight = Matrix(state, layer.weight.start, layer.num_inputs)
+    for first in range(rows[0], rows[1], BLOCK_ROWS):
+        part = (first, min(first + BLOCK_ROWS, rows[1]))
+        _multiply(output, source, weight, layer.num_inputs, layer.num_outputs, part, panels)
+        _add_bias(layer, state, workspace, part, panels, scale)
 
 
 @linked_jit
 def forward_nonzero(layer, inputs, state, workspace, rows, panels, scale):
-    """Write some rows, and panels, of the first layer's output, skipping what is 0 in its ``layout.Inputs``."""
+    """Write some rows, and panels, of the first layer's output, skipping what is 0 in its inputs."""
     depth, weight = layer.num_inputs, layer.weight.start
     scratch, stride = workspace.scratch, workspace.stride
     panel = panel_of(scratch)
@@ -218,50 +219,16 @@ def mask_by_relu(layer, workspace, rows, panels):
 
 @inlined_jit
 def _transpose_panels(source, target, rows, columns):
-    """Write panels over the columns of a matrix as panels over its rows, whole blocks at a time.
-
-    ``source`` and target are a Matrix whose stride is between panels.
-    """
+    """Write panels over the columns of a matrix as panels over its rows, whole blocks at a time."""
     panel = panel_of(source.storage)
     lanes = panel // _VECTORS
     for row in range(0, rows, lanes):
         for col in range(0, columns, lanes):
-            source_at = source.offset + col // panel * source.stride + row * panel + col % panel
-            target_at = target.offset + row // panel * target.stride + col * panel + row % panel
-            transpose_block(
+            source_at = source.offset + (col // panel * source.stride + row) * panel + col % panel
+            target_at = target.offset + (row // panel * target.stride + col) * panel + row % panel
+            transpose_square(
                 Matrix(source.storage, source_at, panel), Matrix(target.storage, target_at, panel)
             )
-
-
-@linked_jit
-def _backward_data_skinny(layer, before, state, workspace, rows, panels):
-    """Write what ``backward_data`` does for a layer of few outputs, without the ReLU's mask."""
-    depth, width, weight = layer.num_inputs, layer.num_outputs, layer.weight.start
-    scratch, stride = workspace.scratch, workspace.stride
-    panel = panel_of(scratch)
-    if rows[1] - rows[0] == 1:
-        _multiply_row_of(
-            Matrix(scratch, before.grad + rows[0] * panel, stride * panel),
-            Matrix(scratch, layer.grad + rows[0] * panel, 0 * panel),
-            Matrix(state, weight, width * panel),
-            width,
-            panels,
-            False,
-        )
-        return
-    for j in range(panels[0], panels[1]):
-        row = rows[0]
-        while row < rows[1]:
-            height = tile_height(rows[1] - row)
-            multiply_panels(
-                (scratch, before.grad + (j * stride + row) * panel),
-                Matrix(scratch, layer.grad + row * panel, 0 * panel),
-                False,
-                (state, weight + j * width * panel),
-                (width, height, _used_vectors(depth - j * panel, panel)),
-                False,
-            )
-            row += height
 
 
 @linked_jit
@@ -297,53 +264,36 @@ def _backward_data_rows(layer, before, state, workspace, rows, panels):
 
     The thread's own memory holds the gradients of this layer and of the one before, transposed.
     """
-    depth, width, weight = layer.num_inputs, layer.num_outputs, layer.weight.start
+    depth, width = layer.num_inputs, layer.num_outputs
     scratch, stride, own = workspace.scratch, workspace.stride, workspace.own
     panel = panel_of(scratch)
-    lanes = panel // _VECTORS
     count = rows[1] - rows[0]
     row_panels = panels_of(count, panel)
-    whole_width = panels_of(width, panel) * panel
-    whole_depth = panels_of(depth, panel) * panel
-    transposed = row_panels * whole_width * panel
-    # 1: this layer's gradient, with lanes along the rows
-    source = Matrix(scratch, layer.grad + rows[0] * panel, stride * panel)
-    _transpose_panels(source, Matrix(own, 0, whole_width * panel), count, whole_width)
-    # 2: the product, with lanes along the rows too
+    whole_width, whole_depth = panels_of(width, panel) * panel, panels_of(depth, panel) * panel
+    grad = Matrix(own, 0 * count, whole_width)
+    grad_before = Matrix(own, row_panels * whole_width * panel, whole_depth)
+    _transpose_panels(Matrix(scratch, layer.grad + rows[0] * panel, stride), grad, count, whole_width)
     start, stop = panels[0] * panel, min(panels[1] * panel, depth)
-    for block in range(start, stop, BLOCK_ROWS):
-        block_stop = min(block + BLOCK_ROWS, stop)
-        for first in range(0, width, BLOCK_DEPTH):
-            steps = min(BLOCK_DEPTH, width - first)
-            for i in range(row_panels):
-                k = block
-                while k < block_stop:
-                    height = tile_height(block_stop - k)
-                    multiply_panels(
-                        (own, transposed + (i * whole_depth + k) * panel),
-                        Matrix(state, weight + first * depth + k * panel, depth * panel),
-                        False,
-                        (own, (i * whole_width + first) * panel),
-                        (steps, height, _used_vectors(count - i * panel, panel)),
-                        first > 0,
-                    )
-                    k += height
-    # 3: back to lanes along the columns
+    for first in range(start, stop, BLOCK_ROWS):
+        part = (first, min(first + BLOCK_ROWS, stop))
+        weight = Matrix(state, layer.weight.start, depth)
+        _multiply(grad_before, weight, grad, width, count, part, (0, row_panels))
     for j in range(panels[0], panels[1]):
-        for i in range(0, count, lanes):
-            for col in range(0, panel, lanes):
-                source_at = transposed + (i // panel * whole_depth + j * panel + col) * panel + i % panel
-                target_at = before.grad + (j * stride + rows[0] + i) * panel + col
-                transpose_block(Matrix(own, source_at, panel), Matrix(scratch, target_at, panel))
+        source = Matrix(own, grad_before.offset + j * panel * panel, whole_depth)
+        target = Matrix(scratch, before.grad + (j * stride + rows[0]) * panel, stride)
+        _transpose_panels(source, target, panel, count)
 
 
 @linked_jit
 def backward_data(layer, before, state, workspace, count, rows, panels):
     """Write some rows, of a batch of count, and panels, of the gradient of the layer before."""
+    scratch, stride = workspace.scratch, workspace.stride
     for first in range(rows[0], rows[1], BLOCK_BATCH):
         part = (first, min(first + BLOCK_BATCH, rows[1]))
         if layer.is_skinny:
-            _backward_data_skinny(layer, before, state, workspace, part, panels)
+            output, source = Matrix(scratch, before.grad, stride), Matrix(scratch, layer.grad, stride)
+            weight = Matrix(state, layer.weight.start, layer.num_outputs)
+            _multiply(output, source, weight, layer.num_outputs, layer.num_inputs, part, panels)
         elif count == 1:
             # not by how many rows this thread has: the order of sums would follow from that
             _backward_data_row(layer, before, state, workspace, panels)
@@ -354,47 +304,31 @@ def backward_data(layer, before, state, workspace, count, rows, panels):
 
 @inlined_jit
 def update_part(parameter, state, first, gradient, count, scale):
-    """Do the SGD update of some numbers of a parameter, from the first on; scale is what its gradient lacks."""
+    """Do the SGD update of count numbers of a parameter; scale is what their gradient lacks."""
     grads, at = gradient
     start, buffer = parameter.start + first, parameter.buffer + first
     update(
-        state[start : start + count],
-        grads[at : at + count],
-        -scale if parameter.maximize else scale,
-        state[buffer : buffer + count],
-        parameter.is_fresh,
-        parameter.lr,
-        parameter.momentum,
-        parameter.dampening,
-        parameter.weight_decay,
-        parameter.nesterov,
-    )
+        state[start : start + count], grads[at : at + count], -scale if parameter.maximize else scale,
+        state[buffer : buffer + count], parameter.is_fresh,
+        parameter.lr, parameter.momentum, parameter.dampening, parameter.weight_decay, parameter.nesterov,
+    )  # fmt: skip
 
 
 @linked_jit
 def backward_weight_skinny(layer, source, state, workspace, count, panels, scale):
     """Do what ``backward_weight`` does for a layer of few outputs; source may be of bytes."""
-    depth, width = layer.num_inputs, layer.num_outputs
-    scratch, own = workspace.scratch, workspace.own
-    panel = panel_of(scratch)
+    width, own = layer.num_outputs, workspace.own
+    panel = panel_of(own)
     for p in range(panels[0], panels[1]):
+        columns = layer.num_inputs - p * panel
         for first in range(0, count, BLOCK_DEPTH):
-            row = 0
-            while row < width:
-                height = tile_height(width - row)
-                multiply_panels(
-                    (own, row * panel),
-                    Matrix(scratch, layer.grad + first * panel + row, 0 * panel),
-                    True,
-                    (source.storage, source.offset + (p * source.stride + first) * panel),
-                    (min(BLOCK_DEPTH, count - first), height, _used_vectors(depth - p * panel, panel)),
-                    first > 0,
-                )
-                row += height
-        if depth < (p + 1) * panel:
-            # the next forward product takes whole panels, and 0 times infinity would be NaN
-            for row in range(width):
-                own[row * panel + depth - p * panel : (row + 1) * panel] = 0
+            grad = (workspace.scratch, layer.grad + first * panel)
+            values = (source.storage, source.offset + (p * source.stride + first) * panel)
+            size = (min(BLOCK_DEPTH, count - first), width, columns)
+            _multiply_transposed(own, 0, grad, values, size, first > 0)
+        if columns < panel:
+            for m in range(width):
+                own[m * panel + columns : (m + 1) * panel] = 0
         update_part(layer.weight, state, p * width * panel, (own, 0), width * panel, scale)
 
 
@@ -429,36 +363,23 @@ def backward_weight(layer, source, state, workspace, count, panels, scale):
     if count == 1:
         _backward_weight_row(layer, source, state, workspace, panels, scale)
         return
-    depth, width = layer.num_inputs, layer.num_outputs
-    scratch, stride, own = workspace.scratch, workspace.stride, workspace.own
-    panel = panel_of(scratch)
-    group = max(1, BLOCK_INPUTS // panel)
-    columns = max(1, BLOCK_COLUMNS // panel)
+    depth, width, own = layer.num_inputs, layer.num_outputs, workspace.own
+    panel = panel_of(own)
+    group, columns = max(1, BLOCK_INPUTS // panel), max(1, BLOCK_COLUMNS // panel)
     num_panels = panels_of(width, panel)
     for j_first in range(0, num_panels, columns):
         j_stop = min(j_first + columns, num_panels)
         for p_first in range(panels[0], panels[1], group):
             p_stop = min(p_first + group, panels[1])
             for first in range(0, count, BLOCK_BATCH):
-                steps = min(BLOCK_BATCH, count - first)
                 for p in range(p_first, p_stop):
+                    values = (source.storage, source.offset + (p * source.stride + first) * panel)
                     inputs = min(panel, depth - p * panel)
                     for j in range(j_first, j_stop):
-                        used = _used_vectors(width - j * panel, panel)
                         at = ((p - p_first) * columns + j - j_first) * panel * panel
-                        row = 0
-                        while row < inputs:
-                            height = tile_height(inputs - row)
-                            source_at = source.offset + (p * source.stride + first) * panel + row
-                            multiply_panels(
-                                (own, at + row * panel),
-                                Matrix(source.storage, source_at, 0 * panel),
-                                True,
-                                (scratch, layer.grad + (j * stride + first) * panel),
-                                (steps, height, used),
-                                first > 0,
-                            )
-                            row += height
+                        grad = (workspace.scratch, layer.grad + (j * workspace.stride + first) * panel)
+                        size = (min(BLOCK_BATCH, count - first), inputs, width - j * panel)
+                        _multiply_transposed(own, at, values, grad, size, first > 0)
             for p in range(p_first, p_stop):
                 inputs = min(panel, depth - p * panel)
                 for j in range(j_first, j_stop):
@@ -497,7 +418,7 @@ def _transposed_stride(inputs):
 def backward_weight_nonzero(layer, transposed, state, workspace, count, inputs, scale, upcoming):
     """Update the first layer's weight for some of its inputs, skipping what is 0 in them.
 
-    ``transposed`` is values and masks as ``transpose_examples`` writes them. The examples of the next batch are
+    ``transposed`` is values and masks as ``transpose_examples`` writes them. The next batch's examples are
     prefetched on the way.
     """
     values, masks = transposed
@@ -588,32 +509,17 @@ def gather(X, inputs, batch, rows, stride, skips_zeros):
 
 
 @linked_jit
-def gather_panels(X, panels, batch, rows, stride):
-    """Copy some rows of a batch to panels of another dtype."""
+def gather_panels(X, batch, rows, panels, stride, like):
+    """Copy some rows of a batch to panels of any dtype, as wide as the dtype of like makes them."""
     num_inputs = X.shape[1]
-    panel = panel_of(panels)
+    panel = panel_of(like)
     whole = num_inputs // panel
     for n in range(rows[0], rows[1]):
         row = batch.order[batch.first + n]
         for j in range(whole):
-            widen_panel(X, row * num_inputs + j * panel, panels, (j * stride + n) * panel)
+            copy_panel(X, row * num_inputs + j * panel, panels, (j * stride + n) * panel, like)
         for i in range(whole * panel, num_inputs):
             panels[(whole * stride + n) * panel + i - whole * panel] = X[row, i]
-
-
-@linked_jit
-def gather_bytes(X, inputs, batch, rows, stride):
-    """Copy some rows of a batch to values, as they are, in panels as wide as those of ``inputs.panels``."""
-    num_inputs = X.shape[1]
-    panel = panel_of(inputs.panels)
-    whole = num_inputs // panel
-    for n in range(rows[0], rows[1]):
-        row = batch.order[batch.first + n]
-        for j in range(whole):
-            at = (j * stride + n) * panel
-            copy_panel(X, row * num_inputs + j * panel, inputs.values, at, inputs.panels)
-        for i in range(whole * panel, num_inputs):
-            inputs.values[(whole * stride + n) * panel + i - whole * panel] = X[row, i]
 
 
 class Upcoming(NamedTuple):
@@ -636,43 +542,6 @@ def prefetch_examples(upcoming, start, stop):
             prefetch(X, example + at // X.itemsize)
 
 
-@inlined_jit
-def _transpose_bytes_of(values, stride, inputs, count, target):
-    target_stride = _transposed_stride(inputs)
-    for k in range(inputs[0], inputs[1], _BYTES_BLOCK):
-        for n in range(0, count, _BYTES_BLOCK):
-            transpose_bytes(
-                values, (k // WORD * stride + n) * WORD + k % WORD, WORD,
-                target, (n // WORD * target_stride + k - inputs[0]) * WORD + n % WORD, WORD,
-            )  # fmt: skip
-
-
-@inlined_jit
-def _transpose_floats_of(values, stride, inputs, count, target):
-    target_stride = _transposed_stride(inputs)
-    lanes = panel_of(values) // _VECTORS
-    for k in range(inputs[0], inputs[1], lanes):
-        for n in range(0, count, lanes):
-            transpose_block(
-                Matrix(values, (k // WORD * stride + n) * WORD + k % WORD, WORD),
-                Matrix(target, (n // WORD * target_stride + k - inputs[0]) * WORD + n % WORD, WORD),
-            )
-
-
-def _transpose_of(values, stride, inputs, count, target):
-    """Write, for some inputs, a row of all count examples' numbers."""
-
-
-@overload(_transpose_of, jit_options={"nogil": True})
-def _choose_transpose_of(values, stride, inputs, count, target):
-    transpose = _transpose_bytes_of if values.dtype == types.uint8 else _transpose_floats_of
-
-    def call(values, stride, inputs, count, target):
-        transpose(values, stride, inputs, count, target)
-
-    return call
-
-
 @linked_jit
 def transpose_examples(values, stride, inputs, count, transposed, skips_zeros):
     """Write, for some inputs, the numbers of all count examples, and mark which are multiplied.
@@ -681,8 +550,13 @@ def transpose_examples(values, stride, inputs, count, transposed, skips_zeros):
     examples, and their number, in whole blocks of 16, as its stride.
     """
     target, masks = transposed
-    _transpose_of(values, stride, inputs, count, target)
     target_stride = _transposed_stride(inputs)
+    block = _BYTES_BLOCK if values.itemsize == 1 else panel_of(values) // _VECTORS
+    for k in range(inputs[0], inputs[1], block):
+        for n in range(0, count, block):
+            source_at = (k // WORD * stride + n) * WORD + k % WORD
+            target_at = (n // WORD * target_stride + k - inputs[0]) * WORD + n % WORD
+            transpose_square(Matrix(values, source_at, WORD), Matrix(target, target_at, WORD))
     for word in range((count + WORD - 1) // WORD):
         bits = min(WORD, count - word * WORD)
         for k in range(inputs[1] - inputs[0]):

@@ -11,8 +11,8 @@ A batch of few rows is split by columns in phase 1 too, with a barrier after eac
 so a result depends neither on the number of threads nor on their timing; and the parts may follow how fast
 each thread is (``balance``).
 
-Zeros of the examples are skipped while what they are multiplied with is finite. Each thread notes whether what it wrote
-is, all read these notes behind the next barrier, and none is written again before the barrier after that.
+Zeros of the examples are skipped while what they are multiplied with is finite. Each thread notes whether
+what it wrote is; all read the notes behind the next barrier, and none is written anew before the next but one.
 
 Floor of a step, N rows, for each layer of K inputs and M outputs: 6 N K M FLOPs (4 for the first layer, less
 the share of its inputs that is 0), and the weights read twice and written once.
@@ -42,7 +42,6 @@ from fastdl.kernels.cpu.dense import (
     forward_nonzero,
     forward_skinny,
     gather,
-    gather_bytes,
     gather_panels,
     mask_by_relu,
     note_finite_grad,
@@ -63,21 +62,6 @@ _VECTORS = TILE.vectors
 
 
 @inlined_jit
-def _read_row(matrix, row):
-    """Copy a row of panels, which are a matrix's stride apart."""
-    panel = panel_of(row)
-    for i in range(row.size):
-        row[i] = matrix.storage[matrix.offset + i // panel * matrix.stride + i % panel]
-
-
-@inlined_jit
-def _write_row(row, matrix):
-    panel = panel_of(row)
-    for i in range(row.size):
-        matrix.storage[matrix.offset + i // panel * matrix.stride + i % panel] = row[i]
-
-
-@inlined_jit
 def _share_of_rows(count, bounds, thread, lanes):
     """Return a thread's rows: whole blocks of lanes, as blocks are transposed whole."""
     start, stop = part_of((count + lanes - 1) // lanes, bounds, thread)
@@ -88,104 +72,100 @@ def _share_of_rows(count, bounds, thread, lanes):
 def _total_weight(loss, batch, num_classes):
     """Return what the mean over a batch divides by: the sum of its rows' class weights."""
     total = 0.0
-    for n in range(batch.first, batch.first + batch.count):
+    for n in range(batch.first, batch.first + batch.size):
         label = loss.labels[batch.order[n]]
         if label != loss.ignore_index and 0 <= label < num_classes:
             total += loss.class_weight[label] if loss.class_weight.size > 0 else 1.0
     return total
 
 
+@inlined_jit
+def _read_labels(loss, batch, first, num_classes, labels, member):
+    """Copy some rows' labels. One that is no class ends the run in an error, and until then is any class."""
+    for n in range(labels.size):
+        row = batch.order[batch.first + first + n]
+        label = loss.labels[row]
+        if label != loss.ignore_index and not 0 <= label < num_classes:
+            member.wrong_row, label = min(member.wrong_row, row), 0
+        labels[n] = label
+
+
+@inlined_jit
+def _squared_error_block(columns, loss, rows, scale, factor, loss_sums):
+    """Do for the squared error what ``cross_entropy_block`` does; the losses are added, factor times."""
+    for c in range(columns.shape[0] - ROW_SUMS):
+        column = columns[c]
+        for n in range(rows.size):
+            difference = column[n] - loss.targets[rows[n], c]
+            loss_sums[n] += factor * (difference * difference)
+            column[n] = scale * difference
+
+
 @linked_jit
-def _cross_entropy_rows(layer, workspace, loss, batch, rows, epoch, member):
-    """Do what ``_loss_rows`` does where the loss is cross entropy."""
+def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
+    """Write the gradient of the last layer's product for some rows; add to their losses and right answers."""
     width = layer.num_outputs
-    scratch, stride = workspace.scratch, workspace.stride
+    scratch = workspace.scratch
     panel = panel_of(scratch)
-    divisor = _total_weight(loss, batch, width) if loss.is_mean else 1.0
+    panel_stride = workspace.stride * panel
+    is_classifier = loss.kind == CROSS_ENTROPY
     # a mean counts for as many rows as the batch has; over rows without weight it is NaN
-    factor = 1.0
-    if loss.is_mean:
-        factor = batch.count / divisor if divisor != 0 else np.nan
+    scale = factor = 1.0
+    if loss.is_mean and is_classifier:
+        total = _total_weight(loss, batch, width)
+        scale, factor = 1.0 / total, batch.size / total if total != 0 else np.nan
+    elif loss.is_mean:
+        scale, factor = 1.0 / (batch.size * width), 1.0 / width
     block = max(1, min(block_rows(width), rows[1] - rows[0]))
     columns = np.empty((width + ROW_SUMS, block), scratch.dtype)
     losses, labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
     best = np.empty(block, np.int32)
     for start in range(rows[0], rows[1], block):
         size = min(block, rows[1] - start)
-        for n in range(size):
-            row = batch.order[batch.first + start + n]
-            label = loss.labels[row]
-            if label != loss.ignore_index and not 0 <= label < width:
-                # the run comes to nothing: any class will do
-                member.wrong_row, label = min(member.wrong_row, row), 0
-            labels[n] = label
-        at = start * panel
-        read_block(scratch, layer.output + at, panel, stride * panel, size, columns)
-        cross_entropy_block(
-            columns, size, labels, loss.class_weight, loss.ignore_index, loss.label_smoothing, 1.0 / divisor,
-            losses, best, epoch.trains,
-        )  # fmt: skip
-        for n in range(size):
-            epoch.loss_sums[start + n] += losses[n] * factor
-            member.num_correct += best[n] == labels[n]
+        sums = epoch.loss_sums[start : start + size]
+        read_block(scratch, layer.output + start * panel, panel, panel_stride, size, columns)
+        if is_classifier:
+            _read_labels(loss, batch, start, width, labels[:size], member)
+            cross_entropy_block(
+                columns, size, labels, loss.class_weight, loss.ignore_index, loss.label_smoothing, scale,
+                losses, best, epoch.trains,
+            )  # fmt: skip
+            for n in range(size):
+                sums[n] += losses[n] * factor
+                member.num_correct += best[n] == labels[n]
+        else:
+            at = batch.first + start
+            _squared_error_block(
+                columns, loss, batch.order[at : at + size], scratch.dtype.type(2 * scale), factor, sums
+            )
         if epoch.trains:
-            write_block(columns, size, scratch, layer.grad + at, panel, stride * panel)
-
-
-@linked_jit
-def _squared_error_rows(layer, workspace, loss, batch, rows, epoch):
-    """Do what ``_loss_rows`` does where the loss is the squared error."""
-    width = layer.num_outputs
-    scratch = workspace.scratch
-    panel = panel_of(scratch)
-    logits, grad_row = workspace.own[:width], workspace.own[width : 2 * width]
-    scale = scratch.dtype.type(2.0 / (batch.count * width) if loss.is_mean else 2.0)
-    for n in range(rows[0], rows[1]):
-        target = loss.targets[batch.order[batch.first + n]]
-        _read_row(Matrix(scratch, layer.output + n * panel, workspace.stride * panel), logits)
-        total = 0.0
-        for c in range(width):
-            difference = logits[c] - target[c]
-            total += difference * difference
-            grad_row[c] = scale * difference
-        if epoch.trains:
-            _write_row(grad_row, Matrix(scratch, layer.grad + n * panel, workspace.stride * panel))
-        epoch.loss_sums[n] += total / width if loss.is_mean else total
-
-
-@inlined_jit
-def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
-    """Write the gradient of the last layer's product for some rows; add to their losses and right answers."""
-    if loss.kind == CROSS_ENTROPY:
-        _cross_entropy_rows(layer, workspace, loss, batch, rows, epoch, member)
-    else:
-        _squared_error_rows(layer, workspace, loss, batch, rows, epoch)
+            write_block(columns, size, scratch, layer.grad + start * panel, panel, panel_stride)
     if epoch.trains:
-        mask_by_relu(layer, workspace, rows, (0, panels_of(layer.num_outputs, panel_of(workspace.scratch))))
+        mask_by_relu(layer, workspace, rows, (0, panels_of(width, panel)))
 
 
 @inlined_jit
-def _gather(examples, batch, rows, stride, members):
+def _gather(X, inputs, batch, rows, stride, members):
     """Copy some rows of a batch to where the first layer reads them."""
-    if examples.mode == NONZERO:
-        is_finite = True
+    if inputs.mode == NONZERO:
+        skips_zeros = True
         for thread in range(members.size):
-            is_finite &= members[thread].has_finite_weight
-        gather(examples.X, examples.inputs, batch, rows, stride, is_finite)
-    elif examples.mode == BYTES:
-        gather_bytes(examples.X, examples.inputs, batch, rows, stride)
+            skips_zeros &= members[thread].has_finite_weight
+        gather(X, inputs, batch, rows, stride, skips_zeros)
+    elif inputs.mode == BYTES:
+        gather_panels(X, batch, rows, inputs.values, stride, inputs.panels)
     else:
-        gather_panels(examples.X, examples.inputs.panels, batch, rows, stride)
+        gather_panels(X, batch, rows, inputs.panels, stride, inputs.panels)
 
 
 @inlined_jit
-def _forward(net, index, examples, workspace, rows, panels):
+def _forward(net, index, inputs, scale, workspace, rows, panels):
     """Write some rows, and panels, of a layer's output."""
-    layer, inputs, stride = net.layers[index], examples.inputs, workspace.stride
-    scale = net.state.dtype.type(examples.scale if index == 0 else 1.0)
-    if index == 0 and examples.mode == NONZERO:
+    layer, stride = net.layers[index], workspace.stride
+    scale = scale if index == 0 else net.state.dtype.type(1)
+    if index == 0 and inputs.mode == NONZERO:
         forward_nonzero(layer, inputs, net.state, workspace, rows, panels, scale)
-    elif index == 0 and examples.mode == BYTES:
+    elif index == 0 and inputs.mode == BYTES:
         forward_skinny(layer, Matrix(inputs.values, 0 * stride, stride), net.state, workspace, rows, scale)
     else:
         forward(layer, _source(net, index, inputs, workspace), net.state, workspace, rows, panels, scale)
@@ -201,19 +181,18 @@ def _source(net, index, inputs, workspace):
 
 
 @inlined_jit
-def _update_first(net, examples, workspace, count, panels, upcoming):
+def _update_first(net, inputs, scale, workspace, count, panels, upcoming):
     """Update the first layer's weight for some panels of its inputs, a few panels at a time.
 
     Some of the next batch's examples are prefetched in between.
     """
-    layer, inputs = net.layers[0], examples.inputs
-    scale = net.state.dtype.type(examples.scale)
+    layer = net.layers[0]
     shares = (panels[1] - panels[0]) // _PREFETCH_PANELS
     shares = max(1, min(shares, upcoming.stop - upcoming.start))
     for index in range(shares):
         start, stop = share(panels[1] - panels[0], index, shares)
         part = (panels[0] + start, panels[0] + stop)
-        if examples.mode == BYTES:
+        if inputs.mode == BYTES:
             source = Matrix(inputs.values, 0 * count, workspace.stride)
             backward_weight_skinny(layer, source, net.state, workspace, count, part, scale)
         else:
@@ -223,22 +202,8 @@ def _update_first(net, examples, workspace, count, panels, upcoming):
         prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)
 
 
-@inlined_jit
-def _update_first_nonzero(net, examples, workspace, count, columns, upcoming, team, thread):
-    """Update the first layer's weight for some of its inputs, skipping what is 0 in them."""
-    layer, inputs, members = net.layers[0], examples.inputs, team.members
-    is_finite = True
-    for other in range(members.size):
-        is_finite &= members[other].has_finite_grad
-    transposed = inputs.transposed[thread], inputs.transposed_masks[thread]
-    transpose_examples(inputs.values, workspace.stride, columns, count, transposed, is_finite)
-    scale = net.state.dtype.type(examples.scale)
-    backward_weight_nonzero(layer, transposed, net.state, workspace, count, columns, scale, upcoming)
-    note_finite_weight(layer, net.state, columns, members[thread])
-
-
 @jit
-def run_epoch(thread, team, net, examples, loss, epoch, workspace):
+def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
     """Run one thread's part of an epoch; the threads of a run call this at the same time.
 
     Parameters
@@ -249,6 +214,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, workspace):
     examples : layout.Examples
     loss : layout.Loss
     epoch : layout.Epoch
+    inputs : layout.Inputs
     workspace : layout.Workspace
     """
     layers, members, order, batch_size = net.layers, team.members, epoch.order, epoch.batch_size
@@ -259,6 +225,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, workspace):
     lanes = panel // _VECTORS
     block = max(INPUT_BLOCK, panel)
     bounds = np.empty(num_threads + 1)
+    scale = net.state.dtype.type(examples.scale)
     for step in range((order.size + batch_size - 1) // batch_size):
         first = step * batch_size
         count = min(batch_size, order.size - first)
@@ -267,7 +234,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, workspace):
         own_rows = _share_of_rows(count, bounds, thread, lanes)
         started: int = read_clock()
         # 1: the batch
-        _gather(examples, batch, own_rows, own.stride, members)
+        _gather(examples.X, inputs, batch, own_rows, own.stride, members)
         if by_columns and not wait(team, thread):
             return
         # 2: forward
@@ -275,7 +242,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, workspace):
             rows, panels = own_rows, (0, panels_of(layers[index].num_outputs, panel))
             if by_columns and not layers[index].is_skinny:
                 rows, panels = (0, count), share(panels[1], thread, num_threads)
-            _forward(net, index, examples, own, rows, panels)
+            _forward(net, index, inputs, scale, own, rows, panels)
             if by_columns and not wait(team, thread):
                 return
         # 3: loss
@@ -290,7 +257,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, workspace):
                         return
                     rows, panels = (0, count), share(panels[1], thread, num_threads)
                 backward_data(layers[index], layers[index - 1], net.state, own, count, rows, panels)
-            if examples.mode == NONZERO:
+            if inputs.mode == NONZERO:
                 note_finite_grad(layers[0], own, rows, panels, members[thread])
             ticks = read_clock() - started
             if not wait(team, thread):
@@ -307,17 +274,25 @@ def run_epoch(thread, team, net, examples, loss, epoch, workspace):
                 if not layer.weight.trains:
                     continue
                 if index > 0:
-                    source = _source(net, index, examples.inputs, own)
+                    source = _source(net, index, inputs, own)
                     panels = part_of(panels_of(layer.num_inputs, panel), bounds, thread)
                     backward_weight(layer, source, net.state, own, count, panels, net.state.dtype.type(1))
                     continue
-                start, stop = part_by_work(examples.work, bounds, thread)
+                start, stop = part_by_work(inputs.work, bounds, thread)
                 columns = (min(start * block, num_inputs), min(stop * block, num_inputs))
-                if examples.mode == NONZERO:
-                    _update_first_nonzero(net, examples, own, count, columns, upcoming, team, thread)
+                if inputs.mode == NONZERO:
+                    transposed = inputs.transposed[thread], inputs.transposed_masks[thread]
+                    skips_zeros = True
+                    for other in range(num_threads):
+                        skips_zeros &= members[other].has_finite_grad
+                    transpose_examples(inputs.values, own.stride, columns, count, transposed, skips_zeros)
+                    backward_weight_nonzero(
+                        layer, transposed, net.state, own, count, columns, scale, upcoming
+                    )
+                    note_finite_weight(layer, net.state, columns, members[thread])
                 else:
-                    panels = (columns[0] // panel, panels_of(columns[1], panel))
-                    _update_first(net, examples, own, count, panels, upcoming)
+                    panels = (panels_of(columns[0], panel), panels_of(columns[1], panel))
+                    _update_first(net, inputs, scale, own, count, panels, upcoming)
             if not by_columns:
                 record_speed(members, thread, bounds, ticks + read_clock() - started)
         if thread == 0:

@@ -1,8 +1,7 @@
 """The memory of a training run: what the kernels are told of it, and how much of it there is.
 
-Parameters and momentum buffers are in one flat array, what a step computes in another. Panels of activations lie
-``stride`` rows apart; layers with few outputs ("skinny") keep their weight as (ceil(K / panel), M, panel), the
-others as (ceil(M / panel), K, panel).
+Parameters and momentum buffers are in one flat array, what a step computes in another. Layers with few
+outputs ("skinny") keep their weight as (ceil(K / panel), M, panel), others as (ceil(M / panel), K, panel).
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdl.kernels.cpu.panels import LONG_ROWS, PANEL_BYTES, WORD, panel_of
 from fastdl.kernels.cpu.intrinsics import TILE
+from fastdl.kernels.cpu.panels import LONG_ROWS, PANEL_BYTES, WORD, panel_of
 from fastdl.kernels.options import SGDOptions
 
 # The parts that a product is done in, so that what is read again is in L1 or L2 still. Of rows, whole tiles.
@@ -27,7 +26,7 @@ BLOCK_INPUTS = 64
 INPUT_BLOCK = 16
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
-# How the first layer reads its input: in the dtype of the net; skipping zeros; as bytes.
+# How the first layer reads its input: in the dtype of the net; skipping zeros; for a skinny layer, as bytes.
 DENSE, NONZERO, BYTES = 0, 1, 2
 
 # bytes of a cache line: everything begins at the start of one
@@ -42,61 +41,53 @@ _SAMPLE = 256
 # what an input takes that is always 0, of what one takes that never is
 _WORK_OF_ZEROS = 0.05
 
-# Where a parameter and its momentum buffer begin, and how it is updated.
+_OPTIONS = [(name, "?" if kind == "bool" else "f8") for name, kind in SGDOptions.__annotations__.items()]
+# where a parameter and its momentum buffer begin, and how it is updated
 PARAMETER = np.dtype(
-    [("start", np.int64), ("buffer", np.int64), ("trains", np.bool_), ("is_fresh", np.bool_)]
-    + [
-        (name, np.bool_ if kind == "bool" else np.float64)
-        for name, kind in SGDOptions.__annotations__.items()
-    ],
-    align=True,
+    [("start", "i8"), ("buffer", "i8"), ("trains", "?"), ("is_fresh", "?"), *_OPTIONS], align=True
 )
-# A linear layer, with where its output and the gradient of its product begin.
+# a linear layer, and where its output and the gradient of its product begin
 LAYER = np.dtype(
-    [("num_inputs", np.int64), ("num_outputs", np.int64), ("is_skinny", np.bool_), ("has_relu", np.bool_)]
-    + [("weight", PARAMETER), ("bias", PARAMETER), ("output", np.int64), ("grad", np.int64)],
+    [
+        *(("num_inputs", "i8"), ("num_outputs", "i8"), ("is_skinny", "?"), ("has_relu", "?")),
+        *(("weight", PARAMETER), ("bias", PARAMETER), ("output", "i8"), ("grad", "i8")),
+    ],
     align=True,
 )
 
 
 class Net(NamedTuple):
-    """The layers, (L,) of LAYER, and the flat array of their parameters and momentum buffers."""
+    """The layers, (L,) of LAYER, and the flat array of parameters and momentum buffers."""
 
     layers: Any
     state: Any
 
 
 class Workspace(NamedTuple):
-    """What a step computes.
-
-    Attributes
-    ----------
-    scratch : (n,)
-        Activations and their gradients.
-    stride : int
-        How many rows apart panels lie.
-    own : (num_threads, n)
-        Each thread's own; the functions that a thread calls get its row.
-    """
+    """What a step computes: a flat array, how many rows apart its panels lie, each thread's own memory."""
 
     scratch: Any
     stride: int
     own: Any
 
 
-class Inputs(NamedTuple):
-    """A batch of examples as the first layer reads them; an array that its way of reading lacks is empty.
+class Examples(NamedTuple):
+    """Examples X, (N, K), of uint8 or the dtype of the net, and what their numbers are multiplied by."""
 
-    Attributes
-    ----------
-    panels : (n,)
-        In the dtype of the net.
-    values, masks : (n,)
-        As ``dense.gather`` writes them; for BYTES the values are panels.
-    transposed, transposed_masks : (num_threads, n)
-        As ``dense.transpose_examples`` writes them.
+    X: Any
+    scale: float
+
+
+class Inputs(NamedTuple):
+    """How the first layer reads examples, and memory for a batch of them; what a way lacks is empty.
+
+    ``work`` is what the weight takes for the inputs before each block, of INPUT_BLOCK or a panel, and for
+    all. ``panels`` are in the dtype of the net, the rest as ``dense.gather`` and, for each thread,
+    ``dense.transpose_examples`` write it; for BYTES the values are panels.
     """
 
+    mode: int
+    work: Any
     panels: Any
     values: Any
     masks: Any
@@ -104,43 +95,10 @@ class Inputs(NamedTuple):
     transposed_masks: Any
 
 
-class Examples(NamedTuple):
-    """Examples, and how they are read.
-
-    Attributes
-    ----------
-    X : (N, K), uint8 or the dtype of the net
-    scale : float
-        What a number of X is multiplied by.
-    mode : int
-        DENSE, NONZERO, or, for a skinny first layer and examples of bytes, BYTES.
-    work : (blocks of inputs + 1,), float64
-        What the first layer's weight takes for the inputs before each block, of INPUT_BLOCK or a panel, and for all.
-    inputs : Inputs
-    """
-
-    X: Any
-    scale: float
-    mode: int
-    work: Any
-    inputs: Inputs
-
-
 class Loss(NamedTuple):
-    """A loss, with what the net's outputs are compared with.
+    """The kind of a loss, what outputs are compared with, and its options; labels or targets are empty.
 
-    Attributes
-    ----------
-    kind : int
-        CROSS_ENTROPY or SQUARED_ERROR.
-    is_mean : bool
-        Whether a batch's loss is the mean, or the sum.
-    labels : (N,), int64, or (0,)
-        Read anew each time, and tested where they are read.
-    targets : (N, M) of the dtype of the net, or (0, 0)
-    class_weight : (M,) or (0,)
-    ignore_index : int
-    label_smoothing : float
+    Labels are read anew each time, and tested where they are read.
     """
 
     kind: int
@@ -153,18 +111,10 @@ class Loss(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """A pass over examples.
+    """A pass over examples in an order, which trains or computes the losses alone.
 
-    Attributes
-    ----------
-    order : (examples of the epoch,), int64
-    batch_size : int
-    by_columns : bool
-        Whether phase 1 is split by columns.
-    trains : bool
-        False computes the losses alone.
-    loss_sums : (batch_size,), float64
-        The losses of each batch's first, second, ... row are added: the sum of all is the epoch's.
+    ``by_columns`` says whether phase 1 is split by columns. The losses of each batch's first, second, ... row
+    are added to ``loss_sums``, float64.
     """
 
     order: Any
@@ -175,11 +125,11 @@ class Epoch(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The ``count`` examples ``order[first:first + count]``."""
+    """The examples ``order[first:first + size]``."""
 
     order: Any
     first: int
-    count: int
+    size: int
 
 
 def aligned(count: int, dtype: Any) -> NDArray[Any]:
@@ -197,17 +147,12 @@ def _rounded(count: int, block: int) -> int:
 class _Allocator:
     """Hands out parts of a flat array that begin at the start of a cache line."""
 
-    def __init__(self, dtype: Any) -> None:
-        self._dtype = np.dtype(dtype)
-        self._size = 0
+    size = 0
 
     def take(self, count: int) -> int:
-        start = self._size
-        self._size += _rounded(count, _LINE // self._dtype.itemsize)
-        return start
-
-    def array(self) -> NDArray[Any]:
-        return aligned(self._size, self._dtype)
+        # a whole number of lines for numbers of any size
+        self.size += _rounded(count, _LINE)
+        return self.size - _rounded(count, _LINE)
 
 
 class Memory:
@@ -221,15 +166,8 @@ class Memory:
         Whether a ReLU follows each layer.
     dtype : dtype
     rows : int
-        How many a batch has at most.
+        How many a batch has at most; ``rows`` is how many it may have.
     num_threads : int
-
-    Attributes
-    ----------
-    net : Net
-    workspace : Workspace
-    rows : int
-        How many a batch may have.
     """
 
     def __init__(
@@ -245,7 +183,7 @@ class Memory:
         self.rows = _rounded(rows, 16)
         # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
         stride = self.rows + _PANEL_GAP
-        state, scratch = _Allocator(dtype), _Allocator(dtype)
+        state, scratch = _Allocator(), _Allocator()
         layers = np.zeros(len(shapes), LAYER)
         own = 0
         for index, (layer, (width, depth), has_relu) in enumerate(zip(layers, shapes, relus, strict=True)):
@@ -253,70 +191,57 @@ class Memory:
             is_skinny = 4 * width <= 3 * panel
             layer["num_inputs"], layer["num_outputs"] = depth, width
             layer["is_skinny"], layer["has_relu"] = is_skinny, has_relu
-            sizes = {
-                "weight": padded_depth * width if is_skinny else padded_width * depth,
-                "bias": padded_width,
-            }
-            for name, size in sizes.items():
-                layer[name]["start"], layer[name]["buffer"] = state.take(size), state.take(size)
+            size = padded_depth * width if is_skinny else padded_width * depth
+            for parameter, count in ((layer["weight"], size), (layer["bias"], padded_width)):
+                parameter["start"], parameter["buffer"] = state.take(count), state.take(count)
             for name in ("output", "grad"):
                 layer[name] = scratch.take(padded_width * stride)
             own = max(own, self._own_size(index, padded_width, padded_depth, is_skinny))
         scratch.take(_SPARE_ROWS * panel)
-        self.net = Net(layers, state.array())
-        self.workspace = Workspace(scratch.array(), stride, self._by_thread(own + _SPARE_ROWS * panel, dtype))
+        self.net = Net(layers, aligned(state.size, dtype))
+        own_arrays = self._by_thread(own + _SPARE_ROWS * panel, dtype)
+        self.workspace = Workspace(aligned(scratch.size, dtype), stride, own_arrays)
         self._inputs: dict[tuple[int, Any], Inputs] = {}
 
     def _own_size(self, index: int, width: int, depth: int, is_skinny: bool) -> int:
         """Return how much memory of its own a thread needs for a layer of whole panels."""
         panel = self._panel
-        rows = _rounded(min(self.rows, BLOCK_BATCH), panel) + panel
         if is_skinny:
-            return max(2 * width, width * panel)
+            return width * panel
         size = max(BLOCK_INPUTS, panel) * max(BLOCK_COLUMNS, panel)
+        rows = _rounded(min(self.rows, BLOCK_BATCH), panel) + panel
         # a first layer has no gradient to hand back, but may skip zeros
-        return max(
-            2 * width,
-            size,
-            rows * (depth + width) if index > 0 else max(LONG_ROWS) // TILE.vectors * panel * depth,
-        )
+        return max(size, rows * (depth + width) if index else max(LONG_ROWS) // TILE.vectors * panel * depth)
 
     def _by_thread(self, count: int, dtype: Any) -> NDArray[Any]:
         count = _rounded(count, _LINE)
         return aligned(self._num_threads * count, dtype).reshape(self._num_threads, count)
 
-    def examples(self, X: NDArray[Any], scale: float) -> Examples:
-        """Return examples as the kernels take them, with memory for a batch of them.
-
-        Those that are read in one way share that memory: one set of them is read at a time.
-        """
-        first = self.net.layers[0]
-        num_inputs, num_outputs = int(first["num_inputs"]), int(first["num_outputs"])
-        work = np.ones(num_inputs)
+    def inputs(self, X: NDArray[Any]) -> Inputs:
+        """Return how the first layer reads X; what is read in one way shares its memory."""
+        first, panel, stride = self.net.layers[0], self._panel, self.workspace.stride
+        num_inputs = int(first["num_inputs"])
         mode = BYTES if X.dtype == np.uint8 and first["is_skinny"] else DENSE
-        if num_outputs > self._panel:
+        work = np.ones(num_inputs)
+        if first["num_outputs"] > panel:
+            # by numpy, as the threads that torch would wake spin on while the first epoch trains
             sample = X[:: max(1, len(X) // _SAMPLE)]
             shares = np.count_nonzero(sample, axis=0) / len(sample)
             if shares.mean() <= 1 - _MIN_ZEROS:
                 mode, work = NONZERO, shares + _WORK_OF_ZEROS
-        block = max(INPUT_BLOCK, self._panel)
-        work = np.concatenate([[0.0], np.add.reduceat(work, range(0, num_inputs, block)).cumsum()])
+        sums = np.add.reduceat(work, range(0, num_inputs, max(INPUT_BLOCK, panel))).cumsum()
         if (mode, X.dtype) not in self._inputs:
-            self._inputs[mode, X.dtype] = self._inputs_for(mode, X.dtype, num_inputs)
-        return Examples(X, float(scale), mode, work, self._inputs[mode, X.dtype])
-
-    def _inputs_for(self, mode: int, dtype: Any, num_inputs: int) -> Inputs:
-        stride, is_nonzero = self.workspace.stride, mode == NONZERO
-        padded = _rounded(num_inputs, self._panel)
-        num_words = _rounded(num_inputs, WORD) // WORD * stride if is_nonzero else 0
-        # a thread may get nearly all inputs
-        num_own_words = (padded + 16) * _rounded(self.rows, WORD) // WORD if is_nonzero else 0
-        return Inputs(
-            panels=aligned(
-                (padded * stride + _SPARE_ROWS * self._panel) * (mode == DENSE), self.net.state.dtype
-            ),
-            values=aligned(num_words * WORD + padded * stride * (mode == BYTES), dtype),
-            masks=aligned(num_words, np.int64),
-            transposed=self._by_thread(num_own_words * WORD, dtype),
-            transposed_masks=self._by_thread(num_own_words, np.int64),
-        )
+            padded = _rounded(num_inputs, panel)
+            words = _rounded(num_inputs, WORD) // WORD * stride * (mode == NONZERO)
+            # a thread may get nearly all inputs
+            own_words = (padded + 16) * _rounded(self.rows, WORD) // WORD * (mode == NONZERO)
+            self._inputs[mode, X.dtype] = Inputs(
+                mode,
+                sums,
+                aligned((padded * stride + _SPARE_ROWS * panel) * (mode == DENSE), self.net.state.dtype),
+                aligned(words * WORD + padded * stride * (mode == BYTES), X.dtype),
+                aligned(words, np.int64),
+                self._by_thread(own_words * WORD, X.dtype),
+                self._by_thread(own_words, np.int64),
+            )
+        return self._inputs[mode, X.dtype]._replace(work=np.concatenate([[0.0], sums]))

@@ -14,8 +14,8 @@ and one number for each row of the tile. ``multiply_row`` holds one row of sever
 ``multiply_nonzero`` does too, and steps only over the numbers of a that aren't 0, by the set bits of a mask.
 ``dot_panels`` sums along the panels, for products that have few columns.
 
-An operand is a ``Matrix``, or a pair of an array and a position where nothing but its first row of a panel has
-to be found; positions and strides are in elements. Nothing here checks a bound.
+An operand is a ``Matrix``, or an array and a position where its rows are those of one panel. Positions and
+strides are in elements. Nothing here checks a bound.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, Vectors, call_of, write_prefetch
+from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, call_of, write_prefetch
 from fastdl.kernels.jit import inlined_jit
 
 # How many vectors one row of sums may have. 8 of them hide the latency of a multiply-add; WORD rows of b
@@ -98,7 +98,7 @@ def _long_row(vectors, start, stride, num_vectors):
 
 
 def _add_products(vectors, sums, a, is_down, b, depth, num_vectors):
-    """Write the loop that adds ``a[i, p] * b[p, j]`` for each step p to the rows of a tile of sums in registers.
+    """Write the loop that adds ``a[i, p] * b[p, j]`` for each step p to a tile of sums in registers.
 
     Columns behind those of a panel of b are in the panels after it, its stride apart.
     """
@@ -238,6 +238,32 @@ def _outer_product(vectors, output, a, b, rows):
         return [vectors.at(output, panel)]
 
     vectors.loop(rows, 1, [output], row)
+
+
+def _transpose_square(vectors, source, source_stride, target, target_stride):
+    builder, is_bytes = vectors.builder, isinstance(vectors.element, ir.IntType)
+    kind = ir.VectorType(vectors.element, 16 if is_bytes else vectors.width)
+    sources, targets = (
+        [
+            builder.bitcast(vectors.at(start, builder.mul(stride, INTP(i))), kind.as_pointer())
+            for i in range(kind.count)
+        ]
+        for start, stride in ((source, source_stride), (target, target_stride))
+    )
+    rows = [builder.load(pointer, align=1) for pointer in sources]
+    if is_bytes:
+        # four rounds that interleave the rows
+        lanes = [lane for i in range(16) for lane in (i, 16 + i)]
+        for _ in range(4):
+            rows = [
+                vectors.shuffle(rows[i], rows[i + 8], half)
+                for i in range(8)
+                for half in (lanes[:16], lanes[16:])
+            ]
+    else:
+        rows = vectors.transpose(rows)
+    for pointer, row in zip(targets, rows, strict=True):
+        builder.store(row, pointer, align=1)
 
 
 def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
@@ -466,65 +492,26 @@ def mask_of_nonzero(typing_context, values, at, count):
 
 
 @intrinsic
-def transpose_bytes(typing_context, source, source_at, source_stride, target, target_at, target_stride):
-    """Write the transpose of a block of 16 x 16 bytes: four rounds that interleave its rows."""
-
-    def generate(context, builder, signature, arguments):
-        source_data = context.make_array(source)(context, builder, arguments[0]).data
-        target_data = context.make_array(target)(context, builder, arguments[3]).data
-        vector = ir.VectorType(ir.IntType(8), 16)
-
-        def pointer(data, at, stride, line):
-            position = builder.add(at, builder.mul(stride, INTP(line)))
-            return builder.bitcast(builder.gep(data, [position]), vector.as_pointer())
-
-        rows = [builder.load(pointer(source_data, *arguments[1:3], i), align=1) for i in range(16)]
-        lanes = [lane for i in range(16) for lane in (i, 16 + i)]
-        halves = [ir.Constant(ir.VectorType(_INT32, 16), part) for part in (lanes[:16], lanes[16:])]
-        for _ in range(4):
-            rows = [builder.shuffle_vector(rows[i], rows[i + 8], half) for i in range(8) for half in halves]
-        for i, row in enumerate(rows):
-            builder.store(row, pointer(target_data, *arguments[4:6], i), align=1)
-        return context.get_dummy_value()
-
-    integers = types.intp, types.intp
-    return types.void(source, *integers, target, *integers), generate
-
-
-@intrinsic
-def widen_panel(typing_context, source, source_at, target, target_at):
-    """Copy one row of a panel, as wide as the target's dtype makes it, from numbers of another type."""
-    element = source.dtype
-
-    def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, context.get_value_type(target.dtype))
-        source_data = context.make_array(source)(context, builder, arguments[0]).data
-        target_data = context.make_array(target)(context, builder, arguments[2]).data
-        kind = ir.VectorType(context.get_value_type(element), vectors.width)
-        for v in range(TILE.vectors):
-            pointer = builder.gep(source_data, [builder.add(arguments[1], INTP(v * vectors.width))])
-            value = builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
-            if isinstance(kind.element, ir.IntType):
-                value = builder.uitofp(value, vectors.type)
-            pointer = builder.gep(target_data, [builder.add(arguments[3], INTP(v * vectors.width))])
-            vectors.store(value, pointer)
-        return context.get_dummy_value()
-
-    return types.void(source, types.intp, target, types.intp), generate
+def transpose_square(typing_context, source, target):
+    """Write the transpose of a square block, one vector wide or of 16 x 16 bytes; the stride is of rows."""
+    return call_of(_transpose_square, source, target)
 
 
 @intrinsic
 def copy_panel(typing_context, source, source_at, target, target_at, like):
-    """Copy one row of a panel, as wide as the dtype of like makes it, as it is."""
+    """Copy one row of a panel, as wide as the dtype of like makes it, to numbers of the target's type."""
 
     def generate(context, builder, signature, arguments):
         width = TILE.vectors * (TILE.vector_bytes // (like.dtype.bitwidth // 8))
-        kind = ir.VectorType(context.get_value_type(source.dtype), width)
         pointers = []
-        for array, values, at in ((source, arguments[0], arguments[1]), (target, arguments[2], arguments[3])):
+        for array, values, at in ((source, *arguments[:2]), (target, *arguments[2:4])):
             data = context.make_array(array)(context, builder, values).data
+            kind = ir.VectorType(context.get_value_type(array.dtype), width)
             pointers.append(builder.bitcast(builder.gep(data, [at]), kind.as_pointer()))
-        builder.store(builder.load(pointers[0], align=1), pointers[1], align=1)
+        value = builder.load(pointers[0], align=1)
+        if source.dtype != target.dtype:
+            value = builder.uitofp(value, pointers[1].type.pointee)
+        builder.store(value, pointers[1], align=1)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, target, types.intp, like), generate

@@ -1,6 +1,6 @@
-"""The threads of a training run: they start together, meet at a barrier, and end together whatever happens.
+"""The threads of a training run: all of them start or none, and all have ended before an error is raised.
 
-They are Python threads inside a kernel that has released the GIL, so that the calling thread sleeps, draws the next
+They are Python threads inside a kernel that has released the GIL, so that the calling thread draws the next
 epoch's order, reports progress, and is interruptible.
 """
 
@@ -24,9 +24,9 @@ _LONGEST_START = 1.0
 # in place of a row
 NO_ROW = np.iinfo(np.int64).max
 
-# What a thread has of its own, in a cache line of its own: how fast it is; its right answers; the first of its rows
+# What a thread tells, in a cache line of its own: how fast it is; its right answers; the first of its rows
 # whose label is no class; whether what it last wrote of the first layer's weight, and of the gradient of that
-# layer's output, is finite.
+# layer's product, is finite.
 MEMBER = np.dtype(
     {
         "names": ["speed", "num_correct", "wrong_row", "has_finite_weight", "has_finite_grad"],
@@ -38,30 +38,14 @@ MEMBER = np.dtype(
 
 
 class Shared(NamedTuple):
-    """What a kernel is told of the threads that run it.
-
-    Attributes
-    ----------
-    counters : (num_counters(num_threads),), int64
-        As ``barrier`` has them; 0 before a run.
-    members : (num_threads,), MEMBER
-    """
+    """What threads share: the counters of ``barrier``, 0 before a run, and (num_threads,) of MEMBER."""
 
     counters: Any
     members: Any
 
 
 class Team:
-    """A number of threads that run a kernel together.
-
-    Parameters
-    ----------
-    num_threads : int
-
-    Attributes
-    ----------
-    members : (num_threads,), MEMBER
-    """
+    """So many threads that run a kernel together, and what they tell: ``members``, of MEMBER."""
 
     def __init__(self, num_threads: int) -> None:
         self.members: NDArray[Any] = aligned(num_threads, MEMBER)
@@ -77,8 +61,7 @@ class Team:
     ) -> None:
         """Run work in every thread of the team, and return when all have ended.
 
-        Whatever is raised, in a thread, in a callback or by a signal handler, reaches the caller when no thread is
-        left: the first exception, where there are several.
+        Whatever is raised, in a thread, by a callback or by Ctrl-C, is raised here when no thread is left.
 
         Parameters
         ----------
@@ -137,7 +120,7 @@ class Team:
 
 def _wait_for_end(threads: list[threading.Thread]) -> None:
     """Wait until no thread runs, also where Ctrl-C came while one was started or joined."""
-    # is_alive() says no too early then: in start(), until the thread begins, and for good after join() (bpo-46726)
+    # is_alive() is false then, until the thread begins in start(), and for good after join() (bpo-46726)
     latest = time.monotonic() + _LONGEST_START
     while any(
         thread in threading.enumerate() and (thread.ident is not None or time.monotonic() < latest)

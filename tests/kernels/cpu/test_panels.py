@@ -17,7 +17,7 @@ from fastdl.kernels.cpu.panels import (
     multiply_row,
     outer_product,
     panel_of,
-    transpose_bytes,
+    transpose_square,
 )
 from fastdl.kernels.jit import jit
 
@@ -207,12 +207,14 @@ def test_dots_run_along_panels(dtype, rows, cols, seed):
 
 
 @jit
-def _transpose(source, target, stride):
-    transpose_bytes(source, 0, stride, target, 0, 16)
+def _transpose(source, target, stride, target_stride):
+    transpose_square(Matrix(source, 0, stride), Matrix(target, 0, target_stride))
 
 
-def test_bytes_are_transposed(seed):
-    source = np.random.default_rng(seed).integers(0, 256, (16, 40)).astype(np.uint8)
-    target = np.zeros((16, 16), np.uint8)
-    _transpose(source.reshape(-1), target.reshape(-1), 40)
-    assert np.array_equal(target, source[:, :16].T)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_squares_are_transposed(dtype, seed):
+    side = 16 if dtype == np.uint8 else panel_of(np.empty(0, dtype)) // TILE.vectors
+    source = np.random.default_rng(seed).integers(0, 256, (side, 40)).astype(dtype)
+    target = np.zeros((side, side), dtype)
+    _transpose(source.reshape(-1), target.reshape(-1), 40, side)
+    assert np.array_equal(target, source[:, :side].T)
