@@ -12,7 +12,7 @@ so a result depends neither on the number of threads nor on their timing; and th
 each thread is (``balance``).
 
 Zeros of the examples are skipped while what they are multiplied with is finite. Each thread notes whether
-what it wrote is; all read the notes behind the next barrier, and none is written anew before the next but one.
+what it wrote is; all read the notes behind the next barrier, and none is written anew before the next.
 
 Floor of a step, N rows, for each layer of K inputs and M outputs: 6 N K M FLOPs (4 for the first layer, less
 the share of its inputs that is 0), and the weights read twice and written once.
@@ -22,33 +22,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastdl.kernels.cpu import cross_entropy, dense
 from fastdl.kernels.cpu.balance import find_bounds, part_by_work, part_of, read_clock, record_speed
 from fastdl.kernels.cpu.barrier import STEPS, wait
-from fastdl.kernels.cpu.cross_entropy import (
-    ROW_SUMS,
-    block_rows,
-    cross_entropy_block,
-    read_block,
-    write_block,
-)
-from fastdl.kernels.cpu.dense import (
-    Upcoming,
-    backward_bias,
-    backward_data,
-    backward_weight,
-    backward_weight_nonzero,
-    backward_weight_skinny,
-    forward,
-    forward_nonzero,
-    forward_skinny,
-    gather,
-    gather_panels,
-    mask_by_relu,
-    note_finite_grad,
-    note_finite_weight,
-    prefetch_examples,
-    transpose_examples,
-)
 from fastdl.kernels.cpu.intrinsics import TILE, Matrix
 from fastdl.kernels.cpu.layout import BYTES, CROSS_ENTROPY, INPUT_BLOCK, NONZERO, Batch, Workspace
 from fastdl.kernels.cpu.panels import panel_of, panels_of
@@ -80,20 +56,9 @@ def _total_weight(loss, batch, num_classes):
 
 
 @inlined_jit
-def _read_labels(loss, batch, first, num_classes, labels, member):
-    """Copy some rows' labels. One that is no class ends the run in an error, and until then is any class."""
-    for n in range(labels.size):
-        row = batch.order[batch.first + first + n]
-        label = loss.labels[row]
-        if label != loss.ignore_index and not 0 <= label < num_classes:
-            member.wrong_row, label = min(member.wrong_row, row), 0
-        labels[n] = label
-
-
-@inlined_jit
 def _squared_error_block(columns, loss, rows, scale, factor, loss_sums):
     """Do for the squared error what ``cross_entropy_block`` does; the losses are added, factor times."""
-    for c in range(columns.shape[0] - ROW_SUMS):
+    for c in range(columns.shape[0] - cross_entropy.ROW_SUMS):
         column = columns[c]
         for n in range(rows.size):
             difference = column[n] - loss.targets[rows[n], c]
@@ -116,17 +81,23 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
         scale, factor = 1.0 / total, batch.size / total if total != 0 else np.nan
     elif loss.is_mean:
         scale, factor = 1.0 / (batch.size * width), 1.0 / width
-    block = max(1, min(block_rows(width), rows[1] - rows[0]))
-    columns = np.empty((width + ROW_SUMS, block), scratch.dtype)
+    block = max(1, min(cross_entropy.block_rows(width), rows[1] - rows[0]))
+    columns = np.empty((width + cross_entropy.ROW_SUMS, block), scratch.dtype)
     losses, labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
     best = np.empty(block, np.int32)
     for start in range(rows[0], rows[1], block):
         size = min(block, rows[1] - start)
         sums = epoch.loss_sums[start : start + size]
-        read_block(scratch, layer.output + start * panel, panel, panel_stride, size, columns)
+        cross_entropy.read_block(scratch, layer.output + start * panel, panel, panel_stride, size, columns)
         if is_classifier:
-            _read_labels(loss, batch, start, width, labels[:size], member)
-            cross_entropy_block(
+            for n in range(size):
+                row = batch.order[batch.first + start + n]
+                label = loss.labels[row]
+                if label != loss.ignore_index and not 0 <= label < width:
+                    # the run ends in an error, until which any class will do
+                    member.wrong_row, label = min(member.wrong_row, row), 0
+                labels[n] = label
+            cross_entropy.cross_entropy_block(
                 columns, size, labels, loss.class_weight, loss.ignore_index, loss.label_smoothing, scale,
                 losses, best, epoch.trains,
             )  # fmt: skip
@@ -139,9 +110,9 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
                 columns, loss, batch.order[at : at + size], scratch.dtype.type(2 * scale), factor, sums
             )
         if epoch.trains:
-            write_block(columns, size, scratch, layer.grad + start * panel, panel, panel_stride)
+            cross_entropy.write_block(columns, size, scratch, layer.grad + start * panel, panel, panel_stride)
     if epoch.trains:
-        mask_by_relu(layer, workspace, rows, (0, panels_of(width, panel)))
+        dense.mask_by_relu(layer, workspace, rows, (0, panels_of(width, panel)))
 
 
 @inlined_jit
@@ -151,11 +122,11 @@ def _gather(X, inputs, batch, rows, stride, members):
         skips_zeros = True
         for thread in range(members.size):
             skips_zeros &= members[thread].has_finite_weight
-        gather(X, inputs, batch, rows, stride, skips_zeros)
+        dense.gather(X, inputs, batch, rows, stride, skips_zeros)
     elif inputs.mode == BYTES:
-        gather_panels(X, batch, rows, inputs.values, stride, inputs.panels)
+        dense.gather_panels(X, batch, rows, inputs.values, stride, inputs.panels)
     else:
-        gather_panels(X, batch, rows, inputs.panels, stride, inputs.panels)
+        dense.gather_panels(X, batch, rows, inputs.panels, stride, inputs.panels)
 
 
 @inlined_jit
@@ -164,11 +135,15 @@ def _forward(net, index, inputs, scale, workspace, rows, panels):
     layer, stride = net.layers[index], workspace.stride
     scale = scale if index == 0 else net.state.dtype.type(1)
     if index == 0 and inputs.mode == NONZERO:
-        forward_nonzero(layer, inputs, net.state, workspace, rows, panels, scale)
+        dense.forward_nonzero(layer, inputs, net.state, workspace, rows, panels, scale)
     elif index == 0 and inputs.mode == BYTES:
-        forward_skinny(layer, Matrix(inputs.values, 0 * stride, stride), net.state, workspace, rows, scale)
+        dense.forward_skinny(
+            layer, Matrix(inputs.values, 0 * stride, stride), net.state, workspace, rows, scale
+        )
     else:
-        forward(layer, _source(net, index, inputs, workspace), net.state, workspace, rows, panels, scale)
+        dense.forward(
+            layer, _source(net, index, inputs, workspace), net.state, workspace, rows, panels, scale
+        )
 
 
 @inlined_jit
@@ -182,10 +157,7 @@ def _source(net, index, inputs, workspace):
 
 @inlined_jit
 def _update_first(net, inputs, scale, workspace, count, panels, upcoming):
-    """Update the first layer's weight for some panels of its inputs, a few panels at a time.
-
-    Some of the next batch's examples are prefetched in between.
-    """
+    """Update the first layer's weight, a few panels of inputs at a time; prefetch examples in between."""
     layer = net.layers[0]
     shares = (panels[1] - panels[0]) // _PREFETCH_PANELS
     shares = max(1, min(shares, upcoming.stop - upcoming.start))
@@ -194,28 +166,19 @@ def _update_first(net, inputs, scale, workspace, count, panels, upcoming):
         part = (panels[0] + start, panels[0] + stop)
         if inputs.mode == BYTES:
             source = Matrix(inputs.values, 0 * count, workspace.stride)
-            backward_weight_skinny(layer, source, net.state, workspace, count, part, scale)
+            dense.backward_weight_skinny(layer, source, net.state, workspace, count, part, scale)
         else:
             source = _source(net, 0, inputs, workspace)
-            backward_weight(layer, source, net.state, workspace, count, part, scale)
+            dense.backward_weight(layer, source, net.state, workspace, count, part, scale)
         start, stop = share(upcoming.stop - upcoming.start, index, shares)
-        prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)
+        dense.prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)
 
 
 @jit
 def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
     """Run one thread's part of an epoch; the threads of a run call this at the same time.
 
-    Parameters
-    ----------
-    thread : int
-    team : team.Shared
-    net : layout.Net
-    examples : layout.Examples
-    loss : layout.Loss
-    epoch : layout.Epoch
-    inputs : layout.Inputs
-    workspace : layout.Workspace
+    Besides the thread's number, the arguments are ``team.Shared`` and the records of ``layout``.
     """
     layers, members, order, batch_size = net.layers, team.members, epoch.order, epoch.batch_size
     by_columns = epoch.by_columns
@@ -256,9 +219,10 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
                     if not wait(team, thread):
                         return
                     rows, panels = (0, count), share(panels[1], thread, num_threads)
-                backward_data(layers[index], layers[index - 1], net.state, own, count, rows, panels)
+                dense.backward_data(layers[index], layers[index - 1], net.state, own, count, rows, panels)
             if inputs.mode == NONZERO:
-                note_finite_grad(layers[0], own, rows, panels, members[thread])
+                grad = Matrix(own.scratch, layers[0].grad, own.stride)
+                members[thread].has_finite_grad = dense.are_finite(grad, rows, panels)
             ticks = read_clock() - started
             if not wait(team, thread):
                 return
@@ -266,17 +230,21 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
             # 5: weights and biases
             next_count = max(0, min(batch_size, order.size - first - count))
             next_rows = _share_of_rows(next_count, bounds, thread, lanes)
-            upcoming = Upcoming(examples.X, order, first + count + next_rows[0], first + count + next_rows[1])
+            upcoming = dense.Upcoming(
+                examples.X, order, first + count + next_rows[0], first + count + next_rows[1]
+            )
             for index in range(num_layers):
                 layer = layers[index]
                 panels = part_of(panels_of(layer.num_outputs, panel), bounds, thread)
-                backward_bias(layer, net.state, own, count, panels)
+                dense.backward_bias(layer, net.state, own, count, panels)
                 if not layer.weight.trains:
                     continue
                 if index > 0:
                     source = _source(net, index, inputs, own)
                     panels = part_of(panels_of(layer.num_inputs, panel), bounds, thread)
-                    backward_weight(layer, source, net.state, own, count, panels, net.state.dtype.type(1))
+                    dense.backward_weight(
+                        layer, source, net.state, own, count, panels, net.state.dtype.type(1)
+                    )
                     continue
                 start, stop = part_by_work(inputs.work, bounds, thread)
                 columns = (min(start * block, num_inputs), min(stop * block, num_inputs))
@@ -285,11 +253,15 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
                     skips_zeros = True
                     for other in range(num_threads):
                         skips_zeros &= members[other].has_finite_grad
-                    transpose_examples(inputs.values, own.stride, columns, count, transposed, skips_zeros)
-                    backward_weight_nonzero(
+                    dense.transpose_examples(
+                        inputs.values, own.stride, columns, count, transposed, skips_zeros
+                    )
+                    dense.backward_weight_nonzero(
                         layer, transposed, net.state, own, count, columns, scale, upcoming
                     )
-                    note_finite_weight(layer, net.state, columns, members[thread])
+                    weight = Matrix(net.state, layer.weight.start, num_inputs)
+                    panels = (0, panels_of(layer.num_outputs, panel))
+                    members[thread].has_finite_weight = dense.are_finite(weight, columns, panels)
                 else:
                     panels = (panels_of(columns[0], panel), panels_of(columns[1], panel))
                     _update_first(net, inputs, scale, own, count, panels, upcoming)

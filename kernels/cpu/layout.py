@@ -156,18 +156,9 @@ class _Allocator:
 
 
 class Memory:
-    """All memory of a training run.
+    """All memory of a run on so many threads, with batches of at most so many rows.
 
-    Parameters
-    ----------
-    shapes : sequence of (int, int)
-        Those of the weights, (M, K).
-    relus : sequence of bool
-        Whether a ReLU follows each layer.
-    dtype : dtype
-    rows : int
-        How many a batch has at most; ``rows`` is how many it may have.
-    num_threads : int
+    ``shapes`` are those of the weights, (M, K); relus say whether a ReLU follows each layer.
     """
 
     def __init__(
@@ -180,9 +171,9 @@ class Memory:
     ) -> None:
         self._num_threads = num_threads
         self._panel = panel = int(panel_of(np.empty(0, dtype)))
-        self.rows = _rounded(rows, 16)
+        self._rows = _rounded(rows, 16)
         # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
-        stride = self.rows + _PANEL_GAP
+        stride = self._rows + _PANEL_GAP
         state, scratch = _Allocator(), _Allocator()
         layers = np.zeros(len(shapes), LAYER)
         own = 0
@@ -209,7 +200,7 @@ class Memory:
         if is_skinny:
             return width * panel
         size = max(BLOCK_INPUTS, panel) * max(BLOCK_COLUMNS, panel)
-        rows = _rounded(min(self.rows, BLOCK_BATCH), panel) + panel
+        rows = _rounded(min(self._rows, BLOCK_BATCH), panel) + panel
         # a first layer has no gradient to hand back, but may skip zeros
         return max(size, rows * (depth + width) if index else max(LONG_ROWS) // TILE.vectors * panel * depth)
 
@@ -234,7 +225,7 @@ class Memory:
             padded = _rounded(num_inputs, panel)
             words = _rounded(num_inputs, WORD) // WORD * stride * (mode == NONZERO)
             # a thread may get nearly all inputs
-            own_words = (padded + 16) * _rounded(self.rows, WORD) // WORD * (mode == NONZERO)
+            own_words = (padded + 16) * _rounded(self._rows, WORD) // WORD * (mode == NONZERO)
             self._inputs[mode, X.dtype] = Inputs(
                 mode,
                 sums,
