@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import threading
+import operator
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise, starmap
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.kernels.options import SGDOptions
+from fastdl.training.examples import check_labels
 from fastdl.training.loop import Scores
-from fastdl.training.lower import Lowered
+from fastdl.training.lower import WAY_OUT, Lowered
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,63 +30,24 @@ _MIN_FLOPS_TO_HAND_OVER = 5e7
 _MIN_NUMBERS_TO_SHARE = 1 << 20
 # Fewer rows than this many for each thread are split by columns.
 _FEW_ROWS = 16
-# Skipping zeros pays where at least this share of the examples' numbers is 0.
-_MIN_ZEROS = 0.3
-_SAMPLE = 256
-# what an input takes that is always 0, of what one takes that never is
-_WORK_OF_ZEROS = 0.05
-# how often a waiting thread looks for Ctrl-C and reports progress, in seconds
-_PATIENCE = 0.05
-# the options of a parameter group, in the order of the kernels' table
-_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-# rows of memory between a panel's last row and the next panel
-_PANEL_GAP = 5
-# bytes of a cache line: everything begins at the start of one
-_LINE = 64
 
 
-def _aligned(count: int, dtype: Any) -> NDArray[Any]:
-    """Return zeros that begin at the start of a cache line."""
-    size = count * np.dtype(dtype).itemsize
-    memory = np.zeros(size + _LINE, np.uint8)
-    start = -memory.ctypes.data % _LINE
-    return memory[start : start + size].view(dtype)
+class _Parameter(NamedTuple):
+    """A parameter of the net, its shape, and the record that says where it lies in the state."""
+
+    module: nn.Module
+    name: str
+    shape: tuple[int, ...]
+    record: Any
+    is_skinny: bool
 
 
-class _Layout:
-    """Hands out places in a flat array."""
+class _Part(NamedTuple):
+    """A parameter or its momentum buffer, which begins at ``record[position]`` of the state."""
 
-    def __init__(self, itemsize: int) -> None:
-        self.size = 0
-        self._line = _LINE // itemsize
-
-    def place(self, count: int) -> int:
-        start = self.size
-        self.size += -(-count // self._line) * self._line
-        return start
-
-
-@dataclass
-class _Place:
-    """Where a tensor lies in the state."""
-
-    start: int
-    is_thin: bool
-
-
-@dataclass
-class _Parameter(_Place):
     tensor: Tensor
-    trains: bool
-
-
-@dataclass
-class _Buffer(_Place):
-    """The momentum buffer of a parameter."""
-
-    parameter: Tensor
-    is_fresh: NDArray[Any]
-    group: int
+    parameter: _Parameter
+    position: str
 
 
 class Program:
@@ -112,234 +76,151 @@ class Program:
         input_scale: float,
         evaluation_rows: int = 1,
     ) -> None:
-        self._kernels = cpu_kernels()
+        self._kernels = kernels = cpu_kernels()
         self._lowered = lowered
-        self._batch_size = batch_size
-        self._evaluation_rows = evaluation_rows
-        self._input_scale = input_scale
-        flops = 6 * batch_size * sum(layer.module.weight.numel() for layer in lowered.layers)
-        self._num_threads = int(max(1, min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)))
-        self.is_interruptible = (
+        self._batch_size, self._evaluation_rows = batch_size, evaluation_rows
+        self._dtype = torch.empty(0, dtype=lowered.dtype, device="cpu").numpy().dtype
+        shapes = [tuple(layer.module.weight.shape) for layer in lowered.layers]
+        relus = [layer.has_relu for layer in lowered.layers]
+        if any(depth != width for (width, _), (_, depth) in pairwise(shapes)):
+            raise RuntimeError(f"weights of the shapes {shapes} are no chain of layers")
+        self._is_small = (
+            not lowered.is_classifier
+            and not relus[0]
+            and [width for width, _ in shapes] == [1]
+            and shapes[0][1] <= kernels.small.MAX_INPUTS
+        )
+        flops = 6 * batch_size * sum(width * depth for width, depth in shapes)
+        threads = min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)
+        self._num_threads = 1 if self._is_small else int(max(1, threads))
+        self.is_interruptible = not self._is_small and (
             self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
-        first = lowered.layers[0].module
-        self._is_small = (
-            len(lowered.layers) == 1
-            and not lowered.is_classifier
-            and not lowered.layers[0].has_relu
-            and first.in_features <= self._kernels.small.MAX_INPUTS
-            and first.out_features == 1
-        )
-        dtype = torch.empty(0, dtype=lowered.dtype, device="cpu").numpy().dtype
-        self._dtype = dtype
-        self._nonzero_shares = self._sample_nonzero(X) if first.out_features > self._panel() else None
-        self._nonzero = self._nonzero_shares is not None and self._nonzero_shares.mean() <= 1 - _MIN_ZEROS
-        self._X, self._labels, self._targets = self._examples(X, y)
-        self._lay_out(self._X)
-        weight = lowered.class_weight
-        self._class_weight = np.empty(0, dtype) if weight is None else array(weight)
+        rows = max(batch_size, evaluation_rows)
+        self._memory = kernels.layout.Memory(shapes, relus, self._dtype, rows, self._num_threads)
+        self._loss_sums = np.zeros(rows)
+        self._team = kernels.team.Team(self._num_threads)
+        self._parameters = [
+            _Parameter(layer.module, name, shape[:dim], record[name], bool(record["is_skinny"]))
+            for record, layer, shape in zip(self._memory.net.layers, lowered.layers, shapes, strict=True)
+            for name, dim in (("weight", 2), ("bias", 1))
+            if getattr(layer.module, name) is not None
+        ]
+        # what was to be trained when it was read, and whether it has a momentum buffer
+        self._trained: list[tuple[_Part, bool]] = []
+        self._is_valid = True
+        self._data = self.prepare(X, y, input_scale)
 
-    def _sample_nonzero(self, X: Tensor) -> NDArray[Any]:
-        """Return for each input the share of some examples in which it isn't 0."""
-        # by numpy, as the threads that torch would wake spin on while the first epoch trains
-        sample = array(X)[:: max(1, len(X) // _SAMPLE)]
-        return np.asarray(np.count_nonzero(sample, axis=0) / len(sample))
-
-    def _panel(self) -> int:
-        return int(self._kernels.panels.panel_of(np.empty(0, self._dtype)))
-
-    def _examples(self, X: Tensor, y: Tensor) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        no_targets = np.empty((0, 0), self._dtype)
-        if self._lowered.is_classifier:
-            return array(X), array(y), no_targets
-        return array(X), np.empty(0, np.int64), array(y)
-
-    def _lay_out(self, X: NDArray[Any]) -> None:
-        dense, epoch = self._kernels.dense, self._kernels.epoch
-        lowered, panel = self._lowered, self._panel()
-        itemsize = self._dtype.itemsize
-        rows = -(-max(self._batch_size, self._evaluation_rows) // 16) * 16
-        # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
-        stride = rows + _PANEL_GAP
-        state, scratch = _Layout(itemsize), _Layout(itemsize)
-        layers = np.zeros((len(lowered.layers), dense.NUM_COLUMNS), np.int64)
-        widest = 0
-        for row, layer in zip(layers, lowered.layers, strict=True):
-            depth, width = layer.module.in_features, layer.module.out_features
-            padded_depth, padded_width = (-(-size // panel) * panel for size in (depth, width))
-            row[dense.NUM_INPUTS], row[dense.NUM_OUTPUTS] = depth, width
-            row[dense.IS_THIN] = 4 * width <= 3 * panel
-            row[dense.HAS_RELU] = layer.has_relu
-            size = padded_depth * width if row[dense.IS_THIN] else padded_width * depth
-            row[dense.WEIGHT], row[dense.WEIGHT_BUFFER] = state.place(size), state.place(size)
-            row[dense.BIAS], row[dense.BIAS_BUFFER] = state.place(padded_width), state.place(padded_width)
-            row[dense.OUTPUT] = scratch.place(padded_width * stride)
-            row[dense.GRAD] = scratch.place(padded_width * stride)
-            for column, group in (
-                (dense.WEIGHT_GROUP, layer.weight_group),
-                (dense.BIAS_GROUP, layer.bias_group),
-            ):
-                row[column] = dense.NO_GROUP if group is None else group
-            widest = max(widest, padded_depth, padded_width)
-        num_inputs = int(X.shape[1])
-        input_at = 0
-        # a thin layer reads bytes as they are, for a quarter of the memory
-        self._reads_bytes = not self._nonzero and X.dtype == np.uint8 and bool(layers[0, dense.IS_THIN])
-        if not self._nonzero and not self._reads_bytes:
-            input_at = scratch.place(-(-num_inputs // panel) * panel * stride)
-        self._work_before = self._input_work(num_inputs, panel)
-        own = self._own_memory(layers, rows, panel)
-        work = scratch.place(0)
-        for _ in range(self._num_threads):
-            scratch.place(own)
-        # a tile may read, and throw away, some rows behind the last
-        scratch.place(16 * panel)
-        self._layers = layers
-        self._state = _aligned(state.size, self._dtype)
-        self._scratch = _aligned(scratch.size, self._dtype)
-        words, batch_words = (-(-size // self._kernels.panels.WORD) for size in (num_inputs, rows))
-        self._places = (stride, input_at, work, own)
-        kind = X.dtype
-        word, num_words = self._kernels.panels.WORD, words * stride if self._nonzero else 0
-        # a thread may get nearly all
-        own_inputs = -(-num_inputs // panel) * panel + 16 if self._nonzero else 0
-        num_values = num_words * word
-        if self._reads_bytes:
-            num_values = -(-num_inputs // panel) * panel * stride
-        self._values = _aligned(num_values, kind)
-        self._masks = _aligned(num_words, np.int64)
-        self._transposed = _aligned(self._num_threads * own_inputs * batch_words * word, kind).reshape(
-            self._num_threads, -1
-        )
-        self._transposed_masks = _aligned(self._num_threads * own_inputs * batch_words, np.int64).reshape(
-            self._num_threads, -1
-        )
-        self._find_parameters()
-        self._counters = _aligned(epoch.NUM_COUNTERS, np.int64)
-        self._speeds = _aligned(self._num_threads * epoch.LINE, np.float64)
-        self._loss_sums = _aligned(rows, np.float64)
-        self._correct = _aligned(self._num_threads * epoch.LINE, np.int64)
-
-    def _input_work(self, num_inputs: int, panel: int) -> NDArray[Any]:
-        """Return what the first layer's weight takes for the inputs before each block, and for all."""
-        work = np.ones(num_inputs)
-        if self._nonzero and self._nonzero_shares is not None:
-            work = self._nonzero_shares + _WORK_OF_ZEROS
-        block = max(self._kernels.epoch.INPUT_BLOCK, panel)
-        return np.concatenate([[0.0], np.add.reduceat(work, range(0, num_inputs, block)).cumsum()])
-
-    def _own_memory(self, layers: NDArray[Any], rows: int, panel: int) -> int:
-        """Return how much memory of its own a thread needs, in elements."""
-        dense = self._kernels.dense
-        rows = -(-min(rows, dense.BLOCK_BATCH) // panel) * panel + panel
-        most = 0
-        for index, row in enumerate(layers):
-            depth, width = (
-                int(-(-row[column] // panel) * panel) for column in (dense.NUM_INPUTS, dense.NUM_OUTPUTS)
+    def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> tuple[Any, Any, Any]:
+        """Return a data set as `evaluate` takes it, of any dtype that the constructor takes."""
+        layout, lowered = self._kernels.layout, self._lowered
+        layers = self._memory.net.layers
+        num_inputs, num_outputs = int(layers[0]["num_inputs"]), int(layers[-1]["num_outputs"])
+        outputs = () if lowered.is_classifier else (num_outputs,)
+        if (X.shape[1:], y.shape) != ((num_inputs,), (len(X), *outputs)):
+            raise RuntimeError(
+                f"the net takes {num_inputs} features and gives {num_outputs} outputs, but X has shape "
+                f"{tuple(X.shape)} and y {tuple(y.shape)}"
             )
-            most = max(most, 2 * width)
-            if index > 0 and not row[dense.IS_THIN]:
-                most = max(most, rows * (depth + width))
-            if index == 0 and self._nonzero:
-                most = max(most, max(self._kernels.panels.LONG_ROWS) * panel * depth)
-            block = max(dense.BLOCK_INPUTS, panel) * max(dense.BLOCK_COLUMNS, panel)
-            most = max(most, width * panel if row[dense.IS_THIN] else block)
-        return -(-most // 16) * 16
-
-    def _find_parameters(self) -> None:
-        """List where each parameter lies in the state, and its momentum buffer."""
-        dense = self._kernels.dense
-        columns = (
-            ("weight", dense.WEIGHT, dense.WEIGHT_BUFFER, dense.WEIGHT_IS_FRESH),
-            ("bias", dense.BIAS, dense.BIAS_BUFFER, dense.BIAS_IS_FRESH),
+        weight = lowered.class_weight
+        loss = layout.Loss(
+            kind=layout.CROSS_ENTROPY if lowered.is_classifier else layout.SQUARED_ERROR,
+            is_mean=lowered.is_mean,
+            labels=array(y) if lowered.is_classifier else np.empty(0, np.int64),
+            targets=np.empty((0, 0), self._dtype) if lowered.is_classifier else array(y),
+            class_weight=np.empty(0, self._dtype) if weight is None else array(weight),
+            ignore_index=lowered.ignore_index,
+            label_smoothing=lowered.label_smoothing,
         )
-        self._parameters: list[_Parameter] = []
-        self._buffers: list[_Buffer] = []
-        self._freshness = self._layers[:, dense.WEIGHT_IS_FRESH : dense.BIAS_IS_FRESH + 1]
-        for row, layer in zip(self._layers, self._lowered.layers, strict=True):
-            is_thin = bool(row[dense.IS_THIN])
-            for name, place, buffer_place, fresh in columns:
-                parameter, group = getattr(layer.module, name), getattr(layer, f"{name}_group")
-                if parameter is None:
-                    continue
-                self._parameters.append(_Parameter(int(row[place]), is_thin, parameter, group is not None))
-                if group is not None:
-                    self._buffers.append(
-                        _Buffer(int(row[buffer_place]), is_thin, parameter, row[fresh : fresh + 1], group)
-                    )
+        examples = layout.Examples(array(X), float(input_scale))
+        return examples, loss, self._memory.inputs(examples.X)
 
     def read(self) -> None:
         """Copy the parameters, momentum buffers and options from the net and the optimizer."""
         optimizer = self._lowered.optimizer
-        groups = optimizer.param_groups
-        first = array(self._lowered.layers[0].module.weight)
-        if self._nonzero and not np.isfinite(first).all():
-            # 0 times infinity is NaN, and has to be computed
-            self._nonzero = False
-            self._lay_out(self._X)
-        self._groups = np.array(
-            [[float(group[name]) for name in _OPTIONS] for group in groups], dtype=np.float64
-        )
-        found: list[tuple[NDArray[Any], _Place]] = [
-            (array(place.tensor), place) for place in self._parameters
-        ]
-        for buffer in self._buffers:
-            if groups[buffer.group]["momentum"] != 0:
-                before = optimizer.state.get(buffer.parameter, {}).get("momentum_buffer")
-                buffer.is_fresh[0] = before is None
-                if before is not None:
-                    found.append((array(before), buffer))
+        groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+        parts: list[_Part] = []
+        self._trained = []
+        for parameter in self._parameters:
+            record, tensor = parameter.record, getattr(parameter.module, parameter.name)
+            parts.append(_Part(tensor, parameter, "start"))
+            group = groups.get(id(tensor)) if tensor.requires_grad else None
+            record["trains"] = group is not None
+            if group is None:
+                continue
+            for option in SGDOptions._fields:
+                record[option] = float(group[option])
+            has_buffer = group["momentum"] != 0
+            self._trained.append((parts[-1], has_buffer))
+            buffer = optimizer.state.get(tensor, {}).get("momentum_buffer") if has_buffer else None
+            record["is_fresh"] = buffer is None
+            if buffer is not None:
+                parts.append(_Part(buffer, parameter, "buffer"))
+        self._check(parts)
+        arrays = [array(part.tensor) for part in parts]
+        self._copy(parts, arrays, to_state=True)
+        self._team.members["has_finite_weight"] = np.isfinite(arrays[0]).all()
+        self._is_valid = True
 
-        self._copy(found, to_state=True)
+    def _check(self, parts: list[_Part]) -> None:
+        """Raise an error unless each tensor has the shape for which there is memory."""
+        for tensor, parameter, position in parts:
+            wanted = parameter.shape, self._lowered.dtype, "cpu"
+            found = tuple(tensor.shape), tensor.dtype, tensor.device.type
+            if found != wanted:
+                buffer = "" if position == "start" else "'s momentum buffer"
+                raise RuntimeError(
+                    f"the compiled engine can't train {parameter.name}{buffer} of {parameter.module}: it is "
+                    f"{found} in place of {wanted}: {WAY_OUT}"
+                )
 
     def write(self) -> None:
-        """Copy the parameters and momentum buffers to the net and the optimizer."""
-        optimizer = self._lowered.optimizer
-        found: list[tuple[Tensor, _Place]] = [
-            (place.tensor, place) for place in self._parameters if place.trains
+        """Copy the parameters and momentum buffers to the net and the optimizer: all of them, or none."""
+        if not self._is_valid:
+            return
+        state = self._lowered.optimizer.state
+        parts: list[_Part] = []
+        fresh: list[tuple[Tensor, Tensor]] = []
+        for part, has_buffer in self._trained:
+            parts.append(part)
+            if has_buffer:
+                buffer = state.get(part.tensor, {}).get("momentum_buffer")
+                if buffer is None:
+                    buffer = torch.empty_like(part.tensor, requires_grad=False)
+                    fresh.append((part.tensor, buffer))
+                parts.append(_Part(buffer, part.parameter, "buffer"))
+        self._check(parts)
+        arrays = [np.empty(part.parameter.shape, self._dtype) for part in parts]
+        self._copy(parts, arrays, to_state=False)
+        entries: list[tuple[Any, Any, Any]] = [
+            (part.tensor.detach().numpy(), ..., values) for part, values in zip(parts, arrays, strict=True)
         ]
-        for buffer in self._buffers:
-            if optimizer.param_groups[buffer.group]["momentum"] != 0:
-                state = optimizer.state[buffer.parameter]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.empty_like(buffer.parameter, requires_grad=False)
-                found.append((state["momentum_buffer"], buffer))
-        targets = [
-            tensor.detach().numpy() if tensor.is_contiguous() else np.empty(tensor.shape, self._dtype)
-            for tensor, _ in found
-        ]
-        self._copy(
-            [(target, place) for target, (_, place) in zip(targets, found, strict=True)], to_state=False
-        )
-        for target, (tensor, _) in zip(targets, found, strict=True):
-            if tensor.is_contiguous():
-                # a graph that saved the tensor must notice: numpy's writes aren't counted, torch's are
-                increment_version(tensor)
-            else:
-                tensor.detach().copy_(torch.from_numpy(target))
+        entries += [(state[owner], "momentum_buffer", buffer) for owner, buffer in fresh]
+        # one call of C, into which no Ctrl-C comes
+        deque(starmap(operator.setitem, entries), maxlen=0)
+        # a graph that saved a tensor must notice: numpy's writes aren't counted, torch's are
+        increment_version([part.tensor for part in parts])
 
-    def _copy(self, arrays: list[tuple[NDArray[Any], _Place]], *, to_state: bool) -> None:
-        """Copy arrays to their places in the state, or back, on as many threads as that pays for."""
-        pays = sum(values.size for values, _ in arrays) >= _MIN_NUMBERS_TO_SHARE
+    def _copy(self, parts: list[_Part], arrays: list[NDArray[Any]], *, to_state: bool) -> None:
+        """Copy arrays to the state, or from it, on as many threads as that pays for."""
+        pays = sum(values.size for values in arrays) >= _MIN_NUMBERS_TO_SHARE
         num_threads = self._num_threads if pays else 1
+        state = self._memory.net.state
 
-        def run(thread: int) -> None:
-            for values, place in arrays:
-                part = self._state[place.start : place.start + values.size]
+        def work(thread: int, _: Any) -> None:
+            for part, values in zip(parts, arrays, strict=True):
+                start = int(part.parameter.record[part.position])
+                own = state[start : start + values.size]
                 if values.ndim == 2:
                     self._kernels.weights.copy_weight(
-                        values, self._state, place.start, place.is_thin, to_state, thread, num_threads
+                        values, state, start, part.parameter.is_skinny, to_state, thread, num_threads
                     )
-                elif thread == 0 and to_state:
-                    part[:] = values
                 elif thread == 0:
-                    values[:] = part
+                    target, source = (own, values) if to_state else (values, own)
+                    target[:] = source
 
-        if num_threads > 1:
-            self._in_threads(run)
-        else:
-            run(0)
+        self._team.run(work, in_caller=num_threads == 1)
 
     def epoch(
         self,
@@ -347,102 +228,52 @@ class Program:
         tick: Callable[[int], None] | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> Scores:
-        """Train on the examples in this order.
+        """Train on the examples in this order, int64; return the scores met on the way.
 
-        Parameters
-        ----------
-        order : Tensor
-            Which examples, int64.
-        tick : callable, optional
-            Called now and then, in this thread, with how many steps are done.
-        meanwhile : callable, optional
-            Called once, in this thread, where others train; where they don't, it would save nothing.
-
-        Returns
-        -------
-        Scores
-            Met on the way.
+        Where other threads train, this one calls ``meanwhile`` once, and now and then ``tick`` with how many
+        steps are done. A label that is no class raises an IndexError.
         """
-        scores = self._run(self._X, self._labels, self._targets, array(order), True, tick, meanwhile)
-        self._freshness[:] = 0
-        return scores
+        try:
+            return self._run(self._data, array(order), True, tick, meanwhile)
+        except BaseException as error:
+            # Ctrl-C comes between two epochs where they run in this thread
+            if self.is_interruptible or not isinstance(error, KeyboardInterrupt):
+                self._is_valid = False
+            raise
 
-    def prepare(
-        self, X: Tensor, y: Tensor, input_scale: float
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Return examples as `evaluate` takes them, of the kind of the constructor's."""
-        return self._examples(X, y)
-
-    def evaluate(self, examples: tuple[NDArray[Any], NDArray[Any], NDArray[Any]]) -> Scores:
-        """Return loss and accuracy on examples that `prepare` returned."""
-        return self._run(*examples, np.arange(len(examples[0])), False)
+    def evaluate(self, data: tuple[Any, Any, Any]) -> Scores:
+        """Return loss and accuracy on a data set that `prepare` returned."""
+        return self._run(data, np.arange(len(data[0].X)), False)
 
     def _run(
         self,
-        X: NDArray[Any],
-        labels: NDArray[Any],
-        targets: NDArray[Any],
+        data: tuple[Any, Any, Any],
         order: NDArray[Any],
         trains: bool,
         tick: Callable[[int], None] | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> Scores:
+        kernels, memory, team = self._kernels, self._memory, self._team
         batch_size = self._batch_size if trains else self._evaluation_rows
-        kernels, lowered = self._kernels.epoch, self._lowered
+        examples, loss, inputs = data
         self._loss_sums[:] = 0
+        epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
         if self._is_small:
-            self._kernels.small.run_small_epoch(
-                self._layers, self._groups, self._state, X, self._input_scale, order, batch_size,
-                lowered.is_mean, targets, trains, self._loss_sums,
-            )  # fmt: skip
+            kernels.small.run_small_epoch(memory.net, examples, loss, epoch)
             return Scores(float(self._loss_sums[0]) / len(order))
-        self._counters[:], self._correct[:] = 0, 0
-        input_mode = kernels.NONZERO if self._nonzero else kernels.DENSE
-        if self._reads_bytes:
-            input_mode = kernels.BYTES
 
-        def run(thread: int) -> None:
-            kernels.run_epoch(
-                thread, self._num_threads, self._counters, self._speeds, self._layers, self._groups,
-                self._state, self._scratch, self._places, self._work_before,
-                X, input_mode, self._input_scale,
-                self._values, self._masks, self._transposed, self._transposed_masks, order,
-                batch_size, trains and self._by_columns,
-                kernels.CROSS_ENTROPY if lowered.is_classifier else kernels.SQUARED_ERROR, lowered.is_mean,
-                labels, targets, self._class_weight, lowered.ignore_index, lowered.label_smoothing, trains,
-                self._loss_sums, self._correct,
-            )  # fmt: skip
+        def work(thread: int, shared: Any) -> None:
+            kernels.epoch.run_epoch(
+                thread, shared, memory.net, examples, loss, epoch, inputs, memory.workspace
+            )
 
-        if self.is_interruptible:
-            self._in_threads(run, tick, meanwhile)
-        else:
-            run(0)
-        accuracy = int(self._correct.sum()) / len(order) if lowered.is_classifier else None
-        return Scores(float(self._loss_sums.sum()) / len(order), accuracy)
-
-    def _in_threads(
-        self,
-        run: Callable[[int], None],
-        tick: Callable[[int], None] | None = None,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> None:
-        """Run in threads of their own, so that this one sees Ctrl-C."""
-        threads = [
-            threading.Thread(target=run, args=(thread,), name=f"fastdl-{thread}", daemon=True)
-            for thread in range(self._num_threads)
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            if meanwhile is not None:
-                meanwhile()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(_PATIENCE)
-                    if tick is not None:
-                        tick(int(self._counters[self._kernels.epoch.STEPS]))
-        except BaseException:
-            self._counters[self._kernels.epoch.STOP] = 1
-            for thread in threads:
-                thread.join()
-            raise
+        team.run(work, tick, meanwhile, in_caller=not self.is_interruptible)
+        mean_loss = float(self._loss_sums.sum()) / len(order)
+        if not self._lowered.is_classifier:
+            return Scores(mean_loss)
+        wrong_row = team.members["wrong_row"].min()
+        if wrong_row < kernels.team.NO_ROW:
+            labels = torch.from_numpy(loss.labels)
+            check_labels(labels, int(memory.net.layers[-1]["num_outputs"]), loss.ignore_index)
+            raise IndexError(f"row {wrong_row} of y was no class for a while: leave y alone while fit trains")
+        return Scores(mean_loss, int(team.members["num_correct"].sum()) / len(order))

@@ -11,7 +11,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.barrier import LINE
 from fastdl.kernels.jit import inlined_jit
 
 # how much one step's time counts, beside those before
@@ -34,40 +33,35 @@ def read_clock(typing_context):
 
 
 @inlined_jit
-def find_bounds(speeds, bounds):
-    """Write where each thread's part of any work begins and ends, as shares of the whole.
+def find_bounds(members, bounds):
+    """Write where each thread's part of any work begins and ends, to (num_threads + 1,) shares of the whole.
 
-    Parameters
-    ----------
-    speeds : (num_threads * LINE,), float64
-        One for each thread, in any unit; 0 where it isn't known.
-    bounds : (num_threads + 1,), float64
+    The threads' speeds, of ``team.MEMBER``, are in any unit, and 0 where they aren't known.
     """
     num_threads = bounds.size - 1
     total = 0.0
     is_known = True
     for thread in range(num_threads):
-        is_known &= speeds[thread * LINE] > 0
-        total += speeds[thread * LINE]
+        is_known &= members[thread].speed > 0
+        total += members[thread].speed
     bounds[0] = 0.0
     for thread in range(num_threads):
         share = 1.0 / num_threads
         if is_known:
-            own = speeds[thread * LINE] / total
-            share = _LEAST_SHARE * share + (1 - _LEAST_SHARE) * own
+            share = _LEAST_SHARE * share + (1 - _LEAST_SHARE) * members[thread].speed / total
         bounds[thread + 1] = bounds[thread] + share
     bounds[num_threads] = 1.0
 
 
 @inlined_jit
-def record_speed(speeds, thread, bounds, ticks):
+def record_speed(members, thread, bounds, ticks):
     """Note how long a thread's part of a step took. Others may read it behind the next barrier."""
     if ticks > 0:
         speed = (bounds[thread + 1] - bounds[thread]) / ticks
-        known = speeds[thread * LINE]
+        known = members[thread].speed
         if known > 0:
             speed = known + _WEIGHT * (min(max(speed, known / _MOST_CHANGE), known * _MOST_CHANGE) - known)
-        speeds[thread * LINE] = speed
+        members[thread].speed = speed
 
 
 @inlined_jit

@@ -15,6 +15,9 @@ from fastdl.kernels.numba_private import cgutils
 
 # 64-bit words between the counters that threads write, so that none shares a cache line with another
 LINE = 8
+# The counters of a run: arrivals at the barrier; whether the run is to stop; how many steps are done; and for
+# each thread, how many barriers it came to.
+ARRIVALS, STOP, STEPS, OWN = (position * LINE for position in range(4))
 # how often a thread looks before it gives its core away, about 20 us
 _SPINS = 1 << 12
 
@@ -33,7 +36,7 @@ def _add(typing_context, counters, at, value):
 
 
 @intrinsic
-def load(typing_context, counters, at):
+def _load(typing_context, counters, at):
     """Return a counter as another thread last wrote it, and see all that was written before."""
 
     def generate(context, builder, signature, arguments):
@@ -56,29 +59,20 @@ def _yield_core(typing_context):
 
 
 @inlined_jit
-def wait(counters, num_threads, passed):
-    """Return when all threads have called this for the same time.
+def wait(team, thread):
+    """Return whether to go on: when all threads have called this for the same time, or the run is to stop.
 
-    Parameters
-    ----------
-    counters : (2 * LINE,), int64
-        0 at first: the arrivals.
-    num_threads : int
-    passed : int
-        How many barriers the thread has passed already.
-
-    Returns
-    -------
-    int
-        ``passed + 1``.
+    STOP is never taken back, and what a stopped run has computed counts for nothing. So threads need not
+    agree on the step in which they see it: one that goes on sees it where it would wait for one that left.
     """
-    passed += 1
-    if num_threads > 1:
-        arrivals: int = _add(counters, 0, 1)
-        spins = 0
-        while arrivals < passed * num_threads:
-            spins += 1
-            if spins > _SPINS:
-                _yield_core()
-            arrivals = load(counters, 0)
-    return passed
+    counters = team.counters
+    counters[OWN + thread * LINE] += 1
+    goal = counters[OWN + thread * LINE] * team.members.size
+    arrivals: int = _add(counters, ARRIVALS, 1)
+    spins = 0
+    while arrivals < goal and _load(counters, STOP) == 0:
+        spins += 1
+        if spins > _SPINS:
+            _yield_core()
+        arrivals = _load(counters, ARRIVALS)
+    return _load(counters, STOP) == 0

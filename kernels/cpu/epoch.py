@@ -11,6 +11,9 @@ A batch of few rows is split by columns in phase 1 too, with a barrier after eac
 so a result depends neither on the number of threads nor on their timing; and the parts may follow how fast
 each thread is (``balance``).
 
+Zeros of the examples are skipped while what they are multiplied with is finite. Each thread notes whether
+what it wrote is; all read the notes behind the next barrier, and none is written anew before the next.
+
 Floor of a step, N rows, for each layer of K inputs and M outputs: 6 N K M FLOPs (4 for the first layer, less
 the share of its inputs that is 0), and the weights read twice and written once.
 """
@@ -19,82 +22,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdl.kernels.cpu import barrier
+from fastdl.kernels.cpu import cross_entropy, dense
 from fastdl.kernels.cpu.balance import find_bounds, part_by_work, part_of, read_clock, record_speed
-from fastdl.kernels.cpu.cross_entropy import (
-    ROW_SUMS,
-    block_rows,
-    cross_entropy_block,
-    read_block,
-    write_block,
-)
-from fastdl.kernels.cpu.dense import (
-    GRAD,
-    HAS_RELU,
-    IS_THIN,
-    NO_GROUP,
-    NUM_INPUTS,
-    NUM_OUTPUTS,
-    OUTPUT,
-    WEIGHT_GROUP,
-    backward_bias,
-    backward_data,
-    backward_weight,
-    backward_weight_nonzero,
-    backward_weight_thin,
-    close,
-    forward,
-    forward_nonzero,
-    forward_thin,
-    gather,
-    gather_bytes,
-    gather_panels,
-    panels_of,
-    prefetch_examples,
-    transpose_examples,
-)
-from fastdl.kernels.cpu.intrinsics import TILE
-from fastdl.kernels.cpu.panels import WORD, panel_of
+from fastdl.kernels.cpu.barrier import STEPS, wait
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix
+from fastdl.kernels.cpu.layout import BYTES, CROSS_ENTROPY, INPUT_BLOCK, NONZERO, Batch, Workspace
+from fastdl.kernels.cpu.panels import panel_of, panels_of
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.cpu.reduction import MEAN
 from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 from fastdl.kernels.options import CrossEntropyOptions
 
-CROSS_ENTROPY, SQUARED_ERROR = 0, 1
-# what counters says: arrivals at the barrier; whether to stop, asked from outside; whether all threads stop;
-# how many steps are done
-ARRIVALS, STOP, STOPPING, STEPS = (place * barrier.LINE for place in range(4))
-NUM_COUNTERS = 4 * barrier.LINE
-# a thread's counts of right answers, and speeds, are a cache line apart
-LINE = barrier.LINE
-# threads share the first layer's inputs in blocks of so many at least, which transpose_examples takes whole
-INPUT_BLOCK = 16
-# How the first layer reads its input: in the dtype of the net; skipping zeros; as bytes.
-DENSE, NONZERO, BYTES = 0, 1, 2
 # the first layer's weight is done so many panels of inputs at a time
-_ASKING_PANELS = 2
+_PREFETCH_PANELS = 2
 
 _VECTORS = TILE.vectors
-
-
-@inlined_jit
-def _read_row(scratch, at, stride, panel, row):
-    for j in range(0, row.size, panel):
-        length = min(panel, row.size - j)
-        start = at + j * stride
-        source, part = scratch[start : start + length], row[j : j + length]
-        for i in range(length):
-            part[i] = source[i]
-
-
-@inlined_jit
-def _write_row(row, scratch, at, stride, panel):
-    for j in range(0, row.size, panel):
-        length = min(panel, row.size - j)
-        start = at + j * stride
-        target, part = scratch[start : start + length], row[j : j + length]
-        for i in range(length):
-            target[i] = part[i]
 
 
 @inlined_jit
@@ -105,252 +47,234 @@ def _share_of_rows(count, bounds, thread, lanes):
 
 
 @inlined_jit
-def _total_weight(labels, order, first, count, class_weight, ignore_index):
+def _total_weight(loss, batch, num_classes):
     """Return what the mean over a batch divides by: the sum of its rows' class weights."""
     total = 0.0
-    for n in range(first, first + count):
-        label = labels[order[n]]
-        if label != ignore_index:
-            total += class_weight[label] if class_weight.size > 0 else 1.0
+    for n in range(batch.first, batch.first + batch.size):
+        label = loss.labels[batch.order[n]]
+        if label != loss.ignore_index and 0 <= label < num_classes:
+            total += loss.class_weight[label] if loss.class_weight.size > 0 else 1.0
     return total
 
 
+@inlined_jit
+def _squared_error_block(columns, loss, rows, scale, factor, loss_sums):
+    """Do for the squared error what ``cross_entropy_block`` does; the losses are added, factor times."""
+    for c in range(columns.shape[0] - cross_entropy.ROW_SUMS):
+        column = columns[c]
+        for n in range(rows.size):
+            difference = column[n] - loss.targets[rows[n], c]
+            loss_sums[n] += factor * (difference * difference)
+            column[n] = scale * difference
+
+
 @linked_jit
-def _loss_rows(
-    layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index, smoothing,
-    order, first, count, rows, needs_grad, loss_sums, correct,
-):  # fmt: skip
-    """Write the gradient of the last layer's output for some rows; add to their losses and right answers."""
-    last = layers.shape[0] - 1
-    width, output, grad = layers[last, NUM_OUTPUTS], layers[last, OUTPUT], layers[last, GRAD]
+def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
+    """Write the gradient of the last layer's product for some rows; add to their losses and right answers."""
+    width = layer.num_outputs
+    scratch = workspace.scratch
     panel = panel_of(scratch)
-    if kind == CROSS_ENTROPY:
-        divisor = 1.0
-        if is_mean:
-            divisor = _total_weight(labels, order, first, count, class_weight, ignore_index)
-        block = max(1, min(block_rows(width), rows[1] - rows[0]))
-        columns = np.empty((width + ROW_SUMS, block), scratch.dtype)
-        losses, block_labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
-        best = np.empty(block, np.int32)
-        options = CrossEntropyOptions(ignore_index, smoothing, int(MEAN))
-        for start in range(rows[0], rows[1], block):
-            size = min(block, rows[1] - start)
+    panel_stride = workspace.stride * panel
+    is_classifier = loss.kind == CROSS_ENTROPY
+    # a mean counts for as many rows as the batch has; over rows without weight it is NaN
+    scale = factor = 1.0
+    if loss.is_mean and is_classifier:
+        total = _total_weight(loss, batch, width)
+        scale, factor = 1.0 / total, batch.size / total if total != 0 else np.nan
+    elif loss.is_mean:
+        scale, factor = 1.0 / (batch.size * width), 1.0 / width
+    block = max(1, min(cross_entropy.block_rows(width), rows[1] - rows[0]))
+    columns = np.empty((width + cross_entropy.ROW_SUMS, block), scratch.dtype)
+    losses, labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
+    best = np.empty(block, np.int32)
+    options = CrossEntropyOptions(loss.ignore_index, loss.label_smoothing, int(MEAN))
+    for start in range(rows[0], rows[1], block):
+        size = min(block, rows[1] - start)
+        sums = epoch.loss_sums[start : start + size]
+        cross_entropy.read_block(scratch, layer.output + start * panel, panel, panel_stride, size, columns)
+        if is_classifier:
             for n in range(size):
-                block_labels[n] = labels[order[first + start + n]]
-            read_block(scratch, output + start * panel, panel, stride * panel, size, columns)
-            cross_entropy_block(
-                columns, block_labels[:size], class_weight, options, 1.0 / divisor, losses, best, needs_grad
+                row = batch.order[batch.first + start + n]
+                label = loss.labels[row]
+                if label != loss.ignore_index and not 0 <= label < width:
+                    # the run ends in an error, until which any class will do
+                    member.wrong_row, label = min(member.wrong_row, row), 0
+                labels[n] = label
+            cross_entropy.cross_entropy_block(
+                columns, labels[:size], loss.class_weight, options, scale, losses, best, epoch.trains
             )
-            # a mean counts for as many rows as the batch has
-            factor = count / divisor if is_mean else 1.0
             for n in range(size):
-                loss_sums[start + n] += losses[n] * factor
-                correct[0] += best[n] == block_labels[n]
-            if needs_grad:
-                write_block(columns, size, scratch, grad + start * panel, panel, stride * panel)
+                sums[n] += losses[n] * factor
+                member.num_correct += best[n] == labels[n]
+        else:
+            at = batch.first + start
+            _squared_error_block(
+                columns, loss, batch.order[at : at + size], scratch.dtype.type(2 * scale), factor, sums
+            )
+        if epoch.trains:
+            cross_entropy.write_block(columns, size, scratch, layer.grad + start * panel, panel, panel_stride)
+    if epoch.trains:
+        dense.mask_by_relu(layer, workspace, rows, (0, panels_of(width, panel)))
+
+
+@inlined_jit
+def _gather(X, inputs, batch, rows, stride, members):
+    """Copy some rows of a batch to where the first layer reads them."""
+    if inputs.mode == NONZERO:
+        skips_zeros = True
+        for thread in range(members.size):
+            skips_zeros &= members[thread].has_finite_weight
+        dense.gather(X, inputs, batch, rows, stride, skips_zeros)
+    elif inputs.mode == BYTES:
+        dense.gather_panels(X, batch, rows, inputs.values, stride, inputs.panels)
     else:
-        logits, grad_row = scratch[work : work + width], scratch[work + width : work + 2 * width]
-        scale = scratch.dtype.type(2.0 / (count * width) if is_mean else 2.0)
-        for n in range(rows[0], rows[1]):
-            target = targets[order[first + n]]
-            _read_row(scratch, output + n * panel, stride, panel, logits)
-            loss = 0.0
-            for c in range(width):
-                difference = logits[c] - target[c]
-                loss += difference * difference
-                grad_row[c] = scale * difference
-            if needs_grad:
-                _write_row(grad_row, scratch, grad + n * panel, stride, panel)
-            loss_sums[n] += loss / width if is_mean else loss
-    if needs_grad and layers[last, HAS_RELU] == 1:
-        for j in range(panels_of(width, panel)):
-            at = (j * stride + rows[0]) * panel
-            close(scratch, grad + at, output + at, (rows[1] - rows[0]) * panel)
+        dense.gather_panels(X, batch, rows, inputs.panels, stride, inputs.panels)
+
+
+@inlined_jit
+def _forward(net, index, inputs, scale, workspace, rows, panels):
+    """Write some rows, and panels, of a layer's output."""
+    layer, stride = net.layers[index], workspace.stride
+    scale = scale if index == 0 else net.state.dtype.type(1)
+    if index == 0 and inputs.mode == NONZERO:
+        dense.forward_nonzero(layer, inputs, net.state, workspace, rows, panels, scale)
+    elif index == 0 and inputs.mode == BYTES:
+        dense.forward_skinny(
+            layer, Matrix(inputs.values, 0 * stride, stride), net.state, workspace, rows, scale
+        )
+    else:
+        dense.forward(
+            layer, _source(net, index, inputs, workspace), net.state, workspace, rows, panels, scale
+        )
+
+
+@inlined_jit
+def _source(net, index, inputs, workspace):
+    """Return the panels that a layer reads: the output of the one before, or the examples."""
+    storage, at = inputs.panels, 0
+    if index > 0:
+        storage, at = workspace.scratch, net.layers[index - 1].output
+    return Matrix(storage, at, workspace.stride)
+
+
+@inlined_jit
+def _update_first(net, inputs, scale, workspace, count, panels, upcoming):
+    """Update the first layer's weight, a few panels of inputs at a time; prefetch examples in between."""
+    layer = net.layers[0]
+    shares = (panels[1] - panels[0]) // _PREFETCH_PANELS
+    shares = max(1, min(shares, upcoming.stop - upcoming.start))
+    for index in range(shares):
+        start, stop = share(panels[1] - panels[0], index, shares)
+        part = (panels[0] + start, panels[0] + stop)
+        if inputs.mode == BYTES:
+            source = Matrix(inputs.values, 0 * count, workspace.stride)
+            dense.backward_weight_skinny(layer, source, net.state, workspace, count, part, scale)
+        else:
+            source = _source(net, 0, inputs, workspace)
+            dense.backward_weight(layer, source, net.state, workspace, count, part, scale)
+        start, stop = share(upcoming.stop - upcoming.start, index, shares)
+        dense.prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)
 
 
 @jit
-def run_epoch(
-    thread, num_threads, counters, speeds, layers, groups, state, scratch, places, input_work,
-    X, input_mode, input_scale, values, masks, transposed, transposed_masks,
-    order, batch_size, by_columns,
-    kind, is_mean, labels, targets, class_weight, ignore_index, smoothing, trains, loss_sums, correct,
-):  # fmt: skip
+def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
     """Run one thread's part of an epoch; the threads of a run call this at the same time.
 
-    Parameters
-    ----------
-    thread, num_threads : int
-    counters : (NUM_COUNTERS,), int64
-        0 at first. A thread outside may set STOP: the run ends after the step it is in.
-    speeds : (num_threads * LINE,), float64
-        0 at first; how fast each thread was, for ``balance``.
-    layers : (L, dense.NUM_COLUMNS), int64
-    groups : (G, dense.NUM_OPTIONS), float64
-    state, scratch : float32 or float64
-    places : (4,), int64
-        Rows between panels of scratch, and between words of values; where the input's panels begin in
-        scratch; where the threads' own memory begins, and how much of it each has.
-    input_work : (blocks of inputs + 1,), float64
-        What the first layer's weight takes for the inputs before each block, of INPUT_BLOCK or a panel, and
-        for all.
-    X : (examples, K), uint8 or the dtype of state
-    input_mode : int
-        DENSE, NONZERO, or, for a thin first layer and examples of bytes, BYTES.
-    input_scale : float
-        What a number of X is multiplied by.
-    values, masks, transposed, transposed_masks
-        Room for a batch of X, as ``dense.gather`` and ``dense.transpose_examples`` write it, where zeros are
-        skipped, or as ``dense.gather_bytes`` does; transposed is (num_threads, numbers) and its masks are
-        (num_threads, words).
-    order : (examples of the epoch,), int64
-    batch_size : int
-    by_columns : bool
-        Whether phase 1 is split by columns.
-    kind : int
-        CROSS_ENTROPY or SQUARED_ERROR.
-    is_mean : bool
-        Whether a batch's loss is the mean, or the sum.
-    labels : (examples,), int64, or (0,)
-    targets : (examples, M), or (0, 0)
-    class_weight : (M,) or (0,)
-    ignore_index : int
-    smoothing : float
-    trains : bool
-        False computes the losses alone.
-    loss_sums : (batch_size,), float64
-        The losses of each batch's first, second, ... row are added: the sum of all is the epoch's.
-    correct : (num_threads * LINE,), int64
-        The number of right answers among the thread's rows is added.
-
-    Returns
-    -------
-    bool
-        Whether the epoch was run to its end.
+    Besides the thread's number, the arguments are ``team.Shared`` and the records of ``layout``.
     """
-    num_layers = layers.shape[0]
-    stride, input_at, work, work_size = places
-    work += thread * work_size
-    num_inputs = X.shape[1]
-    panel = panel_of(scratch)
-    words = (num_inputs + WORD - 1) // WORD
-    one, scale = state.dtype.type(1), state.dtype.type(input_scale)
-    passed = 0
+    layers, members, order, batch_size = net.layers, team.members, epoch.order, epoch.batch_size
+    by_columns = epoch.by_columns
+    own = Workspace(workspace.scratch, workspace.stride, workspace.own[thread])
+    num_layers, num_threads, num_inputs = layers.shape[0], members.size, layers[0].num_inputs
+    panel = panel_of(workspace.scratch)
+    lanes = panel // _VECTORS
+    block = max(INPUT_BLOCK, panel)
     bounds = np.empty(num_threads + 1)
-    block_panels = max(1, INPUT_BLOCK // panel)
-    num_steps = (order.size + batch_size - 1) // batch_size
-    for step in range(num_steps):
+    scale = net.state.dtype.type(examples.scale)
+    for step in range((order.size + batch_size - 1) // batch_size):
         first = step * batch_size
         count = min(batch_size, order.size - first)
-        find_bounds(speeds, bounds)
-        own_rows = _share_of_rows(count, bounds, thread, panel // _VECTORS)
-        rows = (0, count) if by_columns else own_rows
+        batch = Batch(order, first, count)
+        find_bounds(members, bounds)
+        own_rows = _share_of_rows(count, bounds, thread, lanes)
         started: int = read_clock()
         # 1: the batch
-        if input_mode == NONZERO:
-            gather(X, order, first, own_rows, stride, words, values, masks)
-        elif input_mode == BYTES:
-            gather_bytes(X, order, first, own_rows, stride, scratch, values)
-        else:
-            gather_panels(X, order, first, own_rows, stride, scratch, input_at)
-        if by_columns:
-            passed = barrier.wait(counters, num_threads, passed)
+        _gather(examples.X, inputs, batch, own_rows, own.stride, members)
+        if by_columns and not wait(team, thread):
+            return
         # 2: forward
-        for layer in range(num_layers):
-            num_panels = panels_of(layers[layer, NUM_OUTPUTS], panel)
-            panels = (0, num_panels)
-            part = rows
-            if by_columns:
-                if layers[layer, IS_THIN]:
-                    part = own_rows
-                else:
-                    panels = share(num_panels, thread, num_threads)
-            if layer == 0 and input_mode == NONZERO:
-                forward_nonzero(layers, values, masks, words, stride, state, scratch, part, panels, scale)
-            elif layer == 0 and input_mode == BYTES:
-                forward_thin(layers, 0, values, 0, stride, state, scratch, part, scale)
-            elif layer == 0:
-                forward(layers, 0, scratch, input_at, stride, state, scratch, part, panels, scale)
-            else:
-                source_at = layers[layer - 1, OUTPUT]
-                forward(layers, layer, scratch, source_at, stride, state, scratch, part, panels, one)
-            if by_columns:
-                passed = barrier.wait(counters, num_threads, passed)
+        for index in range(num_layers):
+            rows, panels = own_rows, (0, panels_of(layers[index].num_outputs, panel))
+            if by_columns and not layers[index].is_skinny:
+                rows, panels = (0, count), share(panels[1], thread, num_threads)
+            _forward(net, index, inputs, scale, own, rows, panels)
+            if by_columns and not wait(team, thread):
+                return
         # 3: loss
-        _loss_rows(
-            layers, stride, scratch, work, kind, is_mean, labels, targets, class_weight, ignore_index,
-            smoothing, order, first, count, own_rows, trains, loss_sums, correct[thread * LINE :],
-        )  # fmt: skip
-        if trains:
-            if by_columns:
-                passed = barrier.wait(counters, num_threads, passed)
+        _loss_rows(layers[num_layers - 1], own, loss, batch, own_rows, epoch, members[thread])
+        if epoch.trains:
             # 4: gradients back to the first layer
-            for layer in range(num_layers - 1, 0, -1):
-                panels = (0, panels_of(layers[layer, NUM_INPUTS], panel))
+            rows, panels = own_rows, (0, panels_of(layers[num_layers - 1].num_outputs, panel))
+            for index in range(num_layers - 1, 0, -1):
+                panels = (0, panels_of(layers[index].num_inputs, panel))
                 if by_columns:
-                    panels = share(panels[1], thread, num_threads)
-                backward_data(layers, layer, stride, state, scratch, work, count, rows, panels)
-                if by_columns:
-                    passed = barrier.wait(counters, num_threads, passed)
+                    if not wait(team, thread):
+                        return
+                    rows, panels = (0, count), share(panels[1], thread, num_threads)
+                dense.backward_data(layers[index], layers[index - 1], net.state, own, count, rows, panels)
+            if inputs.mode == NONZERO:
+                grad = Matrix(own.scratch, layers[0].grad, own.stride)
+                members[thread].has_finite_grad = dense.are_finite(grad, rows, panels)
             ticks = read_clock() - started
-            if not by_columns:
-                passed = barrier.wait(counters, num_threads, passed)
+            if not wait(team, thread):
+                return
             started = read_clock()
             # 5: weights and biases
-            is_first = step == 0
             next_count = max(0, min(batch_size, order.size - first - count))
-            next_rows = _share_of_rows(next_count, bounds, thread, panel // _VECTORS)
-            upcoming = (X, order, first + count + next_rows[0], first + count + next_rows[1])
-            for layer in range(num_layers):
-                bias_panels = part_of(panels_of(layers[layer, NUM_OUTPUTS], panel), bounds, thread)
-                backward_bias(
-                    layers, layer, stride, state, scratch, work, count, bias_panels, groups, is_first
-                )
-                panels = (0, panels_of(layers[layer, NUM_INPUTS], panel))
-                if layer == 0:
-                    start, stop = part_by_work(input_work, bounds, thread)
-                    panels = (start * block_panels, min(stop * block_panels, panels[1]))
-                else:
-                    panels = part_of(panels[1], bounds, thread)
-                if layers[layer, WEIGHT_GROUP] == NO_GROUP:
+            next_rows = _share_of_rows(next_count, bounds, thread, lanes)
+            upcoming = dense.Upcoming(
+                examples.X, order, first + count + next_rows[0], first + count + next_rows[1]
+            )
+            for index in range(num_layers):
+                layer = layers[index]
+                panels = part_of(panels_of(layer.num_outputs, panel), bounds, thread)
+                dense.backward_bias(layer, net.state, own, count, panels)
+                if not layer.weight.trains:
                     continue
-                if layer == 0 and input_mode == NONZERO:
-                    inputs = (panels[0] * panel, min(panels[1] * panel, num_inputs))
-                    target, target_masks = transposed[thread], transposed_masks[thread]
-                    transpose_examples(values, stride, inputs, count, target, target_masks)
-                    backward_weight_nonzero(
-                        layers, target, target_masks, stride, state, scratch, work, count, inputs, groups,
-                        is_first, scale, upcoming,
-                    )  # fmt: skip
-                elif layer == 0:
-                    # a few panels at a time, with some of the next batch's examples asked for in between
-                    shares = (panels[1] - panels[0]) // _ASKING_PANELS
-                    shares = max(1, min(shares, upcoming[3] - upcoming[2]))
-                    for index in range(shares):
-                        start, stop = share(panels[1] - panels[0], index, shares)
-                        part = (panels[0] + start, panels[0] + stop)
-                        if input_mode == BYTES:
-                            backward_weight_thin(
-                                layers, 0, values, 0, stride, state, scratch, work, count, part, groups,
-                                is_first, scale,
-                            )  # fmt: skip
-                        else:
-                            backward_weight(
-                                layers, 0, scratch, input_at, stride, state, scratch, work, count, part,
-                                groups, is_first, scale,
-                            )  # fmt: skip
-                        start, stop = share(upcoming[3] - upcoming[2], index, shares)
-                        prefetch_examples(X, order, upcoming[2] + start, upcoming[2] + stop)
+                if index > 0:
+                    source = _source(net, index, inputs, own)
+                    panels = part_of(panels_of(layer.num_inputs, panel), bounds, thread)
+                    dense.backward_weight(
+                        layer, source, net.state, own, count, panels, net.state.dtype.type(1)
+                    )
+                    continue
+                start, stop = part_by_work(inputs.work, bounds, thread)
+                columns = (min(start * block, num_inputs), min(stop * block, num_inputs))
+                if inputs.mode == NONZERO:
+                    transposed = inputs.transposed[thread], inputs.transposed_masks[thread]
+                    skips_zeros = True
+                    for other in range(num_threads):
+                        skips_zeros &= members[other].has_finite_grad
+                    dense.transpose_examples(
+                        inputs.values, own.stride, columns, count, transposed, skips_zeros
+                    )
+                    dense.backward_weight_nonzero(
+                        layer, transposed, net.state, own, count, columns, scale, upcoming
+                    )
+                    weight = Matrix(net.state, layer.weight.start, num_inputs)
+                    panels = (0, panels_of(layer.num_outputs, panel))
+                    members[thread].has_finite_weight = dense.are_finite(weight, columns, panels)
                 else:
-                    backward_weight(
-                        layers, layer, scratch, layers[layer - 1, OUTPUT], stride, state, scratch, work,
-                        count, panels, groups, is_first, one,
-                    )  # fmt: skip
+                    panels = (panels_of(columns[0], panel), panels_of(columns[1], panel))
+                    _update_first(net, inputs, scale, own, count, panels, upcoming)
             if not by_columns:
-                record_speed(speeds, thread, bounds, ticks + read_clock() - started)
+                record_speed(members, thread, bounds, ticks + read_clock() - started)
         if thread == 0:
-            counters[STEPS] = step + 1
-            counters[STOPPING] = barrier.load(counters, STOP)
-        passed = barrier.wait(counters, num_threads, passed)
-        if barrier.load(counters, STOPPING) != 0:
-            return False
-    return True
+            team.counters[STEPS] = step + 1
+        if not wait(team, thread):
+            return
+        # others read this again behind the next barrier
+        if thread == 0 and epoch.trains:
+            for index in range(num_layers):
+                layers[index].weight.is_fresh = False
+                layers[index].bias.is_fresh = False

@@ -374,11 +374,11 @@ def _grouped(kinds, values):
     return [group if isinstance(kind, types.BaseTuple) else group[0] for kind, group in groups if group]
 
 
-def call_of(write, *kinds, grouped=False):
+def call_of(write, *kinds):
     """Return the signature and the code generator of a call of the function that write writes.
 
-    It is called with a pointer for each array and the position behind it, and with the members of a tuple,
-    such as a Matrix, in the tuple's place, or as a tuple where grouped is true.
+    It is called with a pointer for each array and the position behind it; for a tuple, such as a Matrix, with
+    a tuple of these.
     """
     argument_types = [_argument_type(kind) for kind in kinds]
 
@@ -406,8 +406,7 @@ def call_of(write, *kinds, grouped=False):
             # inlined into its caller, a tile of many cases takes LLVM several times as long
             function.attributes.add("noinline")
             inner = ir.IRBuilder(function.append_basic_block("entry"))
-            inputs = _grouped(argument_types, function.args) if grouped else function.args
-            write(Vectors(inner, element), *inputs)
+            write(Vectors(inner, element), *_grouped(argument_types, function.args))
             inner.ret_void()
         builder.call(function, arguments)
         return context.get_dummy_value()
@@ -516,8 +515,9 @@ def _dot_tile(vectors, output, a, b, size, epilogue):
     vectors.choose(rows, range(1, TILE.dot_rows + 1), write_cols)
 
 
-def _transpose_block(vectors, source, source_stride, target, target_stride):
+def _transpose_block(vectors, source, target):
     builder = vectors.builder
+    (source, source_stride), (target, target_stride) = source, target
     lines = [INTP(i) for i in range(vectors.width)]
     rows = [vectors.load(vectors.at(source, builder.mul(source_stride, i))) for i in lines]
     for i, column in zip(lines, vectors.transpose(rows), strict=True):
@@ -561,7 +561,7 @@ def multiply_tile(typing_context, output, a, b, size, epilogue):
     multiply-adds. Output and b are a Matrix with a stride of rows, a is (array, position, stride of rows,
     stride of steps), and size is (depth, rows, cols).
     """
-    return call_of(_multiply_tile, output, a, b, size, epilogue, grouped=True)
+    return call_of(_multiply_tile, output, a, b, size, epilogue)
 
 
 @intrinsic
@@ -573,7 +573,7 @@ def add_rows(typing_context, output, a, mask_source, is_masked, b, size, epilogu
     mask_source are (array, position), a is a Matrix with a stride of steps and b one with a stride of rows,
     and size is (depth, cols).
     """
-    return call_of(_add_rows, output, a, mask_source, is_masked, b, size, epilogue, grouped=True)
+    return call_of(_add_rows, output, a, mask_source, is_masked, b, size, epilogue)
 
 
 @intrinsic
@@ -584,7 +584,7 @@ def dot_tile(typing_context, output, a, b, size, epilogue):
     ``j < cols <= TILE.dot_cols``; then the epilogue. Elements of both are next to each other in p, and so are
     the lanes of a sum. All three are a Matrix with a stride of rows, and size is (depth, rows, cols).
     """
-    return call_of(_dot_tile, output, a, b, size, epilogue, grouped=True)
+    return call_of(_dot_tile, output, a, b, size, epilogue)
 
 
 @intrinsic
@@ -600,7 +600,7 @@ def sum_rows(typing_context, source, mask_source, is_masked, size, target):
     The source is a Matrix with a stride of rows; size is (rows, cols), cols of at most ``SUM_VECTORS``
     vectors; mask_source and target are (array, position).
     """
-    return call_of(_sum_rows, source, mask_source, is_masked, size, target, grouped=True)
+    return call_of(_sum_rows, source, mask_source, is_masked, size, target)
 
 
 @intrinsic

@@ -14,7 +14,8 @@ and one number for each row of the tile. ``multiply_row`` holds one row of sever
 ``multiply_nonzero`` does too, and steps only over the numbers of a that aren't 0, by the set bits of a mask.
 ``dot_panels`` sums along the panels, for products that have few columns.
 
-Positions and strides are in elements. Nothing here checks a bound.
+An operand is a ``Matrix``, or an array and a position where its rows are those of one panel. Positions and
+strides are in elements. Nothing here checks a bound.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, Vectors, call_of, write_prefetch
+from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, call_of, write_prefetch
 from fastdl.kernels.jit import inlined_jit
 
 # How many vectors one row of sums may have. 8 of them hide the latency of a multiply-add; WORD rows of b
@@ -63,7 +64,7 @@ def tile_height(rows):
 
 
 def _long_row(vectors, start, stride, num_vectors):
-    """Return the places of the vectors of a row that goes on in the panels after the first, stride apart."""
+    """Return pointers to the vectors of a row that goes on in the panels after the first, stride apart."""
     distances = [vectors.builder.mul(stride, INTP(p)) for p in range(-(-num_vectors // TILE.vectors))]
     starts = [vectors.at(start, distance) for distance in distances]
     return [
@@ -71,18 +72,20 @@ def _long_row(vectors, start, stride, num_vectors):
     ]
 
 
-def _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors, b_panel=None):
+def _add_products(vectors, sums, a, is_down, b, depth, num_vectors):
     """Write the loop that adds ``a[i, p] * b[p, j]`` for each step p to a tile of sums in registers.
 
-    Columns behind those of a panel are in the panels after it, b_panel apart.
+    Columns behind those of a panel of b are in the panels after it, its stride apart.
     """
     builder = vectors.builder
     panel = TILE.vectors * vectors.width
     a_step = panel if is_down else 1
-    b_panel = INTP(0) if b_panel is None else b_panel
+    num_rows = len(sums) // num_vectors
+    a, a_run = a
+    b, b_panel = b
 
     def step(a, b, sums):
-        right = [vectors.load(place) for place in _long_row(vectors, b, b_panel, num_vectors)]
+        right = [vectors.load(pointer) for pointer in _long_row(vectors, b, b_panel, num_vectors)]
         left = [
             vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel))) for i in range(num_rows)
         ]
@@ -132,25 +135,29 @@ def _choose_tile(vectors, used, rows, down, ways, write):
     vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
 
 
-def _multiply_panels(
-    vectors, output, a, a_run, down, b, depth, rows, used, accumulate, *, ways=(False, True)
-):
+def _sums(vectors, pointers, accumulate):
+    """Write what sums start from: what is at their pointers, or 0."""
+    return vectors.choose(
+        accumulate,
+        [False, True],
+        lambda added: [vectors.load(pointer) if added else vectors.zero for pointer in pointers],
+    )
+
+
+def _multiply_panels(vectors, output, a, down, b, size, accumulate, *, ways=(False, True)):
     panel = TILE.vectors * vectors.width
+    (output,), (b,), (depth, rows, used) = output, b, size
 
     def write(num_vectors, num_rows, is_down):
-        places = [
+        pointers = [
             vectors.at(output, i * panel + v * vectors.width)
             for i in range(num_rows)
             for v in range(num_vectors)
         ]
-        sums = vectors.choose(
-            accumulate,
-            [False, True],
-            lambda added: [vectors.load(place) if added else vectors.zero for place in places],
-        )
-        sums = _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors)
-        for place, total in zip(places, sums, strict=True):
-            vectors.store(total, place)
+        sums = _sums(vectors, pointers, accumulate)
+        sums = _add_products(vectors, sums, a, is_down, (b, INTP(0)), depth, num_vectors)
+        for pointer, total in zip(pointers, sums, strict=True):
+            vectors.store(total, pointer)
         return []
 
     _choose_tile(vectors, used, rows, down, ways, write)
@@ -173,30 +180,29 @@ def _multiply_packed(vectors, output, a, down, b, size, epilogue):
         tile = vectors.tile(output, output_stride, num_rows, num_vectors, cols)
         tile.prefetch()
         sums = [vectors.zero] * (num_rows * num_vectors)
-        sums = _add_products(vectors, sums, a, a_run, is_down, b, depth, num_rows, num_vectors)
+        sums = _add_products(vectors, sums, (a, a_run), is_down, (b, INTP(0)), depth, num_vectors)
         tile.write(sums, *epilogue)
         return []
 
     _choose_tile(vectors, used, rows, down, [False, True], write)
 
 
-def _multiply_row(vectors, output, output_panel, a, a_run, b, b_panel, depth, used, accumulate):
+def _multiply_row(vectors, output, a, b, size, accumulate):
+    depth, used = size
+
     def write(num_vectors):
-        places = _long_row(vectors, output, output_panel, num_vectors)
-        sums = vectors.choose(
-            accumulate,
-            [False, True],
-            lambda added: [vectors.load(place) if added else vectors.zero for place in places],
-        )
-        sums = _add_products(vectors, sums, a, a_run, False, b, depth, 1, num_vectors, b_panel)
-        for place, total in zip(places, sums, strict=True):
-            vectors.store(total, place)
+        pointers = _long_row(vectors, *output, num_vectors)
+        sums = _sums(vectors, pointers, accumulate)
+        sums = _add_products(vectors, sums, a, False, b, depth, num_vectors)
+        for pointer, total in zip(pointers, sums, strict=True):
+            vectors.store(total, pointer)
         return []
 
     vectors.choose(used, LONG_ROWS, write)
 
 
 def _outer_product(vectors, output, a, b, rows):
+    (output,), (a,), (b,) = output, a, b
     panel = TILE.vectors * vectors.width
     columns = [v * vectors.width for v in range(TILE.vectors)]
     right = [vectors.load(vectors.at(b, column)) for column in columns]
@@ -209,6 +215,27 @@ def _outer_product(vectors, output, a, b, rows):
         return [vectors.at(output, panel)]
 
     vectors.loop(rows, 1, [output], row)
+
+
+def _transpose_square(vectors, source, target):
+    builder, is_bytes = vectors.builder, isinstance(vectors.element, ir.IntType)
+    (source, source_stride), (target, target_stride) = source, target
+    kind = ir.VectorType(vectors.element, 16 if is_bytes else vectors.width)
+
+    def line(start, stride, i):
+        return builder.bitcast(vectors.at(start, builder.mul(stride, INTP(i))), kind.as_pointer())
+
+    rows = [builder.load(line(source, source_stride, i), align=1) for i in range(kind.count)]
+    if is_bytes:
+        # four rounds that interleave the rows
+        lanes = [lane for i in range(16) for lane in (i, 16 + i)]
+        for _ in range(4):
+            pairs = [(rows[i], rows[i + 8]) for i in range(8)]
+            rows = [vectors.shuffle(a, b, half) for a, b in pairs for half in (lanes[:16], lanes[16:])]
+    else:
+        rows = vectors.transpose(rows)
+    for i, row in enumerate(rows):
+        builder.store(row, line(target, target_stride, i), align=1)
 
 
 def _pack_panel(vectors, source, mask_source, is_masked, target, size):
@@ -241,8 +268,9 @@ def _pack_panel(vectors, source, mask_source, is_masked, target, size):
     )
 
 
-def _multiply_nonzero(vectors, output, output_panel, values, masks, rows, b, b_panel, used):
+def _multiply_nonzero(vectors, output, values, masks, b, size):
     builder = vectors.builder
+    (output, output_panel), (values,), (masks,), (b, b_panel), (rows, used) = output, values, masks, b, size
     panel = TILE.vectors * vectors.width
 
     def write(num_vectors):
@@ -250,17 +278,17 @@ def _multiply_nonzero(vectors, output, output_panel, values, masks, rows, b, b_p
             bits = builder.load(builder.gep(masks, [n]))
             row_values = builder.gep(values, [builder.mul(n, INTP(WORD))])
             at = builder.mul(n, INTP(panel))
-            places = _long_row(vectors, vectors.at(output, at), output_panel, num_vectors)
+            pointers = _long_row(vectors, vectors.at(output, at), output_panel, num_vectors)
             first, inside, last, after = (
                 builder.append_basic_block(name) for name in ("first", "bit", "last", "after")
             )
             builder.cbranch(builder.icmp_signed("!=", bits, bits.type(0)), first, after)
             builder.position_at_end(first)
-            loaded = [vectors.load(place) for place in places]
+            loaded = [vectors.load(pointer) for pointer in pointers]
             builder.branch(inside)
             builder.position_at_end(inside)
             left = builder.phi(bits.type)
-            sums = [builder.phi(vectors.type) for _ in places]
+            sums = [builder.phi(vectors.type) for _ in pointers]
             for phi, value in zip([left, *sums], [bits, *loaded], strict=True):
                 phi.add_incoming(value, first)
             position = vectors.call("cttz.i64", bits.type, left, _BIT(1))
@@ -272,15 +300,15 @@ def _multiply_nonzero(vectors, output, output_panel, values, masks, rows, b, b_p
             at = builder.mul(position, INTP(panel))
             b_row = _long_row(vectors, vectors.at(b, at), b_panel, num_vectors)
             added = [
-                vectors.multiply_add(factor, vectors.load(place), total)
-                for place, total in zip(b_row, sums, strict=True)
+                vectors.multiply_add(factor, vectors.load(pointer), total)
+                for pointer, total in zip(b_row, sums, strict=True)
             ]
             for phi, value in zip([left, *sums], [rest, *added], strict=True):
                 phi.add_incoming(value, builder.block)
             builder.cbranch(builder.icmp_signed("!=", rest, bits.type(0)), inside, last)
             builder.position_at_end(last)
-            for place, total in zip(places, added, strict=True):
-                vectors.store(total, place)
+            for pointer, total in zip(pointers, added, strict=True):
+                vectors.store(total, pointer)
             builder.branch(after)
             builder.position_at_end(after)
             return []
@@ -291,7 +319,8 @@ def _multiply_nonzero(vectors, output, output_panel, values, masks, rows, b, b_p
     vectors.choose(used, LONG_ROWS, write)
 
 
-def _dot_panels(vectors, output, a, a_panel, b, b_panel, panels, rows, cols):
+def _dot_panels(vectors, output, a, b, size):
+    (output,), (a, a_panel), (b, b_panel), (panels, rows, cols) = output, a, b, size
     panel = TILE.vectors * vectors.width
 
     def write(num_rows, num_cols):
@@ -319,45 +348,34 @@ def _dot_panels(vectors, output, a, a_panel, b, b_panel, panels, rows, cols):
 
 
 @intrinsic(prefer_literal=True)
-def multiply_panels(
-    typing_context, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate
-):
+def multiply_panels(typing_context, output, a, down, b, size, accumulate):
     """Write, or add, one tile of a product: ``output[i, j] += sum over p < depth of a[i, p] b[p, j]``.
 
     Rows of the output and of b are rows of a panel, one after the other. Where down is false the rows of a
-    are too, and a's next panel is a_run further; where it is true a's rows are the columns of one panel.
-    ``rows`` is one of ``ROW_COUNTS``; of the columns, as many vectors are computed.
+    are too, and a's next panel is its stride further; where it is true a's rows are the columns of one panel.
+    ``size`` is the depth, the rows, one of ``ROW_COUNTS``, and how many vectors of columns are computed.
     """
     # a constant, as it usually is, halves what there is to compile
     write: Callable[..., None] = _multiply_panels
     if isinstance(down, types.BooleanLiteral):
         write = _multiply_panels_down if down.literal_value else _multiply_panels_along
-    return call_of(write, output, output_at, a, a_at, a_run, down, b, b_at, depth, rows, vectors, accumulate)
+    return call_of(write, output, a, down, b, size, accumulate)
 
 
 @intrinsic
-def multiply_row(
-    typing_context,
-    output, output_at, output_panel,
-    a, a_at, a_run,
-    b, b_at, b_panel,
-    depth, vectors, accumulate,
-):  # fmt: skip
+def multiply_row(typing_context, output, a, b, size, accumulate):
     """Write, or add, one row of a product as ``multiply_panels`` does, over several panels.
 
     A row alone is too few sums to hide the latency of a multiply-add; here it is as many vectors long, one of
-    ``LONG_ROWS``, which lie in successive panels.
+    ``LONG_ROWS``, which lie in successive panels, strides apart. ``size`` is the depth and the vectors.
     """
-    return call_of(
-        _multiply_row, output, output_at, output_panel, a, a_at, a_run, b, b_at, b_panel, depth, vectors,
-        accumulate,
-    )  # fmt: skip
+    return call_of(_multiply_row, output, a, b, size, accumulate)
 
 
 @intrinsic
-def outer_product(typing_context, output, output_at, a, a_at, b, b_at, rows):
+def outer_product(typing_context, output, a, b, rows):
     """Write rows of a panel, one after the other: ``output[i, j] = a[i] b[j]``, with b one row of a panel."""
-    return call_of(_outer_product, output, output_at, a, a_at, b, b_at, rows)
+    return call_of(_outer_product, output, a, b, rows)
 
 
 @intrinsic
@@ -367,7 +385,7 @@ def multiply_packed(typing_context, output, a, down, b, size, epilogue):
     The output is a Matrix with a stride of rows, a one with a stride of panels, b (array, position), and size
     (depth, rows, cols), where the tile has cols columns, of at most a panel.
     """
-    return call_of(_multiply_packed, output, a, down, b, size, epilogue, grouped=True)
+    return call_of(_multiply_packed, output, a, down, b, size, epilogue)
 
 
 @intrinsic
@@ -378,45 +396,28 @@ def pack_panel(typing_context, source, mask_source, is_masked, target, size):
     is 0 or less. The source is a Matrix with a stride of lines, mask_source and target are (array, position),
     and size is (lines, cols).
     """
-    return call_of(_pack_panel, source, mask_source, is_masked, target, size, grouped=True)
+    return call_of(_pack_panel, source, mask_source, is_masked, target, size)
 
 
 @intrinsic
-def multiply_nonzero(
-    typing_context,
-    output,
-    output_at,
-    output_panel,
-    values,
-    values_at,
-    masks,
-    masks_at,
-    rows,
-    b,
-    b_at,
-    b_panel,
-    vectors,
-):
+def multiply_nonzero(typing_context, output, values, masks, b, size):
     """Add to rows of a product: ``output[i, j] += sum over the bits p of masks[i] of values[i, p] b[p, j]``.
 
     For each row, ``masks`` has a word of WORD bits, and values, which may be uint8, WORD numbers. Rows of the
     output and of b are rows of a panel; they are as many vectors long, one of ``LONG_ROWS``, which lie in
-    successive panels.
+    successive panels, strides apart. ``size`` is the rows and the vectors.
     """
-    return call_of(
-        _multiply_nonzero, output, output_at, output_panel, values, values_at, masks, masks_at, rows,
-        b, b_at, b_panel, vectors,
-    )  # fmt: skip
+    return call_of(_multiply_nonzero, output, values, masks, b, size)
 
 
 @intrinsic
-def dot_panels(typing_context, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols):
+def dot_panels(typing_context, output, a, b, size):
     """Write ``output[i, j] = sum over p of a[i, p] b[j, p]``, for few rows i and columns j.
 
-    There are 1 or TILE.dot_rows rows, and up to TILE.dot_cols columns. Rows are rows of a panel in all
-    three; p runs along the rows of so many panels.
+    Rows are rows of a panel in all three; p runs along the rows of so many panels, strides apart. ``size`` is
+    the panels, the rows, 1 or TILE.dot_rows, and the columns, up to TILE.dot_cols.
     """
-    return call_of(_dot_panels, output, output_at, a, a_at, a_panel, b, b_at, b_panel, panels, rows, cols)
+    return call_of(_dot_panels, output, a, b, size)
 
 
 @intrinsic
@@ -430,14 +431,14 @@ def mask_of_nonzero(typing_context, values, at, count):
     def generate(context, builder, signature, arguments):
         data = context.make_array(values)(context, builder, arguments[0]).data
         kind = context.get_value_type(element)
-        pointer = builder.gep(data, [arguments[1]])
+        start = builder.gep(data, [arguments[1]])
         is_integer = isinstance(kind, ir.IntType)
         lanes = WORD if is_integer else 8
         parts = []
         for first in range(0, WORD, lanes):
             vector = ir.VectorType(kind, lanes)
-            place = builder.bitcast(builder.gep(pointer, [INTP(first)]), vector.as_pointer())
-            loaded = builder.load(place, align=1)
+            pointer = builder.bitcast(builder.gep(start, [INTP(first)]), vector.as_pointer())
+            loaded = builder.load(pointer, align=1)
             zero = ir.Constant(vector, [0 if is_integer else 0.0] * lanes)
             compare = builder.icmp_unsigned if is_integer else builder.fcmp_unordered
             bits = builder.bitcast(compare("!=", loaded, zero), ir.IntType(lanes))
@@ -452,65 +453,26 @@ def mask_of_nonzero(typing_context, values, at, count):
 
 
 @intrinsic
-def transpose_bytes(typing_context, source, source_at, source_stride, target, target_at, target_stride):
-    """Write the transpose of a block of 16 x 16 bytes: four rounds that interleave its rows."""
-
-    def generate(context, builder, signature, arguments):
-        source_data = context.make_array(source)(context, builder, arguments[0]).data
-        target_data = context.make_array(target)(context, builder, arguments[3]).data
-        vector = ir.VectorType(ir.IntType(8), 16)
-
-        def place(data, at, stride, line):
-            position = builder.add(at, builder.mul(stride, INTP(line)))
-            return builder.bitcast(builder.gep(data, [position]), vector.as_pointer())
-
-        rows = [builder.load(place(source_data, *arguments[1:3], i), align=1) for i in range(16)]
-        lanes = [lane for i in range(16) for lane in (i, 16 + i)]
-        halves = [ir.Constant(ir.VectorType(_INT32, 16), part) for part in (lanes[:16], lanes[16:])]
-        for _ in range(4):
-            rows = [builder.shuffle_vector(rows[i], rows[i + 8], half) for i in range(8) for half in halves]
-        for i, row in enumerate(rows):
-            builder.store(row, place(target_data, *arguments[4:6], i), align=1)
-        return context.get_dummy_value()
-
-    integers = types.intp, types.intp
-    return types.void(source, *integers, target, *integers), generate
-
-
-@intrinsic
-def widen_panel(typing_context, source, source_at, target, target_at):
-    """Copy one row of a panel, as wide as the target's dtype makes it, from numbers of another type."""
-    element = source.dtype
-
-    def generate(context, builder, signature, arguments):
-        vectors = Vectors(builder, context.get_value_type(target.dtype))
-        source_data = context.make_array(source)(context, builder, arguments[0]).data
-        target_data = context.make_array(target)(context, builder, arguments[2]).data
-        kind = ir.VectorType(context.get_value_type(element), vectors.width)
-        for v in range(TILE.vectors):
-            place = builder.gep(source_data, [builder.add(arguments[1], INTP(v * vectors.width))])
-            value = builder.load(builder.bitcast(place, kind.as_pointer()), align=1)
-            if isinstance(kind.element, ir.IntType):
-                value = builder.uitofp(value, vectors.type)
-            place = builder.gep(target_data, [builder.add(arguments[3], INTP(v * vectors.width))])
-            vectors.store(value, place)
-        return context.get_dummy_value()
-
-    return types.void(source, types.intp, target, types.intp), generate
+def transpose_square(typing_context, source, target):
+    """Write the transpose of a square block, one vector wide or of 16 x 16 bytes; the stride is of rows."""
+    return call_of(_transpose_square, source, target)
 
 
 @intrinsic
 def copy_panel(typing_context, source, source_at, target, target_at, like):
-    """Copy one row of a panel, as wide as the dtype of like makes it, as it is."""
+    """Copy one row of a panel, as wide as the dtype of like makes it, to numbers of the target's type."""
 
     def generate(context, builder, signature, arguments):
         width = TILE.vectors * (TILE.vector_bytes // (like.dtype.bitwidth // 8))
-        kind = ir.VectorType(context.get_value_type(source.dtype), width)
-        places = []
-        for array, values, at in ((source, arguments[0], arguments[1]), (target, arguments[2], arguments[3])):
+        pointers = []
+        for array, values, at in ((source, *arguments[:2]), (target, *arguments[2:4])):
             data = context.make_array(array)(context, builder, values).data
-            places.append(builder.bitcast(builder.gep(data, [at]), kind.as_pointer()))
-        builder.store(builder.load(places[0], align=1), places[1], align=1)
+            kind = ir.VectorType(context.get_value_type(array.dtype), width)
+            pointers.append(builder.bitcast(builder.gep(data, [at]), kind.as_pointer()))
+        value = builder.load(pointers[0], align=1)
+        if source.dtype != target.dtype:
+            value = builder.uitofp(value, pointers[1].type.pointee)
+        builder.store(value, pointers[1], align=1)
         return context.get_dummy_value()
 
     return types.void(source, types.intp, target, types.intp, like), generate
@@ -518,7 +480,7 @@ def copy_panel(typing_context, source, source_at, target, target_at, like):
 
 @intrinsic
 def prefetch(typing_context, array, at):
-    """Ask for the cache line of one element, which is soon to be read."""
+    """Prefetch the cache line of one element, which is soon to be read."""
 
     def generate(context, builder, signature, arguments):
         data = context.make_array(array)(context, builder, arguments[0]).data

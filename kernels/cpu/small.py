@@ -10,23 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdl.kernels.cpu.dense import (
-    BIAS,
-    BIAS_BUFFER,
-    BIAS_GROUP,
-    BIAS_IS_FRESH,
-    LR,
-    MAXIMIZE,
-    MOMENTUM,
-    NO_GROUP,
-    NUM_INPUTS,
-    WEIGHT,
-    WEIGHT_BUFFER,
-    WEIGHT_DECAY,
-    WEIGHT_GROUP,
-    WEIGHT_IS_FRESH,
-    update_part,
-)
+from fastdl.kernels.cpu.dense import update_part
 from fastdl.kernels.jit import inlined_jit, jit
 
 # so many inputs at most; the first ones are held in registers
@@ -34,29 +18,24 @@ MAX_INPUTS = 4
 
 
 @inlined_jit
-def _is_plain(options):
+def _is_plain(parameter):
     """Return whether the update is ``param -= lr * grad``."""
-    return options[MOMENTUM] == 0 and options[WEIGHT_DECAY] == 0 and options[MAXIMIZE] == 0
+    has_options = parameter.momentum != 0 or parameter.weight_decay != 0 or parameter.maximize
+    return parameter.trains and not has_options
 
 
 @jit
-def run_small_epoch(
-    layers, groups, state, X, input_scale, order, batch_size, is_mean, targets, trains, loss_sums
-):
+def run_small_epoch(net, examples, loss, epoch):
     """Run an epoch of a single layer with at most MAX_INPUTS inputs, one output and a squared error.
 
-    The arguments are those of ``epoch.run_epoch``; the losses are added to the first of loss_sums.
+    The arguments are those of ``epoch.run_epoch``; the losses are added to the first of ``epoch.loss_sums``.
     """
-    depth = layers[0, NUM_INPUTS]
-    weight_at, bias_at = layers[0, WEIGHT], layers[0, BIAS]
-    scale = state.dtype.type(input_scale)
+    state, layer, X, order, batch_size = net.state, net.layers[0], examples.X, epoch.order, epoch.batch_size
+    depth, weight_at, bias_at = layer.num_inputs, layer.weight.start, layer.bias.start
+    scale = state.dtype.type(examples.scale)
     zero = state.dtype.type(0)
-    weight_options = groups[max(0, layers[0, WEIGHT_GROUP])]
-    bias_options = groups[max(0, layers[0, BIAS_GROUP])]
-    trains_weight = trains and layers[0, WEIGHT_GROUP] != NO_GROUP
-    trains_bias = trains and layers[0, BIAS_GROUP] != NO_GROUP
-    is_plain = trains_weight and trains_bias and _is_plain(weight_options) and _is_plain(bias_options)
-    lr, bias_lr = state.dtype.type(weight_options[LR]), state.dtype.type(bias_options[LR])
+    is_plain = epoch.trains and _is_plain(layer.weight) and _is_plain(layer.bias)
+    lr, bias_lr = state.dtype.type(layer.weight.lr), state.dtype.type(layer.bias.lr)
     grads = np.zeros(MAX_INPUTS + 1, state.dtype)
     # an input that isn't there is the last one again, with weight 0
     k1, k2, k3 = min(1, depth - 1), min(2, depth - 1), min(3, depth - 1)
@@ -69,21 +48,21 @@ def run_small_epoch(
     for first in range(0, order.size, batch_size):
         count = min(batch_size, order.size - first)
         # 1: the errors, and the sums of the gradients
-        g0 = g1 = g2 = g3 = g4 = loss = zero
+        g0 = g1 = g2 = g3 = g4 = squares = zero
         for n in range(first, first + count):
             example = order[n]
             x0, x1, x2, x3 = X[example, 0], X[example, k1], X[example, k2], X[example, k3]
             product = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            difference = scale * product + bias - targets[example, 0]
-            loss += difference * difference
+            difference = scale * product + bias - loss.targets[example, 0]
+            squares += difference * difference
             g0 += difference * x0
             g1 += difference * x1
             g2 += difference * x2
             g3 += difference * x3
             g4 += difference
-        total += loss
+        total += squares
         # 2: the update
-        factor = state.dtype.type(2.0 / count if is_mean else 2.0)
+        factor = state.dtype.type(2.0 / count if loss.is_mean else 2.0)
         step = lr * (factor * scale)
         if is_plain:
             w0 -= step * g0
@@ -94,19 +73,13 @@ def run_small_epoch(
             if depth > 3:
                 w3 -= step * g3
             bias -= bias_lr * factor * g4
-        elif trains:
-            is_first = first == 0
+        elif epoch.trains:
             grads[0], grads[1], grads[2], grads[3], grads[4] = g0, g1, g2, g3, g4
-            if trains_weight:
-                is_fresh = is_first and layers[0, WEIGHT_IS_FRESH] == 1
-                buffer_at = layers[0, WEIGHT_BUFFER]
-                update_part(
-                    state, weight_at, buffer_at, is_fresh, weight_options, grads, 0, depth, factor * scale
-                )
-            if trains_bias:
-                is_fresh = is_first and layers[0, BIAS_IS_FRESH] == 1
-                buffer_at = layers[0, BIAS_BUFFER]
-                update_part(state, bias_at, buffer_at, is_fresh, bias_options, grads, MAX_INPUTS, 1, factor)
+            if layer.weight.trains:
+                update_part(layer.weight, state, 0, (grads, 0), depth, factor * scale)
+            if layer.bias.trains:
+                update_part(layer.bias, state, 0, (grads, MAX_INPUTS), 1, factor)
+            layer.weight.is_fresh = layer.bias.is_fresh = False
             w0 = state[weight_at]
             w1 = state[weight_at + 1] if depth > 1 else zero
             w2 = state[weight_at + 2] if depth > 2 else zero
@@ -117,4 +90,4 @@ def run_small_epoch(
             if k < depth:
                 state[weight_at + k] = weight
         state[bias_at] = bias
-    loss_sums[0] += total
+    epoch.loss_sums[0] += total

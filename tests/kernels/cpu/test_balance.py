@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from fastdl.kernels.cpu import balance
-from fastdl.kernels.cpu.barrier import LINE
+from fastdl.kernels.cpu.team import MEMBER
 from fastdl.kernels.jit import jit
 
 
 @jit
-def _find_bounds(speeds, bounds):
-    balance.find_bounds(speeds, bounds)
+def _find_bounds(members, bounds):
+    balance.find_bounds(members, bounds)
 
 
 @jit
-def _record_speed(speeds, thread, bounds, ticks):
-    balance.record_speed(speeds, thread, bounds, ticks)
+def _record_speed(members, thread, bounds, ticks):
+    balance.record_speed(members, thread, bounds, ticks)
 
 
 @jit
@@ -30,9 +30,9 @@ def _parts(length, work, bounds, equal, by_work):
 
 
 def bounds_of(*speeds):
-    lines, bounds = np.zeros(len(speeds) * LINE), np.full(len(speeds) + 1, np.nan)
-    lines[::LINE] = speeds
-    _find_bounds(lines, bounds)
+    members, bounds = np.zeros(len(speeds), MEMBER), np.full(len(speeds) + 1, np.nan)
+    members["speed"] = speeds
+    _find_bounds(members, bounds)
     return bounds
 
 
@@ -75,16 +75,17 @@ def test_parts_by_work_take_about_the_same_time():
 
 
 def test_a_speed_follows_what_is_measured_and_one_interruption_changes_little():
-    speeds, bounds = np.zeros(2 * LINE), np.array([0, 0.5, 1])
-    _record_speed(speeds, 1, bounds, 1000)
-    known = speeds[LINE]
+    members, bounds = np.zeros(2, MEMBER), np.array([0, 0.5, 1])
+    speeds = members["speed"]
+    _record_speed(members, 1, bounds, 1000)
+    known = speeds[1]
     assert known == 0.5 / 1000
-    _record_speed(speeds, 1, bounds, 1_000_000)
-    assert 0.9 * known < speeds[LINE] < known
+    _record_speed(members, 1, bounds, 1_000_000)
+    assert 0.9 * known < speeds[1] < known
     for _ in range(200):
-        _record_speed(speeds, 1, bounds, 4000)
-    assert speeds[LINE] == pytest.approx(0.5 / 4000, rel=1e-3)
+        _record_speed(members, 1, bounds, 4000)
+    assert speeds[1] == pytest.approx(0.5 / 4000, rel=1e-3)
     # a clock that doesn't run says nothing
-    _record_speed(speeds, 1, bounds, 0)
-    assert speeds[LINE] == pytest.approx(0.5 / 4000, rel=1e-3)
+    _record_speed(members, 1, bounds, 0)
+    assert speeds[1] == pytest.approx(0.5 / 4000, rel=1e-3)
     assert speeds[0] == 0

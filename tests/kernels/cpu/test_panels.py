@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastdl.kernels.cpu.intrinsics import TILE
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     ROW_COUNTS,
@@ -17,7 +17,7 @@ from fastdl.kernels.cpu.panels import (
     multiply_row,
     outer_product,
     panel_of,
-    transpose_bytes,
+    transpose_square,
 )
 from fastdl.kernels.jit import jit
 
@@ -31,7 +31,8 @@ def close(result, expected, dtype):
 
 @jit
 def _multiply(output, a, a_run, down, b, depth, rows, vectors, accumulate):
-    multiply_panels(output, 0, a, 0, a_run, down, b, 0, depth, rows, vectors, accumulate)
+    size = depth, rows, vectors
+    multiply_panels((output, 0), Matrix(a, 0, a_run), down, (b, 0), size, accumulate)
 
 
 @each_dtype
@@ -74,7 +75,8 @@ def test_tiles_along_rows_and_down_columns(dtype, rows, vectors, accumulate, see
 
 @jit
 def _multiply_row(output, output_panel, a, a_run, b, b_panel, depth, vectors, accumulate):
-    multiply_row(output, 0, output_panel, a, 0, a_run, b, 0, b_panel, depth, vectors, accumulate)
+    output, a, b = Matrix(output, 0, output_panel), Matrix(a, 0, a_run), Matrix(b, 0, b_panel)
+    multiply_row(output, a, b, (depth, vectors), accumulate)
 
 
 @each_dtype
@@ -108,7 +110,7 @@ def test_a_long_row_has_the_bits_of_tiles_of_one_row(dtype, vectors, accumulate,
 
 @jit
 def _outer(output, a, b, rows):
-    outer_product(output, 0, a, 0, b, 0, rows)
+    outer_product((output, 0), (a, 0), (b, 0), rows)
 
 
 @each_dtype
@@ -125,7 +127,9 @@ def test_an_outer_product_has_a_row_for_each_factor(dtype, seed):
 
 @jit
 def _multiply_nonzero(output, output_panel, values, masks, rows, b, b_panel, vectors):
-    multiply_nonzero(output, 0, output_panel, values, 0, masks, 0, rows, b, 0, b_panel, vectors)
+    size = rows, vectors
+    output, b = Matrix(output, 0, output_panel), Matrix(b, 0, b_panel)
+    multiply_nonzero(output, (values, 0), (masks, 0), b, size)
 
 
 @jit
@@ -181,7 +185,7 @@ def test_masks_say_what_is_not_zero(dtype, seed):
 
 @jit
 def _dots(output, a, a_panel, b, b_panel, panels, rows, cols):
-    dot_panels(output, 0, a, 0, a_panel, b, 0, b_panel, panels, rows, cols)
+    dot_panels((output, 0), Matrix(a, 0, a_panel), Matrix(b, 0, b_panel), (panels, rows, cols))
 
 
 @each_dtype
@@ -203,12 +207,14 @@ def test_dots_run_along_panels(dtype, rows, cols, seed):
 
 
 @jit
-def _transpose(source, target, stride):
-    transpose_bytes(source, 0, stride, target, 0, 16)
+def _transpose(source, target, stride, target_stride):
+    transpose_square(Matrix(source, 0, stride), Matrix(target, 0, target_stride))
 
 
-def test_bytes_are_transposed(seed):
-    source = np.random.default_rng(seed).integers(0, 256, (16, 40)).astype(np.uint8)
-    target = np.zeros((16, 16), np.uint8)
-    _transpose(source.reshape(-1), target.reshape(-1), 40)
-    assert np.array_equal(target, source[:, :16].T)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32, np.float64])
+def test_squares_are_transposed(dtype, seed):
+    side = 16 if dtype == np.uint8 else panel_of(np.empty(0, dtype)) // TILE.vectors
+    source = np.random.default_rng(seed).integers(0, 256, (side, 40)).astype(dtype)
+    target = np.zeros((side, side), dtype)
+    _transpose(source.reshape(-1), target.reshape(-1), 40, side)
+    assert np.array_equal(target, source[:, :side].T)

@@ -1,0 +1,238 @@
+"""The memory of a training run: what the kernels are told of it, and how much of it there is.
+
+Parameters and momentum buffers are in one flat array, what a step computes in another. Layers with few
+outputs ("skinny") keep their weight as (ceil(K / panel), M, panel), others as (ceil(M / panel), K, panel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastdl.kernels.cpu.intrinsics import TILE
+from fastdl.kernels.cpu.panels import LONG_ROWS, PANEL_BYTES, WORD, panel_of
+from fastdl.kernels.options import SGDOptions
+
+# The parts that a product is done in, so that what is read again is in L1 or L2 still. Of rows, whole tiles.
+BLOCK_ROWS = 252
+BLOCK_DEPTH = PANEL_BYTES // (TILE.vectors * TILE.vector_bytes)
+BLOCK_COLUMNS = 256
+BLOCK_BATCH = 256
+BLOCK_INPUTS = 64
+# threads share the first layer's inputs in blocks of so many at least, which transpose_examples takes whole
+INPUT_BLOCK = 16
+
+CROSS_ENTROPY, SQUARED_ERROR = 0, 1
+# How the first layer reads its input: in the dtype of the net; skipping zeros; for a skinny layer, as bytes.
+DENSE, NONZERO, BYTES = 0, 1, 2
+
+# bytes of a cache line: everything begins at the start of one
+_LINE = 64
+# rows of memory between a panel's last row and the next panel
+_PANEL_GAP = 5
+# a tile may read, and throw away, so many rows of a panel behind the last
+_SPARE_ROWS = 16
+# Skipping zeros pays where at least this share of the examples' numbers is 0.
+_MIN_ZEROS = 0.3
+_SAMPLE = 256
+# what an input takes that is always 0, of what one takes that never is
+_WORK_OF_ZEROS = 0.05
+
+_OPTIONS = [(name, "?" if kind == "bool" else "f8") for name, kind in SGDOptions.__annotations__.items()]
+# where a parameter and its momentum buffer begin, and how it is updated
+PARAMETER = np.dtype(
+    [("start", "i8"), ("buffer", "i8"), ("trains", "?"), ("is_fresh", "?"), *_OPTIONS], align=True
+)
+# a linear layer, and where its output and the gradient of its product begin
+LAYER = np.dtype(
+    [
+        *(("num_inputs", "i8"), ("num_outputs", "i8"), ("is_skinny", "?"), ("has_relu", "?")),
+        *(("weight", PARAMETER), ("bias", PARAMETER), ("output", "i8"), ("grad", "i8")),
+    ],
+    align=True,
+)
+
+
+class Net(NamedTuple):
+    """The layers, (L,) of LAYER, and the flat array of parameters and momentum buffers."""
+
+    layers: Any
+    state: Any
+
+
+class Workspace(NamedTuple):
+    """What a step computes: a flat array, how many rows apart its panels lie, each thread's own memory."""
+
+    scratch: Any
+    stride: int
+    own: Any
+
+
+class Examples(NamedTuple):
+    """Examples X, (N, K), of uint8 or the dtype of the net, and what their numbers are multiplied by."""
+
+    X: Any
+    scale: float
+
+
+class Inputs(NamedTuple):
+    """How the first layer reads examples, and memory for a batch of them; what a way lacks is empty.
+
+    ``work`` is what the weight takes for the inputs before each block, of INPUT_BLOCK or a panel, and for
+    all. ``panels`` are in the dtype of the net, the rest as ``dense.gather`` and, for each thread,
+    ``dense.transpose_examples`` write it; for BYTES the values are panels.
+    """
+
+    mode: int
+    work: Any
+    panels: Any
+    values: Any
+    masks: Any
+    transposed: Any
+    transposed_masks: Any
+
+
+class Loss(NamedTuple):
+    """The kind of a loss, what outputs are compared with, and its options; labels or targets are empty.
+
+    Labels are read anew each time, and tested where they are read.
+    """
+
+    kind: int
+    is_mean: bool
+    labels: Any
+    targets: Any
+    class_weight: Any
+    ignore_index: int
+    label_smoothing: float
+
+
+class Epoch(NamedTuple):
+    """A pass over examples in an order, which trains or computes the losses alone.
+
+    ``by_columns`` says whether phase 1 is split by columns. The losses of each batch's first, second, ... row
+    are added to ``loss_sums``, float64.
+    """
+
+    order: Any
+    batch_size: int
+    by_columns: bool
+    trains: bool
+    loss_sums: Any
+
+
+class Batch(NamedTuple):
+    """The examples ``order[first:first + size]``."""
+
+    order: Any
+    first: int
+    size: int
+
+
+def aligned(count: int, dtype: Any) -> NDArray[Any]:
+    """Return zeros that begin at the start of a cache line."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype)
+
+
+def _rounded(count: int, block: int) -> int:
+    return -(-count // block) * block
+
+
+class _Allocator:
+    """Hands out parts of a flat array that begin at the start of a cache line."""
+
+    size = 0
+
+    def take(self, count: int) -> int:
+        # a whole number of lines for numbers of any size
+        self.size += _rounded(count, _LINE)
+        return self.size - _rounded(count, _LINE)
+
+
+class Memory:
+    """All memory of a run on so many threads, with batches of at most so many rows.
+
+    ``shapes`` are those of the weights, (M, K); relus say whether a ReLU follows each layer.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        relus: Sequence[bool],
+        dtype: Any,
+        rows: int,
+        num_threads: int,
+    ) -> None:
+        self._num_threads = num_threads
+        self._panel = panel = int(panel_of(np.empty(0, dtype)))
+        self._rows = _rounded(rows, 16)
+        # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
+        stride = self._rows + _PANEL_GAP
+        state, scratch = _Allocator(), _Allocator()
+        layers = np.zeros(len(shapes), LAYER)
+        own = 0
+        for index, (layer, (width, depth), has_relu) in enumerate(zip(layers, shapes, relus, strict=True)):
+            padded_depth, padded_width = _rounded(depth, panel), _rounded(width, panel)
+            is_skinny = 4 * width <= 3 * panel
+            layer["num_inputs"], layer["num_outputs"] = depth, width
+            layer["is_skinny"], layer["has_relu"] = is_skinny, has_relu
+            size = padded_depth * width if is_skinny else padded_width * depth
+            for parameter, count in ((layer["weight"], size), (layer["bias"], padded_width)):
+                parameter["start"], parameter["buffer"] = state.take(count), state.take(count)
+            for name in ("output", "grad"):
+                layer[name] = scratch.take(padded_width * stride)
+            own = max(own, self._own_size(index, padded_width, padded_depth, is_skinny))
+        scratch.take(_SPARE_ROWS * panel)
+        self.net = Net(layers, aligned(state.size, dtype))
+        own_arrays = self._by_thread(own + _SPARE_ROWS * panel, dtype)
+        self.workspace = Workspace(aligned(scratch.size, dtype), stride, own_arrays)
+        self._inputs: dict[tuple[int, Any], Inputs] = {}
+
+    def _own_size(self, index: int, width: int, depth: int, is_skinny: bool) -> int:
+        """Return how much memory of its own a thread needs for a layer of whole panels."""
+        panel = self._panel
+        if is_skinny:
+            return width * panel
+        size = max(BLOCK_INPUTS, panel) * max(BLOCK_COLUMNS, panel)
+        rows = _rounded(min(self._rows, BLOCK_BATCH), panel) + panel
+        # a first layer has no gradient to hand back, but may skip zeros
+        return max(size, rows * (depth + width) if index else max(LONG_ROWS) // TILE.vectors * panel * depth)
+
+    def _by_thread(self, count: int, dtype: Any) -> NDArray[Any]:
+        count = _rounded(count, _LINE)
+        return aligned(self._num_threads * count, dtype).reshape(self._num_threads, count)
+
+    def inputs(self, X: NDArray[Any]) -> Inputs:
+        """Return how the first layer reads X; what is read in one way shares its memory."""
+        first, panel, stride = self.net.layers[0], self._panel, self.workspace.stride
+        num_inputs = int(first["num_inputs"])
+        mode = BYTES if X.dtype == np.uint8 and first["is_skinny"] else DENSE
+        work = np.ones(num_inputs)
+        if first["num_outputs"] > panel:
+            # by numpy, as the threads that torch would wake spin on while the first epoch trains
+            sample = X[:: max(1, len(X) // _SAMPLE)]
+            shares = np.count_nonzero(sample, axis=0) / len(sample)
+            if shares.mean() <= 1 - _MIN_ZEROS:
+                mode, work = NONZERO, shares + _WORK_OF_ZEROS
+        sums = np.add.reduceat(work, range(0, num_inputs, max(INPUT_BLOCK, panel))).cumsum()
+        if (mode, X.dtype) not in self._inputs:
+            padded = _rounded(num_inputs, panel)
+            words = _rounded(num_inputs, WORD) // WORD * stride * (mode == NONZERO)
+            # a thread may get nearly all inputs
+            own_words = (padded + 16) * _rounded(self._rows, WORD) // WORD * (mode == NONZERO)
+            self._inputs[mode, X.dtype] = Inputs(
+                mode,
+                sums,
+                aligned((padded * stride + _SPARE_ROWS * panel) * (mode == DENSE), self.net.state.dtype),
+                aligned(words * WORD + padded * stride * (mode == BYTES), X.dtype),
+                aligned(words, np.int64),
+                self._by_thread(own_words * WORD, X.dtype),
+                self._by_thread(own_words, np.int64),
+            )
+        return self._inputs[mode, X.dtype]._replace(work=np.concatenate([[0.0], sums]))
