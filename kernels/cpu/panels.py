@@ -69,8 +69,7 @@ def _call_of(write, *kinds):
     """Return what ``call_of`` does, for a write that takes a tuple where the call has one."""
     # of an array and its position, the write gets a pointer
     sizes = [
-        len(kind) - isinstance(kind[0], types.Array) if isinstance(kind, types.BaseTuple) else 0
-        for kind in kinds
+        len(k) - isinstance(k.types[0], types.Array) if isinstance(k, types.BaseTuple) else 0 for k in kinds
     ]
 
     @wraps(write)
