@@ -119,9 +119,9 @@ class Program:
         num_inputs, num_outputs = int(layers[0]["num_inputs"]), int(layers[-1]["num_outputs"])
         outputs = () if lowered.is_classifier else (num_outputs,)
         if (X.shape[1:], y.shape) != ((num_inputs,), (len(X), *outputs)):
+            shapes = f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}"
             raise RuntimeError(
-                f"the net takes {num_inputs} features and gives {num_outputs} outputs, but X has shape "
-                f"{tuple(X.shape)} and y {tuple(y.shape)}"
+                f"the net takes {num_inputs} features, gives {num_outputs} outputs, but {shapes}"
             )
         weight = lowered.class_weight
         loss = layout.Loss(
@@ -170,10 +170,8 @@ class Program:
             found = tuple(tensor.shape), tensor.dtype, tensor.device.type
             if found != wanted:
                 buffer = "" if position == "start" else "'s momentum buffer"
-                raise RuntimeError(
-                    f"the compiled engine can't train {parameter.name}{buffer} of {parameter.module}: it is "
-                    f"{found} in place of {wanted}: {WAY_OUT}"
-                )
+                what = f"{parameter.name}{buffer} of {parameter.module}, which is {found}, not {wanted}"
+                raise RuntimeError(f"the compiled engine can't train {what}: {WAY_OUT}")
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer: all of them, or none."""
@@ -245,29 +243,24 @@ class Program:
         """Return loss and accuracy on a data set that `prepare` returned."""
         return self._run(data, np.arange(len(data[0].X)), False)
 
-    def _run(
-        self,
-        data: tuple[Any, Any, Any],
-        order: NDArray[Any],
-        trains: bool,
-        tick: Callable[[int], None] | None = None,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> Scores:
+    def _run(self, data: tuple[Any, Any, Any], order: NDArray[Any], trains: bool, *callbacks: Any) -> Scores:
         kernels, memory, team = self._kernels, self._memory, self._team
         batch_size = self._batch_size if trains else self._evaluation_rows
         examples, loss, inputs = data
         self._loss_sums[:] = 0
-        epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
         if self._is_small:
-            kernels.small.run_small_epoch(memory.net, examples, loss, epoch)
+            kernels.small.run_small_epoch(
+                *memory.net, *examples, order, batch_size, loss.is_mean, loss.targets, trains, self._loss_sums
+            )
             return Scores(float(self._loss_sums[0]) / len(order))
+        epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
 
         def work(thread: int, shared: Any) -> None:
             kernels.epoch.run_epoch(
                 thread, shared, memory.net, examples, loss, epoch, inputs, memory.workspace
             )
 
-        team.run(work, tick, meanwhile, in_caller=not self.is_interruptible)
+        team.run(work, *callbacks, in_caller=not self.is_interruptible)
         mean_loss = float(self._loss_sums.sum()) / len(order)
         if not self._lowered.is_classifier:
             return Scores(mean_loss)

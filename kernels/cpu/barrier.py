@@ -15,8 +15,7 @@ from fastdl.kernels.numba_private import cgutils
 
 # 64-bit words between the counters that threads write, so that none shares a cache line with another
 LINE = 8
-# The counters of a run: arrivals at the barrier; whether the run is to stop; how many steps are done; and for
-# each thread, how many barriers it came to.
+# a run's counters: arrivals at the barrier; whether to stop; steps that are done; each thread's arrivals
 ARRIVALS, STOP, STEPS, OWN = (position * LINE for position in range(4))
 # how often a thread looks before it gives its core away, about 20 us
 _SPINS = 1 << 12

@@ -396,8 +396,9 @@ def are_finite(matrix, rows, panels):
     total = matrix.storage.dtype.type(0)
     for j in range(panels[0], panels[1]):
         at = matrix.offset + (j * matrix.stride + rows[0]) * panel
-        for number in matrix.storage[at : at + (rows[1] - rows[0]) * panel]:
-            total += number
+        numbers = matrix.storage[at : at + (rows[1] - rows[0]) * panel]
+        for i in range(numbers.size):
+            total += numbers[i]
     return bool(np.isfinite(total))
 
 

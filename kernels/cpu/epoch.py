@@ -107,10 +107,8 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
                 sums[n] += losses[n] * factor
                 member.num_correct += best[n] == labels[n]
         else:
-            at = batch.first + start
-            _squared_error_block(
-                columns, loss, batch.order[at : at + size], scratch.dtype.type(2 * scale), factor, sums
-            )
+            order = batch.order[batch.first + start :][:size]
+            _squared_error_block(columns, loss, order, scratch.dtype.type(2 * scale), factor, sums)
         if epoch.trains:
             cross_entropy.write_block(columns, size, scratch, layer.grad + start * panel, panel, panel_stride)
     if epoch.trains:

@@ -49,7 +49,6 @@ class Team:
 
     def __init__(self, num_threads: int) -> None:
         self.members: NDArray[Any] = aligned(num_threads, MEMBER)
-        self.members["has_finite_weight"] = True
 
     def run(
         self,

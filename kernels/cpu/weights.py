@@ -47,10 +47,8 @@ def copy_weight(matrix, state, at, is_skinny, to_panels, thread, num_threads):
                 for k in range(k_first, k_first + panel, lanes):
                     position = at + _position(m, k, width, depth, False, panel)
                     rows, in_panels = Matrix(flat, m * depth + k, depth), Matrix(state, position, panel)
-                    if to_panels:
-                        transpose_square(rows, in_panels)
-                    else:
-                        transpose_square(in_panels, rows)
+                    source, target = (rows, in_panels) if to_panels else (in_panels, rows)
+                    transpose_square(source, target)
     for m in range(first, stop):
         for k in range(columns if m < first + whole_rows else 0, depth):
             position = at + _position(m, k, width, depth, is_skinny, panel)
