@@ -11,14 +11,28 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastdl import torch_private
 
-# the functions that accelerate binds to a module as its forward
-BOUND_FORWARDS: set[Callable[..., Any]] = set()
+# the functions that accelerate binds to a module
+BOUND: set[Callable[..., Any]] = set()
+
+
+def is_bound(value: object) -> bool:
+    """Return whether a value in ``vars(module)`` is a method that accelerate bound, to whichever module."""
+    return type(value) is MethodType and value.__func__ in BOUND
 
 
 def is_accelerated(module: nn.Module) -> bool:
     """Return whether the module's forward is the one that accelerate bound to this very module."""
     method = vars(module).get("forward")
-    return type(method) is MethodType and method.__func__ in BOUND_FORWARDS and method.__self__ is module
+    return type(method) is MethodType and method.__func__ in BOUND and method.__self__ is module
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Return whether a call of a module runs what `accelerate` bound to it alone, whatever its class says."""
+    return (
+        is_accelerated(module)
+        and not torch_private.has_hooks(module)
+        and torch_private.replaced_call(module) is None
+    )
 
 
 def replaced(module: nn.Module) -> str | None:
@@ -26,23 +40,15 @@ def replaced(module: nn.Module) -> str | None:
 
     A patched class counts as well as an instance with a method of its own; `accelerate` replaces nothing.
     """
-    own = vars(module)
-    method = own.get("forward")
-    if method is not None and not is_accelerated(module):
-        function = getattr(method, "__func__", None)
-        if function is not type(module).forward or method.__self__ is not module:
-            return "has a forward that was replaced on the instance"
-    for name in torch_private.MODULE_CALLS:
-        if name in own:
-            return f"has a {name} that was replaced on the instance"
-    if torch_private.is_compiled(module):
-        return "was compiled by its method compile"
+    if "forward" in vars(module) and not is_accelerated(module):
+        return "has a forward that was replaced on the instance"
+    reason = torch_private.replaced_call(module)
     for name in ("forward", "__call__", *torch_private.MODULE_CALLS):
         home = next(base for base in type(module).__mro__ if name in vars(base))
         function_home = getattr(vars(home)[name], "__globals__", {}).get("__name__")
         if function_home != home.__module__ and home.__module__.split(".")[0] in ("torch", "fastdl"):
-            return f"has a {name} that was patched in the class {home.__name__}"
-    return None
+            reason = f"has a {name} that was patched in the class {home.__name__}"
+    return reason
 
 
 def overridden(module: nn.Module) -> str | None:

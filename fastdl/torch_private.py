@@ -5,13 +5,14 @@ Importing this imports torch, and neither its compiler nor CUDA.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module
-from torch.optim import Optimizer, optimizer
+from torch.nn.modules import module as _module
+from torch.optim import Optimizer
+from torch.optim import optimizer as _optimizer
 from torch.utils._device import DeviceContext
 
 # where a module keeps its own hooks, in ``vars(module)``
@@ -22,21 +23,73 @@ MODULE_HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
 }
 # the same hooks for all modules
-GLOBAL_MODULE_HOOKS = tuple((getattr(module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
-# the hooks on the step of all optimizers
-GLOBAL_STEP_HOOKS = optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks
+GLOBAL_MODULE_HOOKS = tuple((getattr(_module, f"_global{name}"), kind) for name, kind in MODULE_HOOKS.items())
+_GLOBALS = vars(_module)
+# the method that makes the replicas of a DataParallel
+REPLICATE = "_replicate_for_data_parallel"
 # what a module's ``__call__`` calls on it before its forward
 MODULE_CALLS = ("_call_impl", "_slow_forward")
 
 
 def has_hooks(module: nn.Module) -> bool:
     """Return whether a forward or backward hook stands on the module itself."""
-    return any(getattr(module, hooks, None) for hooks in MODULE_HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Return whether ``module.compile()`` was called."""
-    return getattr(module, "_compiled_call_impl", None) is not None
+def has_node_hooks(module: nn.Module) -> bool:
+    """Return whether a backward hook of the older kind hangs on the module's last autograd node."""
+    is_global = _module._global_is_full_backward_hook is False and bool(_module._global_backward_hooks)
+    return is_global or (module._is_full_backward_hook is False and bool(module._backward_hooks))
+
+
+def replaced_call(module: nn.Module) -> str | None:
+    """Return how a call of the module takes another way to its forward than its class's, as a phrase."""
+    own = vars(module)
+    if own.get("_compiled_call_impl") is not None:
+        return "was compiled by its method compile"
+    for name in MODULE_CALLS:
+        if name in own:
+            return f"has a {name} that was replaced on the instance"
+    return None
+
+
+def calls_are_torchs(forwards: dict[type[nn.Module], Callable[..., Any]]) -> bool:
+    """Return whether the classes have these forwards, and nobody patched how their modules are called."""
+    for kind, forward in forwards.items():
+        for function in (kind.__call__, kind._call_impl):
+            if getattr(function, "__globals__", None) is not _GLOBALS or kind.forward is not forward:
+                return False
+    return True
+
+
+def is_tracing() -> bool:
+    """Return whether ``torch.jit.trace`` runs."""
+    return torch._C._get_tracing_state() is not None
+
+
+def children(module: nn.Module) -> dict[str, Any]:
+    """Return the children by name; unlike in ``named_children``, one in two places is there twice."""
+    return module._modules
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Return whether a hook stands on the optimizer's own step."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def has_tensor_hooks(tensor: torch.Tensor) -> bool:
+    """Return whether a hook waits for the tensor's gradient."""
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+
+
+def has_global_step_hooks() -> bool:
+    """Return whether a hook stands on the step of all optimizers."""
+    return bool(_optimizer._global_optimizer_pre_hooks or _optimizer._global_optimizer_post_hooks)
 
 
 def registries(module: nn.Module) -> tuple[MutableMapping[str, Any], ...]:
@@ -44,16 +97,6 @@ def registries(module: nn.Module) -> tuple[MutableMapping[str, Any], ...]:
     if isinstance(module, torch.jit.ScriptModule):
         return ()
     return module._parameters, module._buffers, module._modules
-
-
-def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Return whether a hook stands on the optimizer's own step, or on that of all optimizers."""
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or GLOBAL_STEP_HOOKS[0]
-        or GLOBAL_STEP_HOOKS[1]
-    )
 
 
 def replaced_method(optimizer: Optimizer) -> str | None:
@@ -100,8 +143,3 @@ def active_modes(device_type: str) -> str | None:
 def version(tensor: Tensor) -> int:
     """Return how often torch wrote to a tensor; an inference tensor doesn't count it."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def has_tensor_hooks(tensor: torch.Tensor) -> bool:
-    """Return whether a hook waits for the tensor's gradient."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)

@@ -14,7 +14,13 @@ from fastdl import models
 from fastdl import nn as fastdl_nn
 from fastdl.cuda_arrays import missing_link
 from fastdl.overrides import global_hooks, overridden
-from fastdl.torch_private import has_step_hooks, has_tensor_hooks, registries, replaced_method
+from fastdl.torch_private import (
+    children,
+    has_global_step_hooks,
+    has_step_hooks,
+    has_tensor_hooks,
+    replaced_method,
+)
 from fastdl.training.memory import overlap, unfit
 from fastdl.training.options import LOSSES, OPTIMIZERS, check_loss, check_optimizer
 
@@ -86,7 +92,7 @@ def _modules(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if change is not None:
         raise refusal(f"{name or 'the net'} ({type(net).__name__}), which {change}")
     if type(net) in _CONTAINERS:
-        for child, module in registries(net)[2].items():
+        for child, module in children(net).items():
             if not isinstance(module, nn.Module):
                 raise refusal(f"{type(net).__name__} with {module} in it")
             yield from _modules(module, f"{name}.{child}" if name else child)
@@ -168,7 +174,7 @@ def _parameters(layers: list[Layer]) -> dict[str, nn.Parameter]:
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in OPTIMIZERS:
         raise refusal(f"with {type(optimizer).__name__}; it takes torch.optim.SGD and fastdl.optim.SGD")
-    if has_step_hooks(optimizer):
+    if has_step_hooks(optimizer) or has_global_step_hooks():
         raise refusal("with an optimizer that has a hook")
     method = replaced_method(optimizer)
     if method is not None:
