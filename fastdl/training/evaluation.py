@@ -71,7 +71,7 @@ def predict(net: nn.Module, X: Array) -> Tensor:
     ValueError, TypeError
         As for `fit`.
     """
-    X = checked_examples(net, X)
+    X = checked_examples(floating(net), X)
     with restored_modes(net), torch.no_grad():
         net.eval()
         return torch.cat([net(to_net(net, rows, rows, None)[0]) for rows in _pieces(X)])

@@ -80,8 +80,7 @@ def _as_tensor(array: Any, name: str) -> Tensor:
     return array.resolve_neg() if array.is_neg() else array
 
 
-def _check_dtype(net: nn.Module, tensor: Tensor, name: str) -> None:
-    parameter = floating(net)
+def _check_dtype(parameter: Tensor | None, tensor: Tensor, name: str) -> None:
     if parameter is not None and tensor.is_floating_point() and tensor.dtype != parameter.dtype:
         raise TypeError(
             f"{name} is {tensor.dtype}, but the net's parameters are {parameter.dtype}: "
@@ -89,12 +88,12 @@ def _check_dtype(net: nn.Module, tensor: Tensor, name: str) -> None:
         )
 
 
-def checked_examples(net: nn.Module, X: Array, part: str = "") -> Tensor:
-    """Return examples as a tensor, or raise an error that says what doesn't fit."""
+def checked_examples(parameter: Tensor | None, X: Array, part: str = "") -> Tensor:
+    """Return examples for a net with such a parameter, or raise an error that says what doesn't fit."""
     X = _as_tensor(X, f"{part}X")
     if X.dim() == 0 or len(X) == 0:
         raise ValueError(f"{part}X has shape {tuple(X.shape)}: it must have at least one row")
-    _check_dtype(net, X, f"{part}X")
+    _check_dtype(parameter, X, f"{part}X")
     return X
 
 
@@ -115,12 +114,13 @@ def check_labels(y: Tensor, num_classes: int, ignore_index: int) -> None:
 
 def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
     """Return examples and labels as tensors, or raise an error that says what doesn't fit."""
-    X = checked_examples(net, X, part)
+    parameter = floating(net)
+    X = checked_examples(parameter, X, part)
     y = _as_tensor(y, f"{part}y")
     if y.dim() == 0 or len(X) != len(y):
         raise ValueError(
             f"{part}X and {part}y must have one row for each example, but their shapes are "
             f"{tuple(X.shape)} and {tuple(y.shape)}"
         )
-    _check_dtype(net, y, f"{part}y")
+    _check_dtype(parameter, y, f"{part}y")
     return X, y if y.is_floating_point() or y.is_complex() else y.long()

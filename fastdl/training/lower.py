@@ -14,7 +14,12 @@ from fastdl import models
 from fastdl import nn as fastdl_nn
 from fastdl.cuda_arrays import missing_link
 from fastdl.overrides import global_hooks, overridden
-from fastdl.torch_private import has_step_hooks, has_tensor_hooks, registries, replaced_method
+from fastdl.torch_private import (
+    children,
+    has_step_hooks,
+    has_tensor_hooks,
+    replaced_method,
+)
 from fastdl.training.memory import overlap, unfit
 from fastdl.training.options import LOSSES, OPTIMIZERS, check_loss, check_optimizer
 
@@ -86,7 +91,7 @@ def _modules(net: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     if change is not None:
         raise refusal(f"{name or 'the net'} ({type(net).__name__}), which {change}")
     if type(net) in _CONTAINERS:
-        for child, module in registries(net)[2].items():
+        for child, module in children(net).items():
             if not isinstance(module, nn.Module):
                 raise refusal(f"{type(net).__name__} with {module} in it")
             yield from _modules(module, f"{name}.{child}" if name else child)
