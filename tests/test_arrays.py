@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdl import functional, optim
 from fastdl.arrays import accepts, are_plain
@@ -192,6 +194,7 @@ UNREADABLE = {
     "integer": lambda tensor: tensor.long(),
     "complex": lambda tensor: tensor.to(torch.complex64),
     "other device": lambda tensor: tensor.to("meta"),
+    "nothing on another device": lambda tensor: torch.empty(0, device="meta"),
     "negated lazily": lambda tensor: torch.complex(tensor, tensor).conj().imag,
     "nested": _nested,
     "sparse": lambda tensor: tensor.to_sparse(),
@@ -215,6 +218,15 @@ def test_what_is_no_plain_tensor_is_refused_in_every_place(name, position):
     tensors[position] = UNREADABLE[name](plain)
     assert not are_plain(*tensors)
     assert not accepts(*tensors)
+
+
+@pytest.mark.parametrize("mode", [BaseTorchFunctionMode, TorchDispatchMode, lambda: torch.device("cpu")])
+def test_nothing_is_accepted_while_a_mode_watches(mode):
+    plain = torch.randn(2, 3)
+    with mode():
+        assert are_plain(plain)
+        assert not accepts(plain)
+    assert accepts(plain)
 
 
 def test_an_argument_that_is_left_out_is_plain_but_for_the_first():
