@@ -123,10 +123,7 @@ class SGD(torch.optim.SGD):
         ):
             return None
         try:
-            return _options(
-                group["lr"], group["momentum"], group["dampening"], group["weight_decay"], group["nesterov"],
-                group["maximize"],
-            )  # fmt: skip
+            return _options(*[group[key] for key in SGDOptions._fields])
         except TypeError:
             # an array can't be looked up
             return None
@@ -140,22 +137,9 @@ class SGD(torch.optim.SGD):
         grads: list[Tensor],
         buffers: list[Tensor | None],
     ) -> None:
-        torch_sgd(
-            params,
-            grads,
-            buffers,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            has_sparse_grad=has_sparse_grad,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-        )
+        options: dict[str, Any] = {key: group[key] for key in (*SGDOptions._fields, "foreach", "fused")}
+        options |= {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
+        torch_sgd(params, grads, buffers, has_sparse_grad=has_sparse_grad, **options)
 
 
 @lru_cache(maxsize=64, typed=True)

@@ -418,3 +418,100 @@ def test_elementwise_results_keep_the_memory_format_as_torchs_do():
         assert functional.relu(input).stride() == F.relu(input).stride()
         ours, theirs = (f(input, input + 1, reduction="none") for f in (functional.mse_loss, F.mse_loss))
         assert ours.stride() == theirs.stride()
+
+
+@each_dtype
+@pytest.mark.parametrize("num_elements", [1, 2, 3, 7, 8, 15, 16, 17, 33, 100, 100_003])
+def test_relu_of_negative_zero_is_torchs_in_every_lane(num_elements, dtype):
+    input = torch.full((num_elements,), -0.0, dtype=dtype)
+    input[::3] = 0.0
+    input[1::5] = -1.0
+    ours, theirs = functional.relu(input), F.relu(input)
+    assert torch.equal(ours.signbit(), theirs.signbit())
+    leaf = input.clone().requires_grad_()
+    for function in (functional.relu, F.relu):
+        assert not torch.autograd.grad(function(leaf).sum(), leaf)[0].any()
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 17), (9, 33), (70, 40)])
+@pytest.mark.parametrize("num_inputs", [1, 3, 784])
+def test_linear_relu_keeps_the_sign_of_zero_that_the_linear_layer_gives(shape, num_inputs, dtype):
+    num_rows, num_outputs = shape
+    # a product of 0 and a bias of -0.0: whatever the linear layer makes of it
+    input, weight = torch.full((num_rows, num_inputs), -0.0, dtype=dtype), torch.ones(num_outputs, num_inputs)
+    weight, bias = weight.to(dtype), torch.full((num_outputs,), -0.0, dtype=dtype)
+    expected = F.relu(functional.linear(input, weight, bias))
+    output = functional.linear_relu(input, weight, bias)
+    assert torch.equal(output, expected)
+    assert torch.equal(output.signbit(), expected.signbit())
+
+
+@each_dtype
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, -100, 1], [-100] * 3, []], ids=str)
+@pytest.mark.parametrize("class_weight", [[0, 0, 0, 0], [0, 0, 0, 2], [0, 1, 0, 0]], ids=str)
+def test_class_weights_of_zero_give_torchs_nan(class_weight, labels, label_smoothing, reduction, dtype):
+    logits = torch.randn(len(labels), 4, dtype=dtype, requires_grad=True)
+    input = torch.randn(len(labels), 5, dtype=dtype)
+    layer = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    target, weight = torch.tensor(labels, dtype=torch.int64), torch.tensor(class_weight, dtype=dtype)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "weight": weight}
+    results = [
+        (loss.detach(), *torch.autograd.grad(loss.sum(), inputs))
+        for loss, inputs in (
+            (functional.cross_entropy(logits, target, **options), logits),
+            (F.cross_entropy(logits, target, **options), logits),
+            (functional.linear_cross_entropy(input, layer, target, **options), layer),
+            (F.cross_entropy(input @ layer.t(), target, **options), layer),
+        )
+    ]
+    torch.testing.assert_close(results[0], results[1], equal_nan=True)
+    torch.testing.assert_close(results[2], results[3], equal_nan=True)
+
+
+MODES = {
+    "default device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "anomaly": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.filterwarnings("ignore:Anomaly")
+def test_every_mode_does_what_it_does_in_torch(name):
+    def outcome(module):
+        with MODES[name]():
+            hidden = module.relu(module.linear(input, weight, bias))
+            loss = module.cross_entropy(hidden, target) + module.mse_loss(hidden, hidden.detach() + 1)
+            if loss.requires_grad:
+                loss.backward()
+        grads = [tensor.grad for tensor in (weight, bias)]
+        weight.grad = bias.grad = None
+        return loss.detach().clone(), loss.is_inference(), *grads
+
+    input, target = torch.randn(6, 4), torch.randint(3, (6,))
+    weight, bias = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+    torch.testing.assert_close(outcome(functional), outcome(F))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly")
+def test_anomaly_mode_finds_nan_in_a_backward_pass():
+    logits = torch.zeros(2, 3, requires_grad=True)
+    with torch.autograd.detect_anomaly():
+        loss = functional.cross_entropy(logits, torch.tensor([0, 1]), torch.zeros(3))
+        with pytest.raises(RuntimeError, match="nan values"):
+            loss.backward()
+
+
+def test_tensors_of_inference_mode_can_be_read_but_not_saved():
+    with torch.inference_mode():
+        input = torch.randn(2, 3)
+    weight = torch.randn(4, 3, requires_grad=True)
+    torch.testing.assert_close(functional.linear(input, weight.detach()), F.linear(input, weight.detach()))
+    for module in (functional, F):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            module.linear(input, weight)

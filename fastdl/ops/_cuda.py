@@ -7,6 +7,7 @@ label that is no class can't raise without waiting; its row's loss is NaN and it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,59 +77,30 @@ def linear_grad_input(grad_input: Tensor, grad_output: Tensor, output: Tensor | 
 
 
 def linear_grad_weight(
-    grads: tuple[Tensor, Tensor],
-    grad_output: Tensor,
-    output: Tensor | None,
-    input: Tensor,
-    need_weight: bool,
-    need_bias: bool,
+    grads: tuple[Tensor, Tensor], grad_output: Tensor, output: Tensor | None, input: Tensor, *needs_grad: bool
 ) -> None:
     """Write the masked grad_output.T @ input and grad_output's column sums, where they are wanted."""
-    grad_weight, grad_bias = grads
+    weight, bias = (grad if need else None for grad, need in zip(grads, needs_grad, strict=True))
     (num_rows, num_outputs), num_inputs = grad_output.shape, input.shape[1]
-    if need_weight and _is_torchs_product(num_outputs, num_rows, num_inputs, input.dtype):
-        masked = _masked(grad_output, output)
-        torch.mm(masked.t(), input, out=grad_weight)
-        if need_bias:
-            torch.sum(masked, 0, out=grad_bias)
+    if weight is None or not _is_torchs_product(num_outputs, num_rows, num_inputs, input.dtype):
+        run(input, cuda_kernels().linear_grad_weight, grad_output, output, input, weight, bias)
         return
-    run(
-        input,
-        cuda_kernels().linear_grad_weight,
-        grad_output,
-        output,
-        input,
-        grad_weight if need_weight else None,
-        grad_bias if need_bias else None,
-    )
+    masked = _masked(grad_output, output)
+    torch.mm(masked.t(), input, out=weight)
+    if bias is not None:
+        torch.sum(masked, 0, out=bias)
 
 
 def cross_entropy_forward(
-    outputs: tuple[Tensor, Tensor],
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    need_grad: bool,
+    outputs: tuple[Tensor, Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any
 ) -> None:
     """Write the loss and, where it is wanted, its gradient with respect to the logits."""
+    ignore_index, label_smoothing, reduction, need_grad = options
     kernels = cuda_kernels()
-    loss, grad_logits = outputs
-    options = CrossEntropyOptions(ignore_index, label_smoothing, kernels.reduction.CODES[reduction])
+    record = CrossEntropyOptions(ignore_index, label_smoothing, kernels.reduction.CODES[reduction])
     num_sums = 0 if reduction == "none" else kernels.cross_entropy_partial_sums(*logits.shape)
-    run(
-        logits,
-        kernels.cross_entropy_forward,
-        logits,
-        target,
-        weight,
-        options,
-        loss,
-        grad_logits if need_grad else None,
-        _scratch(logits, num_sums),
-    )
+    written = outputs[0], outputs[1] if need_grad else None, _scratch(logits, num_sums)
+    run(logits, kernels.cross_entropy_forward, logits, target, weight, record, *written)
 
 
 def cross_entropy_backward(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,28 +16,17 @@ from fastdl.ops.linear import fits, linear_backward, linear_forward
 from fastdl.reference import ops as reference
 
 
-def _forward(
-    outputs: tuple[Tensor, Tensor],
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    need_grad: bool,
-) -> None:
-    kernels = cpu_kernels()
+def _forward(outputs: tuple[Tensor, Tensor], logits: Tensor, target: Tensor, *options: Any) -> None:
+    weight, ignore_index, label_smoothing, reduction, _ = options
     loss, grad_logits = outputs
-    addresses = (
-        logits.data_ptr(),
-        target.data_ptr(),
-        address(weight),
-        loss.data_ptr(),
-        grad_logits.data_ptr(),
-    )
-    sizes, options = (*logits.shape,), (ignore_index, label_smoothing, kernels.reduction.CODES[reduction])
+    kernels = cpu_kernels()
+    inputs = logits.data_ptr(), target.data_ptr(), address(weight)
     invalid_row = kernels.addressed.cross_entropy_forward(
-        addresses, sizes, options, num_threads(), like(logits.dtype)
+        (*inputs, loss.data_ptr(), grad_logits.data_ptr()),
+        (*logits.shape,),
+        (ignore_index, label_smoothing, kernels.reduction.CODES[reduction]),
+        num_threads(),
+        like(logits.dtype),
     )
     if invalid_row >= 0:
         raise IndexError(
@@ -104,20 +92,7 @@ def _keep_grad_logits(ctx: Any, output: tuple[Tensor, Tensor], *inputs: Tensor |
 class CrossEntropyFunction(Function):
     """The op for autograd: logits (N, C), target (N,), all contiguous."""
 
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: str,
-        need_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient with respect to the logits, empty where it isn't wanted."""
-        return cross_entropy_forward(
-            logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
-        )
+    forward = staticmethod(cross_entropy_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -134,14 +109,11 @@ class CrossEntropyFunction(Function):
         ignore_index, label_smoothing, reduction = ctx.options
         scaled = _grad_logits(grad_loss, grad_logits, target, ignore_index)
         if scaled is None:
-            forward = partial(
-                reference.cross_entropy,
-                target=target,
-                weight=weight,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-            )
+
+            def forward(logits: Tensor) -> Tensor:
+                options = (weight, ignore_index, reduction, label_smoothing)
+                return reference.cross_entropy(logits, target, *options)
+
             return *reference_grads(forward, (logits,), (True,), grad_loss), *(None,) * 6
         return scaled, *(None,) * 6
 
@@ -155,20 +127,11 @@ class LinearCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: str,
-        need_grad: bool,
+        input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient with respect to the logits, empty where none is wanted."""
-        logits = linear_forward(input, linear_weight, linear_bias, False)
+        """Return what :func:`cross_entropy_forward` does, with its other arguments as options."""
         return cross_entropy_forward(
-            logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
+            linear_forward(input, linear_weight, linear_bias, False), target, *options
         )
 
     @staticmethod
@@ -193,16 +156,8 @@ class LinearCrossEntropyFunction(Function):
         ):
 
             def forward(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-                return reference.linear_cross_entropy(
-                    input,
-                    linear_weight,
-                    target,
-                    linear_bias,
-                    weight,
-                    ignore_index,
-                    reduction,
-                    label_smoothing,
-                )
+                options = (linear_bias, weight, ignore_index, reduction, label_smoothing)
+                return reference.linear_cross_entropy(input, linear_weight, target, *options)
 
             inputs = (input, linear_weight, linear_bias)
             return *reference_grads(forward, inputs, needs_grad, grad_loss), *(None,) * 6

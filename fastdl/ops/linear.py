@@ -39,21 +39,10 @@ def linear_grad_input(grad_output: Tensor, output: Tensor | None, weight: Tensor
 
 
 def _grad_weight(
-    grads: tuple[Tensor, Tensor],
-    grad_output: Tensor,
-    output: Tensor | None,
-    input: Tensor,
-    need_weight: bool,
-    need_bias: bool,
+    grads: tuple[Tensor, Tensor], grad_output: Tensor, output: Tensor | None, input: Tensor, *_: bool
 ) -> None:
-    grad_weight, grad_bias = grads
-    addresses = (
-        grad_output.data_ptr(),
-        address(output),
-        input.data_ptr(),
-        grad_weight.data_ptr(),
-        grad_bias.data_ptr(),
-    )
+    inputs = grad_output.data_ptr(), address(output), input.data_ptr()
+    addresses = *inputs, grads[0].data_ptr(), grads[1].data_ptr()
     sizes = *input.shape, grad_output.shape[1]
     cpu_kernels().addressed.linear_grad_weight(addresses, sizes, num_threads(), like(input.dtype))
 
@@ -121,10 +110,7 @@ class LinearFunction(Function):
     All are contiguous.
     """
 
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        """Return relu(input @ weight.T + bias)."""
-        return linear_forward(input, weight, bias, relu)
+    forward = staticmethod(linear_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

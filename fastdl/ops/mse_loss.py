@@ -45,10 +45,7 @@ def mse_loss_backward(grad_loss: Tensor, input: Tensor, target: Tensor, reductio
 class MSELossFunction(Function):
     """The op for autograd: input and target of one shape, contiguous."""
 
-    @staticmethod
-    def forward(input: Tensor, target: Tensor, reduction: str) -> Tensor:
-        """Return (input - target) ** 2, reduced."""
-        return mse_loss_forward(input, target, reduction)
+    forward = staticmethod(mse_loss_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

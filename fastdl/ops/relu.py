@@ -22,7 +22,7 @@ def _forward(output: Tensor, input: Tensor) -> None:
 
 @register(_forward, _cuda.relu_forward, "*")
 def relu_forward(input: Tensor) -> Tensor:
-    """Return max(input, 0)."""
+    """Return max(input, 0); NaN and -0.0 stay what they are."""
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -40,10 +40,7 @@ def relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
 class ReLUFunction(Function):
     """The op for autograd, for a contiguous input of any shape."""
 
-    @staticmethod
-    def forward(input: Tensor) -> Tensor:
-        """Return max(input, 0); NaN and -0.0 stay what they are."""
-        return relu_forward(input)
+    forward = staticmethod(relu_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

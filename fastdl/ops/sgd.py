@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -77,8 +77,7 @@ def update(
         shape = param.shape
         if (
             grad.shape != shape
-            or not param.is_contiguous()
-            or not grad.is_contiguous()
+            or not (param.is_contiguous() and grad.is_contiguous())
             or param.is_inference()
         ):
             return False
@@ -108,15 +107,9 @@ def update(
     return True
 
 
-def _step(
-    _: None,
-    params: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    first_step: list[bool],
-    *options: float,
-) -> None:
-    record = SGDOptions(*options)  # type: ignore[arg-type]
+def _step(_: None, params: list[Tensor], grads: list[Tensor], *state_and_options: Any) -> None:
+    momentum_buffers, first_step, *options = state_and_options
+    record = SGDOptions(*options)
     buffers: list[Tensor | None] = [*momentum_buffers] if record.momentum != 0 else []
     num_params, num_buffers = len(params), len(params) if record.momentum != 0 else 0
     fits = (len(grads), len(first_step), len(buffers)) == (num_params, num_params, num_buffers)
