@@ -1,1 +1,1 @@
-"""What fastdl costs beside its peers: ``pytest benchmarks --benchmark-enable``."""
+"""fastdl beside its peers: ``pytest benchmarks --benchmark-enable``; ``python -m benchmarks.summary`` writes it up."""

@@ -1,29 +1,246 @@
-"""Pins and records the threads, and puts the machine into the saved results."""
+"""The suite's options, the `turns` fixture, and a line of JSON for each test as soon as it is finished."""
 
 from __future__ import annotations
 
-import platform
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.measuring import pin_threads
+from benchmarks import setup as setups
+from benchmarks.setup import Setup
+from benchmarks.turns import Close, Rounds, Variants, Work, in_turn
+
+ROOT = Path(__file__).resolve().parent.parent
+SETUP = pytest.StashKey[Setup]()
+LOG = pytest.StashKey["Log"]()
+# JAX, scikit-learn and the like need not be installed: only the tests that use them import these
+collect_ignore_glob = ["peers/*"]
+
+Make = Callable[[str], Work | Variants]
 
 
-@pytest.fixture(autouse=True, scope="session")
-def threads() -> int:
-    """Start Numba's threads before anything is timed, then pin torch's count."""
-    num_threads = torch.get_num_threads()
-    pin_threads(num_threads)
-    return num_threads
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what a person may choose."""
+    group = parser.getgroup("fastdl")
+    group.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="Whose programs to measure.")
+    group.addoption("--rehearse", action="store_true", help="Small sizes, the CPU in a GPU's place.")
+    group.addoption("--threads", type=int, default=2, help="Of every program.")
+    group.addoption("--seconds", type=float, default=1.0, help="For how long a program is timed, about.")
+    group.addoption("--data", default="auto", help="The images: auto, fashion-mnist or garments.")
+    group.addoption("--jsonl", type=Path, help="Where each test's line goes; runs/benchmarks-DEVICE.jsonl.")
+    group.addoption("--resume", action="store_true", help="Leave out the tests that have a line already.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle how to measure, before any library has counted the CPUs."""
+    config.addinivalue_line("markers", "only(device): is measured with --device DEVICE alone")
+    measures = config.getoption("benchmark_enable") or not config.getoption("benchmark_disable")
+    device, rehearse = config.getoption("device"), config.getoption("rehearse")
+    threads = min(config.getoption("threads"), len(os.sched_getaffinity(0)))
+    if measures:
+        setups.pin_process(threads)
+    if device == "cpu" or rehearse:
+        # JAX would take a GPU that it finds
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    # and three quarters of the GPU's memory, while torch is beside it
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    small = rehearse or not measures
+    seconds = 0.0 if small else config.getoption("seconds")
+    config.stash[SETUP] = Setup(device, rehearse, small, threads, seconds, config.getoption("data"))
+    path = config.getoption("jsonl") or ROOT / "runs" / f"benchmarks-{device}{'-rehearsal' * rehearse}.jsonl"
+    config.stash[LOG] = Log(path, config.stash[SETUP], enabled=measures, fresh=not config.getoption("resume"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is another device's, and what is finished already, where that is wanted."""
+    done = config.stash[LOG].finished() if config.getoption("resume") else set()
+    device = config.stash[SETUP].device_name
+    left_out = [
+        item
+        for item in items
+        if item.nodeid in done or any(mark.args != (device,) for mark in item.iter_markers("only"))
+    ]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep why a test has no figure."""
+    if report.nodeid.startswith("benchmarks/") and report.outcome != "passed" and _LOGS:
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else _last_line(report)
+        _LOGS[-1].write({"kind": report.outcome, "id": report.nodeid, "reason": text})
+
+
+def _last_line(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return str(crash.message if crash is not None else report.longrepr).strip().partition("\n")[0][:300]
+
+
+def pytest_sessionfinish() -> None:
+    """Say how busy the machine was at the end."""
+    if _LOGS:
+        _LOGS[-1].write({"kind": "end", "load average": os.getloadavg()})
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Add what the figures depend on."""
-    import numba
+    machine_info.update(config.stash[SETUP].as_json())
 
-    machine_info["torch"] = torch.__version__
-    machine_info["numba"] = numba.__version__
-    machine_info["torch_threads"] = torch.get_num_threads()
-    machine_info["platform"] = platform.platform()
+
+# the log of the session that has begun to measure
+_LOGS: list[Log] = []
+
+
+@dataclass
+class Log:
+    """The lines of a session; each is on disk when its test is done, whatever ends the session."""
+
+    path: Path
+    setup: Setup
+    enabled: bool
+    fresh: bool
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Add a line."""
+        if not self.enabled:
+            return
+        if self not in _LOGS:
+            _LOGS.append(self)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.fresh:
+                self.path.unlink(missing_ok=True)
+            self.write(self.setup.as_json())
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finished(self) -> set[str]:
+        """Return the tests that have a line."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        found = [json.loads(line) for line in lines if line.endswith("}")]
+        return {line["id"] for line in found if line["kind"] in ("benchmark", "skipped")}
+
+
+@pytest.fixture(scope="session")
+def setup(request: pytest.FixtureRequest) -> Setup:
+    """Return how to measure, with the threads started."""
+    found = request.config.stash[SETUP]
+    if not found.small:
+        setups.pin_threads(found.threads)
+    return found
+
+
+@dataclass
+class _Groups:
+    """What has been measured, by group and program."""
+
+    measured: dict[tuple[Any, ...], dict[str, Rounds | BaseException]] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="session")
+def groups() -> _Groups:
+    """Return what the tests of a session share."""
+    return _Groups()
+
+
+@dataclass
+class Turns:
+    """Times the program of one test, in turn with the others of its group.
+
+    Tests of one function whose parameters differ in ``program`` alone are a group.
+    """
+
+    request: pytest.FixtureRequest
+    benchmark: BenchmarkFixture
+    setup: Setup
+    groups: _Groups
+    program: str
+
+    def __call__(self, title: str, make: Make, *, close: Close | None = None, **limits: Any) -> None:
+        """Report the rounds of this test's program, and measure the whole group first if nobody has.
+
+        Parameters
+        ----------
+        title : str
+            Of the group.
+        make : callable
+            Takes a program's name; holds it to parity and returns what is timed, or its variants.
+        close, limits
+            For `in_turn`.
+        """
+        node = self.request.node
+        params, key = dict(node.callspec.params), _key(node)
+        program = self.program
+        self.benchmark.group, self.benchmark.name = title, program
+        if self.benchmark.disabled:
+            first, *others = _variants(make(program)).values()
+            for work in others:
+                work.run()
+            self.benchmark.pedantic(first.run)
+            return
+        if key not in self.groups.measured:
+            limits = {"seconds": self.setup.seconds} | limits
+            limits = limits | {"least": 2, "most": 2} if self.setup.small else limits
+            group = [item for item in self.request.session.items if _key(item) == key]
+            names = [item.callspec.params["program"] for item in group]  # type: ignore[attr-defined]
+            self.groups.measured[key] = _measure(names, make, close=close, **limits)
+        found = self.groups.measured[key][program]
+        if not isinstance(found, Rounds):
+            raise found
+        self.benchmark._mode = "turns"
+        self.benchmark.extra_info.update(found.info)
+        stats = self.benchmark._make_stats(1)
+        for seconds in found.seconds:
+            stats.update(seconds)
+        line = {"kind": "benchmark", "test": node.originalname, "id": node.nodeid}
+        line |= {"group": title, "program": program, "params": params, "median": stats["median"]}
+        line |= {"iqr": stats["iqr"], "rounds": [float(f"{seconds:.6g}") for seconds in found.seconds]}
+        self.request.config.stash[LOG].write(line | {"info": found.info})
+
+
+def _key(item: Any) -> tuple[Any, ...]:
+    """Return what the tests of a group have in common."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return (
+        item.path,
+        getattr(item, "originalname", ""),
+        *sorted((name, value) for name, value in params.items() if name != "program"),
+    )
+
+
+def _variants(made: Work | Variants) -> Variants:
+    return {"": made} if isinstance(made, Work) else made
+
+
+def _measure(names: list[str], make: Make, **limits: Any) -> dict[str, Rounds | BaseException]:
+    found: dict[str, Rounds | BaseException] = {}
+    programs = {}
+    for name in names:
+        try:
+            programs[name] = _variants(make(name))
+        # a peer that is missing, fails to start or lacks parity ends its own test and no other
+        except (Exception, pytest.skip.Exception) as error:
+            found[name] = error
+    return found | in_turn(programs, **limits)
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest) -> str:
+    """Return the name of a test's program, which every benchmark is parametrised with."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def turns(
+    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Setup, groups: _Groups, program: str
+) -> Turns:
+    """Return what times a test's program."""
+    return Turns(request, benchmark, setup, groups, program)

@@ -57,7 +57,6 @@ class JaxTrainer:
             # a copy, as donated memory must not be torch's
             self.params = [(jnp.array(w), jnp.array(b)) for w, b in zip(start[::2], start[1::2], strict=True)]
             self.epoch = jax.jit(_epoch(problem, gather_first, unroll, precision), donate_argnums=0)
-            self.one_order = jnp.asarray(data.order(self.num_examples, problem.order()).int().numpy())
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
@@ -70,12 +69,15 @@ class JaxTrainer:
             # nothing is read before the last epoch is on its way
             return [float(mean) for mean in means]
 
-    def train_in_one_order(self, num_epochs: int) -> None:
-        """Train on in an order that lies in memory already: the scan alone."""
-        mean: Any = None
-        for _ in range(num_epochs):
-            self.params, mean = self.epoch(self.params, self.X, self.y, self.one_order)
-        mean.block_until_ready()
+    def in_one_order(self) -> Callable[[], float]:
+        """Return what trains an epoch in an order that lies in memory already, the scan alone, for its loss."""
+        order = jnp.asarray(data.order(self.num_examples, self.order).int().numpy())
+
+        def epoch() -> float:
+            self.params, mean = self.epoch(self.params, self.X, self.y, order)
+            return float(mean)
+
+        return epoch
 
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""

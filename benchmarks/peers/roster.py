@@ -1,123 +1,157 @@
-"""Which programs train a problem, each in the variants of which the report keeps the fastest."""
+"""Which programs train a problem for whole epochs, by name; of several variants the fastest is the program."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
+import pytest
 import torch
 
-from benchmarks.peers.fastdl_epochs import FitTrainer
+from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer, ProgramTrainer
+from benchmarks.peers.names import (
+    COMPILE,
+    CONCISE,
+    DROP_IN,
+    EAGER,
+    FIT,
+    FIT_FLOATS,
+    FIT_LOOP,
+    GRAPH_EPOCH,
+    GRAPH_STEP,
+    JAX,
+    MEDIUM,
+    SCRATCH,
+    SGD_CLASSIFIER,
+    SKLEARN,
+    TEXTBOOK,
+    TEXTBOOK_WORKERS,
+)
 from benchmarks.peers.problem import Problem, Trainer
-from benchmarks.peers.torch_epochs import CompiledStepTrainer, EagerTrainer, TextbookTrainer
+from benchmarks.peers.torch_epochs import (
+    CompiledStepTrainer,
+    EagerTrainer,
+    GraphTrainer,
+    MediumTrainer,
+    TextbookTrainer,
+)
+from benchmarks.setup import REDUCED_PRECISION, Setup, cpu_features
 
 Make = Callable[[Problem, torch.dtype], Trainer]
 
-FIT = "fastdl fit"
-EAGER = "torch eager"
-COMPILE = "torch.compile"
-JAX = "JAX jit + scan"
-TEXTBOOK = "textbook loop"
-
 
 @dataclass(frozen=True)
-class Program:
+class Peer:
     """A way to train a problem.
 
     Attributes
     ----------
-    name : str
     variants : mapping of str to callable
-        Makes its Trainer from a problem and a dtype. Where there are several the fastest is kept.
-    is_peer : bool
-        Whether it is one of the in-memory peers that a goal is measured by.
+        Makes its Trainer from a problem and a dtype.
     has_float64 : bool
+        Whether it is held to parity in float64 too.
     has_parity : bool
-        False for another algorithm, which is shown for the sense of it.
+        False for another algorithm or precision, which is shown for the sense of it.
+    gate_epochs : int, optional
+        Of the gate's run in float32, where it is slow.
     """
 
-    name: str
     variants: Mapping[str, Make]
-    is_peer: bool = False
     has_float64: bool = True
     has_parity: bool = True
+    gate_epochs: int | None = None
 
 
-@dataclass(frozen=True)
-class Roster:
-    """The programs that are there, and why the others aren't."""
-
-    programs: list[Program] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-
-
-def roster(problem: Problem, *, quick: bool = False) -> Roster:
-    """Return the programs that train one of the three models.
-
-    Parameters
-    ----------
-    problem : Problem
-    quick : bool
-        Leave out what takes long to start: torch.compile, loader processes, most variants of JAX's scan.
-    """
-    found = Roster()
-    programs = found.programs
-    programs.append(Program(FIT, {"": FitTrainer}))
-    if problem.X.dtype == torch.uint8:
-        programs.append(Program(f"{FIT}, float32 images", {"": partial(FitTrainer, floats=True)}))
-    programs.append(Program(f"{FIT}, compiled=False", {"": partial(FitTrainer, compiled=False)}))
-    programs.append(eager_program())
-    if quick:
-        found.missing[COMPILE] = "left out of a quick run"
-    elif shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        programs.append(Program(COMPILE, _compiled_steps(), is_peer=True))
-    else:
-        found.missing[COMPILE] = "there is no C++ compiler"
-    if find_spec("jax"):
-        programs.append(jax_program(problem, most=not quick))
-    else:
-        found.missing[JAX] = "jax isn't installed: pip install -e '.[bench]'"
-    programs.append(Program(TEXTBOOK, {"": TextbookTrainer}, has_float64=False))
-    if not quick and problem.X.dtype == torch.uint8:
-        workers = partial(TextbookTrainer, num_workers=2)
-        programs.append(Program(f"{TEXTBOOK}, 2 loader processes", {"": workers}, has_float64=False))
-    if problem.classifies:
-        if find_spec("sklearn"):
-            programs.extend(_sklearn_programs(problem))
-        else:
-            found.missing["scikit-learn"] = "scikit-learn isn't installed: pip install -e '.[bench]'"
+def names(model: str, setup: Setup) -> list[str]:
+    """Return the programs of one of the three models."""
+    found = [FIT, *[FIT_FLOATS] * (model != "linear"), FIT_LOOP, DROP_IN, SCRATCH, CONCISE, EAGER, JAX]
+    if setup.cuda:
+        return [*found, GRAPH_STEP, GRAPH_EPOCH, COMPILE]
+    # compiling takes long
+    found += [COMPILE] * (not setup.small or model == "linear")
+    found += [SKLEARN, *[SGD_CLASSIFIER] * (model == "softmax"), TEXTBOOK]
+    if model != "linear":
+        found += [TEXTBOOK_WORKERS] * (not setup.small)
+        found += [MEDIUM] * any(name in cpu_features() for name in REDUCED_PRECISION)
     return found
 
 
-def eager_program() -> Program:
+def peer(name: str, problem: Problem, setup: Setup) -> Peer:
+    """Return a program by its name; where its package is missing the test is skipped."""
+    makes: dict[str, Callable[[], Peer]] = {
+        FIT: lambda: Peer({"": FitTrainer}),
+        FIT_FLOATS: lambda: Peer({"": partial(FitTrainer, floats=True)}),
+        FIT_LOOP: lambda: Peer({"": partial(FitTrainer, compiled=False)}),
+        DROP_IN: lambda: Peer({"": DropInTrainer}),
+        SCRATCH: lambda: Peer({"": partial(ProgramTrainer, impl="scratch")}),
+        CONCISE: lambda: Peer({"": partial(ProgramTrainer, impl="concise")}),
+        EAGER: lambda: Peer(eager_variants(setup)),
+        JAX: lambda: _jax(problem, setup),
+        COMPILE: lambda: _compiled(problem, setup),
+        GRAPH_STEP: lambda: _graphs(setup, whole_epoch=False),
+        GRAPH_EPOCH: lambda: _graphs(setup, whole_epoch=True),
+        SKLEARN: _sklearn,
+        SGD_CLASSIFIER: _sgd_classifier,
+        TEXTBOOK: lambda: Peer({"": TextbookTrainer}, has_float64=False, gate_epochs=1),
+        TEXTBOOK_WORKERS: lambda: Peer(
+            {"": partial(TextbookTrainer, num_workers=2)}, has_float64=False, gate_epochs=1
+        ),
+        MEDIUM: lambda: Peer({"": MediumTrainer}, has_parity=False),
+    }
+    return makes[name]()
+
+
+def eager_variants(setup: Setup) -> dict[str, Make]:
     """Return torch eager with each of SGD's implementations."""
     variants: dict[str, Make] = {
         "SGD": partial(EagerTrainer, foreach=False),
         "SGD(foreach=True)": partial(EagerTrainer, foreach=True),
         "SGD(fused=True)": partial(EagerTrainer, fused=True),
     }
-    return Program(EAGER, variants, is_peer=True)
+    return _first(variants, setup)
 
 
-def _compiled_steps() -> dict[str, Make]:
-    return {
-        "functional step": partial(CompiledStepTrainer, functional=True),
-        "functional step, max-autotune": partial(CompiledStepTrainer, functional=True, mode="max-autotune"),
-        "modules and optimizer": partial(CompiledStepTrainer, functional=False),
-    }
+def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
+    """Return the variants, or the first alone at small sizes."""
+    return dict(list(variants.items())[: 1 if setup.small else None])
 
 
-def jax_program(problem: Problem, *, most: bool = True) -> Program:
-    """Return JAX's scan with the gather in and before it; with most, also uint8 images and an unrolled loop.
+def _compiled(problem: Problem, setup: Setup) -> Peer:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    variants: dict[str, Make] = {}
+    if setup.cuda:
+        pytest.importorskip("triton", reason="triton is not installed") if not setup.rehearse else None
+        for mode in ("reduce-overhead", "max-autotune"):
+            variants[mode] = partial(CompiledStepTrainer, mode=mode)
+    else:
+        unrolled = 2 if setup.small else 5 if problem.classifies else 20
+        variants[f"{unrolled} steps unrolled"] = partial(CompiledStepTrainer, unrolled=unrolled)
+        variants["step by step"] = CompiledStepTrainer
+        if problem.classifies:
+            variants["max-autotune"] = partial(CompiledStepTrainer, mode="max-autotune")
+    # a second compilation for float64 would take as long again
+    return Peer(_first(variants, setup), has_float64=False)
 
-    Raises
-    ------
-    ImportError
-        If jax isn't installed.
-    """
+
+def _graphs(setup: Setup, *, whole_epoch: bool) -> Peer:
+    variants: dict[str, Make] = {}
+    for name, fused in (("SGD", None), ("fused SGD", True)):
+        variants[name] = partial(GraphTrainer, device=setup.device, whole_epoch=whole_epoch, fused=fused)
+    return Peer(_first(variants, setup), has_float64=False)
+
+
+def _jax(problem: Problem, setup: Setup) -> Peer:
+    jax = pytest.importorskip("jax", reason="jax is not installed: pip install -e '.[bench]'")
+    if setup.cuda and not setup.rehearse and jax.default_backend() != "gpu":
+        pytest.skip(f"JAX's backend is {jax.default_backend()}, not gpu")
+    return Peer(_first(jax_variants(problem, most=not setup.cuda), setup))
+
+
+def jax_variants(problem: Problem, *, most: bool = True) -> dict[str, Make]:
+    """Return JAX's scan with the gather in and before it; with most, also uint8 images and an unrolled loop."""
     from benchmarks.peers.jax_epochs import JaxTrainer
 
     variants: dict[str, Make] = {}
@@ -129,14 +163,18 @@ def jax_program(problem: Problem, *, most: bool = True) -> Program:
                 variants[", ".join(words)] = partial(
                     JaxTrainer, gather_first=gather_first, pixels=pixels, unroll=unroll
                 )
-    return Program(JAX, variants, is_peer=True)
+    return variants
 
 
-def _sklearn_programs(problem: Problem) -> list[Program]:
-    from benchmarks.peers.sklearn_epochs import MLPClassifierTrainer, SGDClassifierTrainer
+def _sklearn() -> Peer:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[bench]'")
+    from benchmarks.peers.sklearn_epochs import MLPTrainer
 
-    programs = [Program("sklearn MLPClassifier", {"": MLPClassifierTrainer})]
-    if len(problem.widths) == 2:
-        variants: dict[str, Make] = {"one class against the rest, by example": SGDClassifierTrainer}
-        programs.append(Program("sklearn SGDClassifier", variants, has_float64=False, has_parity=False))
-    return programs
+    return Peer({"": MLPTrainer})
+
+
+def _sgd_classifier() -> Peer:
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[bench]'")
+    from benchmarks.peers.sklearn_epochs import SGDClassifierTrainer
+
+    return Peer({"": SGDClassifierTrainer}, has_parity=False)

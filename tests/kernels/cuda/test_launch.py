@@ -16,7 +16,7 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no launch
 
 from cuda.core._kernel_arg_handler import ParamHolder
 
-from benchmarks.compile_report import build
+from tests.compile_report import build
 from fastdl.kernels import cuda as kernels
 from fastdl.kernels.cuda import launch
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream

@@ -1,6 +1,6 @@
 """What the compiler makes of every CUDA kernel: registers, shared memory, instructions. It needs no GPU.
 
-``python -m benchmarks.compile_report`` writes the table to ``benchmarks/results/cuda-kernels.json`` and
+``python -m tests.compile_report`` writes the table to ``benchmarks/results/cuda-kernels.json`` and
 ``.md``, so that a change of a kernel shows in its review. ``tests/kernels/cuda/test_compile.py`` holds every
 kernel to its limits.
 """
@@ -28,7 +28,7 @@ from fastdl.machine import num_cores
 ARCHITECTURES = ("sm_80", "sm_90a")
 # each imports Numba, and a kernel takes about as long
 _MOST_PROCESSES = 16
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 _TOOLS = ("numba", "numba-cuda", "cuda-core", "nvidia-nvvm", "nvidia-nvjitlink")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
@@ -152,7 +152,7 @@ def _table(rows: list[Compiled]) -> str:
     lines = [
         "# The CUDA kernels, compiled",
         "",
-        "Made by `python -m benchmarks.compile_report` without a GPU, with "
+        "Made by `python -m tests.compile_report` without a GPU, with "
         + ", ".join(f"{name} {number}" for name, number in tools().items())
         + ". Registers are those of a thread, shared memory that of a block. A wide access is 16 bytes, or 8 "
         "for four numbers of 2 bytes. No kernel has a stack frame or spills a register.",
