@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--resume", action="store_true", help="Leave out the tests that have a line already.")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Settle how to measure, before any library has counted the CPUs."""
+    # the command line takes no median
+    config.option.benchmark_sort = "median"
     config.addinivalue_line("markers", "only(device): is measured with --device DEVICE alone")
     measures = config.getoption("benchmark_enable") or not config.getoption("benchmark_disable")
     device, rehearse = config.getoption("device"), config.getoption("rehearse")
@@ -129,12 +132,15 @@ class Log:
 
 
 @pytest.fixture(scope="session")
-def setup(request: pytest.FixtureRequest) -> Setup:
+def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     """Return how to measure, with the threads started."""
-    found = request.config.stash[SETUP]
-    if not found.small:
-        setups.pin_threads(found.threads)
-    return found
+    import torch
+
+    found, before = request.config.stash[SETUP], torch.get_num_threads()
+    # where no figure counts, threads that wait for a core would take most of the time
+    setups.pin_threads(1 if found.small else found.threads)
+    yield found
+    torch.set_num_threads(before)
 
 
 @dataclass

@@ -102,6 +102,10 @@ class Gate:
         return {"error": own.parameter_rms, "float32's error": worst}
 
 
+def _figure(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
+
+
 def passed(checks: Sequence[Check]) -> str:
     """Return what stands in the tables: the largest difference in float64, or in float32 where there is none.
 
@@ -113,7 +117,7 @@ def passed(checks: Sequence[Check]) -> str:
     failed = [str(check) for check in checks if not check.passes]
     assert not failed, f"no parity: {'; '.join(failed)}"
     exact = [check.error for check in checks if check.name.startswith("float64")]
-    return f"{max(exact):.0e}" if exact else f"{max(check.error for check in checks):.0e} (float32)"
+    return _figure(max(exact)) if exact else f"{_figure(max(check.error for check in checks))} (float32)"
 
 
 def same_steps(
@@ -132,7 +136,7 @@ def same_steps(
         # a NaN compares as False
         assert abs(loss - expected) <= allowed, f"no parity: step {number}: {loss:.6g} beside {expected:.6g}"
         worst = max(worst, abs(loss - expected))
-    return f"{worst:.0e}"
+    return _figure(worst)
 
 
 def same_loss(loss: float, expected: float) -> str:
@@ -146,7 +150,7 @@ def same_loss(loss: float, expected: float) -> str:
     # a NaN compares as False
     same = math.isfinite(loss) and abs(loss - expected) <= parity.EPOCH_LOSS
     assert same, f"no parity: an epoch's loss is {loss:.6g}, torch's {expected:.6g}"
-    return f"{abs(loss - expected):.0e}"
+    return _figure(abs(loss - expected))
 
 
 def same_results(
@@ -167,7 +171,7 @@ def same_results(
         name = "output" if number == 0 else f"gradient {number}"
         assert_as_accurate_as_torch(actual, expected, truth, scale=scale, name=name)
         worst = max(worst, float((actual.double() - truth.double()).abs().max() / size) if size else 0.0)
-    return f"{worst:.0e}"
+    return _figure(worst)
 
 
 def same_norm(actual: Tensor, expected: Tensor, precision: Precision) -> str:
@@ -181,7 +185,7 @@ def same_norm(actual: Tensor, expected: Tensor, precision: Precision) -> str:
     error = float((actual.double() - expected.double()).norm() / expected.double().norm())
     # a NaN compares as False
     assert error <= precision.error, f"no parity: it differs from torch's by {error:.1e}"
-    return f"{error:.0e}"
+    return _figure(error)
 
 
 def results(

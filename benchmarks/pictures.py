@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from benchmarks.goals import GRID, grid, rate
+from benchmarks.peers import names
 from benchmarks.peers.names import FIT
 from benchmarks.results import Line, Results, duration, number
 from fastdl.files import replacing
@@ -20,6 +22,8 @@ from fastdl.programs import RECIPES
 
 _GREY, _BLUE, _PALE, _ORANGE, _BLACK = "#8c8c8c", "#0072b2", "#7fb8d8", "#e69f00", "#222222"
 _COLORS = (_BLUE, _ORANGE, "#009e73", "#d55e00", _GREY)
+# of the picture of epochs, which is to be taken in at a glance
+_LEFT_OUT = (names.FIT_FLOATS, names.FIT_LOOP, names.SGD_CLASSIFIER, names.TEXTBOOK_WORKERS, names.MEDIUM)
 _STYLE: dict[Any, Any] = {
     "font.size": 12,
     "axes.spines.top": False,
@@ -41,7 +45,8 @@ def draw(results: Results, note: str, folder: Path) -> list[Path]:
             figure = picture(results)
             if figure is None:
                 continue
-            figure.supxlabel(note, fontsize=8, color=_GREY)
+            lines = textwrap.wrap(note.replace("**", ""), round(13 * figure.get_figwidth()))
+            figure.supxlabel("\n".join(lines), fontsize=8, color=_GREY)
             path = folder / f"{prefix}{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary:
@@ -56,11 +61,11 @@ def _epochs(results: Results) -> Figure | None:
         found = results.find("test_epoch", model=model, calls="recipe")
         if FIT in found:
             title = f"{recipe.title}, {recipe.num_epochs} epochs a call"
-            models[title] = {name: line["median"] for name, line in found.items()}
+            models[title] = {name: line["median"] for name, line in found.items() if name not in _LEFT_OUT}
     if not models:
         return None
     heights = [len(times) + 1 for times in models.values()]
-    figure = Figure(figsize=(9, 0.36 * sum(heights) + 1.2), layout="constrained")
+    figure = Figure(figsize=(9, 0.3 * sum(heights) + 1.2), layout="constrained")
     panels = figure.subplots(len(models), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, times) in zip(panels, models.items(), strict=True):
         _bars(axes, title, times)
@@ -110,7 +115,7 @@ def _products(results: Results) -> Figure | None:
             label = "peak: multiply-adds alone" if name == "peak" else name
             axes.plot(list(rates), list(rates.values()), color=color, marker=marker, linewidth=2, label=label)
         _widths(axes, [shape[1] for shape in shapes], "width")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.dataLim.y1)
         axes.set_title(f"{count} thread{'s' * (count > 1)}", fontsize=12)
     panels[0].set_ylabel("GFLOP/s")
     panels[0].legend(loc="lower right")

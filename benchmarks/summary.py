@@ -39,7 +39,7 @@ def machine(results: Results) -> str:
     versions = {name: found[name] for name in ("python", "torch", "numba")} | packages
     text = f"{where}, {found['threads']} threads of {found['cores']} cores; "
     text += ", ".join(f"{name} {number}" for name, number in versions.items()) + f"; {session['date'][:10]}"
-    return f"no figure counts, a rehearsal: {text}" if session["rehearsal"] else text
+    return f"{text}; **a rehearsal: no figure counts**" if session["rehearsal"] else text
 
 
 def headline(results: Results) -> str:
@@ -208,7 +208,7 @@ def under_load(results: Results) -> str:
     for work in results.values("test_load", "work"):
         found = results.find("test_load", work=work)
         for name in ("fastdl", "torch eager"):
-            times = [found.get(f"{name}, {count} neighbours", {}).get("median") for count in (0, 1, 2)]
+            times = [found.get(f"{name}, beside {count}", {}).get("median") for count in (0, 1, 2)]
             quiet = times[0]
             longer = [f"{duration(t)}, {number(t / quiet)} x" if t and quiet else "" for t in times[1:]]
             rows.append([f"{work}, {name}", duration(quiet) if quiet else "", *longer])
@@ -348,7 +348,7 @@ _ABOUT = {
     "visit": ("The visit", "Tests and checks on the GPU."),
     "without": ("What has no figure", ""),
 }
-_CPU = (
+_CPU: tuple[str, ...] = (
     "goals",
     "epochs",
     "alone",
@@ -358,10 +358,8 @@ _CPU = (
     "grid",
     "limits",
     "load",
-    "threads",
-    "memory",
 )
-_CPU += ("startup", "ops", "without")
+_CPU += ("threads", "memory", "startup", "ops", "without")
 _GPU = ("visit", "goals", "epochs", "steps", "cublas", "kernels", "host", "grid", "ops", "without")
 _PICTURED = ("epochs", "products", "grid")
 

@@ -71,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each work, by fastdl and torch, with each number of neighbours."""
     setup = metafunc.config.stash[SETUP]
     counts = NEIGHBOURS if setup.rehearse or not setup.small else (0, 2)
-    programs = [f"{name}, {count} neighbours" for name in ("fastdl", "torch eager") for count in counts]
+    programs = [f"{name}, beside {count}" for name in ("fastdl", "torch eager") for count in counts]
     metafunc.parametrize("program", programs)
     metafunc.parametrize("work", WORKS[:3] if setup.small else WORKS)
 
@@ -90,7 +90,7 @@ def test_load(turns: Turns, setup: Setup, neighbours: Neighbours, work: str) -> 
     def make(name: str) -> Work:
         ours = name.startswith("fastdl")
         run, parity = (_step if kind == "step" else _epoch)(setup, model, ours)
-        return Work(run, timer=partial(timer, int(name.split()[-2])), info={"parity": parity})
+        return Work(run, timer=partial(timer, int(name.split()[-1])), info={"parity": parity})
 
     turns(f"{kind} of {title.lower()}, beside busy neighbours", make, least=_LEAST_ROUNDS)
 

@@ -74,11 +74,12 @@ def test_product(turns: Turns, setup: Setup, threads: int, shape: tuple[int, int
             info={"flops": flops, "parity": parity},
         )
 
+    before = torch.get_num_threads()
     try:
         title = f"{product} of {' x '.join(map(str, shape))}, {threads} thread{'s' * (threads > 1)}"
         turns(title, make, seconds=setup.seconds / 10)
     finally:
-        torch.set_num_threads(setup.threads)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("program", ["torch"])

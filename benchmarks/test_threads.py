@@ -39,11 +39,12 @@ def test_threads(turns: Turns, setup: Setup, model: Model) -> None:
     expected = EagerTrainer(problem, torch.float32).train(1)[0]
 
     def train(trainer: Trainer, count: int) -> list[float]:
+        before = torch.get_num_threads()
         torch.set_num_threads(count)
         try:
             return trainer.train(1)
         finally:
-            torch.set_num_threads(setup.threads)
+            torch.set_num_threads(before)
 
     def make(name: str) -> Work:
         trainer = (FitTrainer if name.startswith(FIT) else EagerTrainer)(problem, torch.float32)
