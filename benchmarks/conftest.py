@@ -76,7 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Keep why a test has no figure."""
     if report.nodeid.startswith("benchmarks/") and report.outcome != "passed" and _LOGS:
-        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else _last_line(report)
+        text = (
+            report.longrepr[2].removeprefix("Skipped: ")
+            if isinstance(report.longrepr, tuple)
+            else _last_line(report)
+        )
         _LOGS[-1].write({"kind": report.outcome, "id": report.nodeid, "reason": text})
 
 

@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.goals import GRID, grid, rate
 from benchmarks.peers import names
@@ -87,6 +87,7 @@ def _bars(axes: Axes, title: str, times: Mapping[str, float]) -> None:
     low, high = min(times.values()), max(times.values())
     # room for the numbers on the right
     axes.set_xlim(low / 1.5, high * max(high / low, 2.0) ** 0.4)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(axis="x")
@@ -164,7 +165,7 @@ def _grid(results: Results) -> Figure | None:
         return None
     columns, rows, ratios = grid_table(cells)
     figure = Figure(
-        figsize=(max(5.0, 0.72 * len(columns) + 2.4), 0.6 * len(rows) + 2.2), layout="constrained"
+        figsize=(max(7.0, 0.72 * len(columns) + 2.4), 0.6 * len(rows) + 2.2), layout="constrained"
     )
     axes = figure.subplots()
     values = [[ratios.get((*column, batch), float("nan")) for column in columns] for batch in rows]
@@ -172,15 +173,17 @@ def _grid(results: Results) -> Figure | None:
     axes.imshow(values, cmap="RdYlBu", norm=norm, aspect="auto")
     for y, row in enumerate(values):
         for x, ratio in enumerate(row):
-            weight = "bold" if ratio < GRID else "normal"
-            axes.text(x, y, number(ratio), ha="center", va="center", fontsize=10, fontweight=weight)
+            weight, color = "bold" if ratio < GRID else "normal", "white" if ratio > 2.0 else "black"
+            axes.text(
+                x, y, number(ratio), ha="center", va="center", fontsize=10, fontweight=weight, color=color
+            )
     axes.set_xticks(
         range(len(columns)), [f"{depth} x {width:,}" for depth, width in columns], rotation=45, ha="right"
     )
     axes.set_yticks(range(len(rows)), [f"{batch:,}" for batch in rows])
     axes.set_xlabel("hidden layers x width")
     axes.set_ylabel("batch")
-    axes.set_title("How many times as fast as the fastest other program is fit", fontsize=12)
+    axes.set_title("fit: times as fast as the fastest other program, an epoch", fontsize=12)
     return figure
 
 

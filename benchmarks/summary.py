@@ -116,31 +116,50 @@ def precision(results: Results) -> str:
     return f"This CPU has {', '.join(features)}.\n\n{table(headings, rows)}" if rows else _NONE
 
 
-def beside(test: str, *, by: str | tuple[str, ...], base: str, heading: str) -> Callable[[Results], str]:
-    """Return what makes a table with a row for each value of the parameters and a column for each program."""
+def beside(
+    test: str, *, by: tuple[str, ...], base: str, heading: str, against: str = ""
+) -> Callable[[Results], str]:
+    """Return what makes a table with a row for each value of the parameters and a column for each program.
+
+    The last column compares the base with the fastest program whose name begins as `against` does, else with all
+    that aren't fastdl's.
+    """
 
     def figure(results: Results) -> str:
-        by_names = (by,) if isinstance(by, str) else by
         programs = [
             *dict.fromkeys(line["program"] for line in results.lines.values() if line["test"] == test)
         ]
         programs.sort(key=lambda name: not name.startswith("fastdl"))
+        others = [name for name in programs if name.startswith(against or "fastdl") is bool(against)]
         rows = []
-        for value in results.values(test, *by_names):
-            values = (value,) if isinstance(by, str) else value
-            found = results.find(test, **dict(zip(by_names, values, strict=True)))
+        for value in results.values(test, *by):
+            values = value if len(by) != 1 else (value,)
+            found = results.find(test, **dict(zip(by, values, strict=True)))
             times = [duration(found[name]["median"]) if name in found else "" for name in programs]
-            ours, others = (
-                found.get(base),
-                [line for name, line in found.items() if not name.startswith("fastdl")],
-            )
-            best = min((line["median"] for line in others), default=None)
-            ratio = f"{number(best / ours['median'])} x" if ours is not None and best is not None else ""
-            rows.append([", ".join(map(str, values)), *times, ratio])
-        headings = [heading, *programs, f"{base} is faster by"]
-        return table(headings, rows) if rows else _NONE
+            best = min((found[name]["median"] for name in others if name in found), default=None)
+            ratio = f"{number(best / found[base]['median'])} x" if base in found and best is not None else ""
+            words = [" x ".join(map(str, item)) if isinstance(item, list) else f"{item}" for item in values]
+            rows.append([", ".join(words), *times, ratio])
+        return table([heading, *programs, f"{base} is faster by"], rows) if rows else _NONE
 
     return figure
+
+
+def ops(results: Results) -> str:
+    """Return what fastdl's ops take, and how many times as long torch's take."""
+    modes = results.values("test_op", "mode")
+    rows = []
+    for name, block in sorted(results.values("test_op", "name", "precision")):
+        cells = []
+        for mode in modes:
+            found = results.find("test_op", name=name, precision=block, mode=mode)
+            ours, torchs = found.get("fastdl"), found.get(names.EAGER)
+            there = ours is not None and torchs is not None
+            cells.append(
+                f"{duration(ours['median'])}, {number(torchs['median'] / ours['median'])} x" if there else ""
+            )
+        rows.append([f"{name}, {block}", *cells])
+    return table(["fastdl's op; x: faster than torch's by", *modes], rows) if rows else _NONE
 
 
 def products(results: Results) -> str:
@@ -282,24 +301,31 @@ FIGURES: Mapping[str, Callable[[Results], str]] = {
     "alone": beside("test_epoch_alone", by=(), base=names.ALONE[0], heading=""),
     "precision": precision,
     "steps": beside("test_step", by=("model", "precision"), base=names.MODULES, heading="step"),
-    "ops": beside("test_op", by=("name", "mode", "precision"), base="fastdl", heading="op"),
+    "ops": ops,
     "products": products,
     "grid": cells,
     "limits": limits,
     "load": under_load,
-    "threads": beside("test_threads", by="model", base="fastdl fit, 2 threads", heading="model"),
+    "threads": beside("test_threads", by=("model",), base="fastdl fit, 2 threads", heading="model"),
     "memory": memory,
     "startup": startup,
     "cublas": beside(
-        "test_product_beside_cublas", by=("precision", "product", "size"), base="op", heading="product"
+        "test_product_beside_cublas",
+        by=("precision", "product", "size"),
+        base="op",
+        heading="product, width x batch",
+        against="cuBLAS",
     ),
-    "kernels": beside("test_kernel", by="kernel", base="fastdl", heading="kernel"),
-    "host": beside("test_host", by="call", base="fastdl", heading="call"),
+    "kernels": beside("test_kernel", by=("kernel",), base="fastdl", heading="kernel"),
+    "host": beside("test_host", by=("call",), base="fastdl", heading="call"),
     "visit": visit,
     "without": without,
 }
 _ABOUT = {
-    "goals": ("Goals", "They were set for a quiet machine of two cores with AVX-512."),
+    "goals": (
+        "Goals",
+        "The CPU's were set for a quiet machine of two cores with AVX-512, the GPU's for an H200.",
+    ),
     "epochs": (
         "An epoch of each model",
         "Float32; every program draws each epoch's order in the time. The peers hold float32 in memory and count no "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import internals
-from benchmarks.conftest import SETUP, Turns
+from benchmarks.conftest import Turns
 from benchmarks.device import FLOAT32, host_timed
 from benchmarks.gate import same_norm
 from benchmarks.peers.problem import textbook_problem
@@ -102,7 +102,7 @@ def test_linear_step(turns: Turns, setup: Setup) -> None:
 
     def run() -> float:
         few, many = _SMALL_EXAMPLES if setup.small else _EXAMPLES
-        return 10 * max(seconds(many) - seconds(few), 0.0) / (many - few)
+        return 10 * (seconds(many) - seconds(few)) / (many - few)
 
     turns("step of linear regression", lambda name: Work(run, timer=itself, rounds=3))
 

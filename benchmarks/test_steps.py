@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import get_args
 
 import pytest
-import torch
 
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.device import FLOAT32, PRECISIONS

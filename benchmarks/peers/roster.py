@@ -68,7 +68,7 @@ def names(model: str, setup: Setup) -> list[str]:
     """Return the programs of one of the three models."""
     found = [FIT, *[FIT_FLOATS] * (model != "linear"), FIT_LOOP, DROP_IN, SCRATCH, CONCISE, EAGER, JAX]
     if setup.cuda:
-        return [*found, GRAPH_STEP, GRAPH_EPOCH, COMPILE]
+        return [*found, GRAPH_STEP, GRAPH_EPOCH, COMPILE, *[MEDIUM] * (model != "linear")]
     # compiling takes long
     found += [COMPILE] * (not setup.small or model == "linear")
     found += [SKLEARN, *[SGD_CLASSIFIER] * (model == "softmax"), TEXTBOOK]
