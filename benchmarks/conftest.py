@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import setup as setups
 from benchmarks.setup import Setup
-from benchmarks.turns import Close, Rounds, Variants, Work, in_turn
+from benchmarks.turns import Variants, Work, in_turn
 
 ROOT = Path(__file__).resolve().parent.parent
 SETUP = pytest.StashKey[Setup]()
 LOG = pytest.StashKey["Log"]()
+# for each group its programs, or what was raised in their stead
+MEASURED = pytest.StashKey[dict[tuple[Any, ...], dict[str, Any]]]()
 # JAX, scikit-learn and the like need not be installed: only the tests that use them import these
 collect_ignore_glob = ["peers/*"]
 
@@ -40,14 +42,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Settle how to measure, before any library has counted the CPUs."""
+    config.addinivalue_line("markers", "only(device): is measured with --device DEVICE alone")
     # the command line takes no median
     config.option.benchmark_sort = "median"
-    config.addinivalue_line("markers", "only(device): is measured with --device DEVICE alone")
     measures = config.getoption("benchmark_enable") or not config.getoption("benchmark_disable")
     device, rehearse = config.getoption("device"), config.getoption("rehearse")
     threads = min(config.getoption("threads"), len(os.sched_getaffinity(0)))
     if measures:
-        setups.pin_process(threads)
+        # every library sizes its pool of threads by the CPUs that it finds
+        os.sched_setaffinity(0, setups.cpus(threads))
     if device == "cpu" or rehearse:
         # JAX would take a GPU that it finds
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -57,70 +60,38 @@ def pytest_configure(config: pytest.Config) -> None:
     seconds = 0.0 if small else config.getoption("seconds")
     config.stash[SETUP] = Setup(device, rehearse, small, threads, seconds, config.getoption("data"))
     path = config.getoption("jsonl") or ROOT / "runs" / f"benchmarks-{device}{'-rehearsal' * rehearse}.jsonl"
-    config.stash[LOG] = Log(path, config.stash[SETUP], enabled=measures, fresh=not config.getoption("resume"))
+    config.stash[MEASURED] = {}
+    config.stash[LOG] = Log(path, config.stash[SETUP] if measures else None, config.getoption("resume"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is another device's, and what is finished already, where that is wanted."""
-    done = config.stash[LOG].finished() if config.getoption("resume") else set()
-    device = config.stash[SETUP].device_name
-    left_out = [
-        item
-        for item in items
-        if item.nodeid in done or any(mark.args != (device,) for mark in item.iter_markers("only"))
-    ]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    device, done = config.stash[SETUP].device_name, config.stash[LOG].finished()
 
+    def stays(item: pytest.Item) -> bool:
+        return item.nodeid not in done and all(mark.args == (device,) for mark in item.iter_markers("only"))
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep why a test has no figure."""
-    if report.nodeid.startswith("benchmarks/") and report.outcome != "passed" and _LOGS:
-        text = (
-            report.longrepr[2].removeprefix("Skipped: ")
-            if isinstance(report.longrepr, tuple)
-            else _last_line(report)
-        )
-        _LOGS[-1].write({"kind": report.outcome, "id": report.nodeid, "reason": text})
-
-
-def _last_line(report: pytest.TestReport) -> str:
-    crash = getattr(report.longrepr, "reprcrash", None)
-    return str(crash.message if crash is not None else report.longrepr).strip().partition("\n")[0][:300]
-
-
-def pytest_sessionfinish() -> None:
-    """Say how busy the machine was at the end."""
-    if _LOGS:
-        _LOGS[-1].write({"kind": "end", "load average": os.getloadavg()})
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Add what the figures depend on."""
-    machine_info.update(config.stash[SETUP].as_json())
-
-
-# the log of the session that has begun to measure
-_LOGS: list[Log] = []
+    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
+    items[:] = [item for item in items if stays(item)]
 
 
 @dataclass
 class Log:
-    """The lines of a session; each is on disk when its test is done, whatever ends the session."""
+    """The lines of a session, if it measures; each is on disk when its test is done, whatever ends the session."""
 
     path: Path
-    setup: Setup
-    enabled: bool
-    fresh: bool
+    setup: Setup | None
+    resumes: bool
+    begun: bool = False
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line."""
-        if not self.enabled:
+        if self.setup is None:
             return
-        if self not in _LOGS:
-            _LOGS.append(self)
+        if not self.begun:
+            self.begun = True
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.fresh:
+            if not self.resumes:
                 self.path.unlink(missing_ok=True)
             self.write(self.setup.as_json())
         with self.path.open("a") as file:
@@ -129,10 +100,31 @@ class Log:
             os.fsync(file.fileno())
 
     def finished(self) -> set[str]:
-        """Return the tests that have a line."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        """Return the tests that need not be run again."""
+        lines = self.path.read_text().splitlines() if self.resumes and self.path.exists() else []
         found = [json.loads(line) for line in lines if line.endswith("}")]
         return {line["id"] for line in found if line["kind"] in ("benchmark", "skipped")}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Keep why a test has no figure."""
+    report: Any = yield
+    if report.outcome != "passed" and "turns" in getattr(item, "fixturenames", ()):
+        crash = getattr(report.longrepr, "reprcrash", None)
+        text = (
+            report.longrepr[2]
+            if isinstance(report.longrepr, tuple)
+            else getattr(crash, "message", report.longrepr)
+        )
+        reason = str(text).removeprefix("Skipped: ").strip().partition("\n")[0][:300]
+        item.config.stash[LOG].write({"kind": report.outcome, "id": report.nodeid, "reason": reason})
+    return report  # type: ignore[no-any-return]
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """Add what the figures depend on."""
+    machine_info.update(config.stash[SETUP].as_json())
 
 
 @pytest.fixture(scope="session")
@@ -147,17 +139,11 @@ def setup(request: pytest.FixtureRequest) -> Iterator[Setup]:
     torch.set_num_threads(before)
 
 
-@dataclass
-class _Groups:
-    """What has been measured, by group and program."""
-
-    measured: dict[tuple[Any, ...], dict[str, Rounds | BaseException]] = field(default_factory=dict)
-
-
-@pytest.fixture(scope="session")
-def groups() -> _Groups:
-    """Return what the tests of a session share."""
-    return _Groups()
+def _key(item: Any) -> tuple[Any, ...]:
+    """Return what the tests of a group have in common."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    others = sorted((name, value) for name, value in params.items() if name != "program")
+    return item.path, getattr(item, "originalname", ""), *others
 
 
 @dataclass
@@ -170,10 +156,9 @@ class Turns:
     request: pytest.FixtureRequest
     benchmark: BenchmarkFixture
     setup: Setup
-    groups: _Groups
     program: str
 
-    def __call__(self, title: str, make: Make, *, close: Close | None = None, **limits: Any) -> None:
+    def __call__(self, title: str, make: Make, **limits: Any) -> None:
         """Report the rounds of this test's program, and measure the whole group first if nobody has.
 
         Parameters
@@ -182,12 +167,11 @@ class Turns:
             Of the group.
         make : callable
             Takes a program's name; holds it to parity and returns what is timed, or its variants.
-        close, limits
+        limits
             For `in_turn`.
         """
-        node = self.request.node
-        params, key = dict(node.callspec.params), _key(node)
-        program = self.program
+        node, program, measured = self.request.node, self.program, self.request.config.stash[MEASURED]
+        key = _key(node)
         self.benchmark.group, self.benchmark.name = title, program
         if self.benchmark.disabled:
             first, *others = _variants(make(program)).values()
@@ -195,50 +179,40 @@ class Turns:
                 work.run()
             self.benchmark.pedantic(first.run)
             return
-        if key not in self.groups.measured:
+        if key not in measured:
             limits = {"seconds": self.setup.seconds} | limits
             limits = limits | {"least": 2, "most": 2} if self.setup.small else limits
             group = [item for item in self.request.session.items if _key(item) == key]
             names = [item.callspec.params["program"] for item in group]  # type: ignore[attr-defined]
-            self.groups.measured[key] = _measure(names, make, close=close, **limits)
-        found = self.groups.measured[key][program]
-        if not isinstance(found, Rounds):
-            raise found
+            measured[key] = _measure(names, make, **limits)
+        found = measured[key][program]
+        error = found.error if isinstance(found, Work) else found
+        if error is not None:
+            raise error
         self.benchmark._mode = "turns"
         self.benchmark.extra_info.update(found.info)
         stats = self.benchmark._make_stats(1)
         for seconds in found.seconds:
             stats.update(seconds)
-        line = {"kind": "benchmark", "test": node.originalname, "id": node.nodeid}
-        line |= {"group": title, "program": program, "params": params, "median": stats["median"]}
+        line = {"kind": "benchmark", "test": node.originalname, "id": node.nodeid, "group": title}
+        line |= {"program": program, "params": dict(node.callspec.params), "median": found.median}
         line |= {"iqr": stats["iqr"], "rounds": [float(f"{seconds:.6g}") for seconds in found.seconds]}
         self.request.config.stash[LOG].write(line | {"info": found.info})
-
-
-def _key(item: Any) -> tuple[Any, ...]:
-    """Return what the tests of a group have in common."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return (
-        item.path,
-        getattr(item, "originalname", ""),
-        *sorted((name, value) for name, value in params.items() if name != "program"),
-    )
 
 
 def _variants(made: Work | Variants) -> Variants:
     return {"": made} if isinstance(made, Work) else made
 
 
-def _measure(names: list[str], make: Make, **limits: Any) -> dict[str, Rounds | BaseException]:
-    found: dict[str, Rounds | BaseException] = {}
-    programs = {}
+def _measure(names: list[str], make: Make, **limits: Any) -> dict[str, Any]:
+    failed, programs = {}, {}
     for name in names:
         try:
             programs[name] = _variants(make(name))
         # a peer that is missing, fails to start or lacks parity ends its own test and no other
         except (Exception, pytest.skip.Exception) as error:
-            found[name] = error
-    return found | in_turn(programs, **limits)
+            failed[name] = error
+    return failed | in_turn(programs, **limits)
 
 
 @pytest.fixture
@@ -249,8 +223,6 @@ def program(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def turns(
-    request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Setup, groups: _Groups, program: str
-) -> Turns:
+def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Setup, program: str) -> Turns:
     """Return what times a test's program."""
-    return Turns(request, benchmark, setup, groups, program)
+    return Turns(request, benchmark, setup, program)

@@ -1,4 +1,4 @@
-"""What times: the CPU's clock; a GPU's events and graphs; and the CPU that stands in for a GPU in a rehearsal."""
+"""What times: the CPU's clock; a GPU's events and graphs; and the CPU, which stands in for a GPU in a rehearsal."""
 
 from __future__ import annotations
 
@@ -16,33 +16,44 @@ from benchmarks import turns
 Program = Callable[[], object]
 _T = TypeVar("_T")
 
-# what torch's own documentation runs before a capture
-WARM_UP_CALLS = 3
 # a graph of a kernel's calls lasts about so long
 _GRAPH_SECONDS, _MOST_CAPTURED = 0.002, 100
 
 
 class Cpu:
-    """The CPU; in a rehearsal it stands in for a GPU, everything runs, and no figure counts."""
+    """The CPU, where all work is done when its call returns."""
 
     name = "cpu"
 
     def synchronize(self) -> None:
-        """Return: all work is done when its call returns."""
+        """Wait for all work."""
 
     def timed(self, run: Program) -> float:
-        """Return the seconds that a run takes."""
+        """Return the seconds that a run takes, with its work on the device."""
         return turns.timed(run)
 
-    def captured(self, step: Callable[[], _T], warm_up_calls: int = WARM_UP_CALLS) -> Callable[[], _T]:
-        """Run a step as often as a capture does, and return it."""
+    def captured(self, step: Callable[[], _T], warm_up_calls: int = 3) -> Callable[[], _T]:
+        """Run a step some times, record its work, and return what does it again in the same memory."""
         for _ in range(warm_up_calls):
             step()
         return step
 
     def kernel_timed(self, run: Program) -> float:
-        """Return the seconds of a call's work."""
+        """Return the seconds of the device's work of a call, without the host's."""
         return turns.timed(run)
+
+    def host_timed(self, calls: int) -> turns.Timer:
+        """Return a timer of what the host needs to issue a call, none of which is waited for before the last."""
+
+        def timer(run: Program) -> float:
+            self.synchronize()
+            started = time.perf_counter()
+            _repeat(run, calls)
+            seconds = time.perf_counter() - started
+            self.synchronize()
+            return seconds / calls
+
+        return timer
 
 
 class Cuda(Cpu):
@@ -65,7 +76,7 @@ class Cuda(Cpu):
         milliseconds: float = start.elapsed_time(end)
         return milliseconds / 1e3
 
-    def captured(self, step: Callable[[], _T], warm_up_calls: int = WARM_UP_CALLS) -> Callable[[], _T]:
+    def captured(self, step: Callable[[], _T], warm_up_calls: int = 3) -> Callable[[], _T]:
         """Run a step on a side stream, capture it in a graph, and return the graph's replay."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -96,20 +107,6 @@ class Cuda(Cpu):
         return milliseconds / 1e3
 
 
-def host_timed(device: Cpu, calls: int) -> turns.Timer:
-    """Return a timer of what the host needs to issue a call, none of which is waited for before the last."""
-
-    def timer(run: Program) -> float:
-        device.synchronize()
-        started = time.perf_counter()
-        _repeat(run, calls)
-        seconds = time.perf_counter() - started
-        device.synchronize()
-        return seconds / calls
-
-    return timer
-
-
 def _repeat(run: Program, calls: int) -> None:
     for _ in range(calls):
         run()
@@ -117,19 +114,10 @@ def _repeat(run: Program, calls: int) -> None:
 
 @dataclass(frozen=True)
 class Precision:
-    """A number format, and what torch and JAX are told so that they compute in it.
+    """A number format: the dtype of tensors, and what torch is told of products.
 
-    Attributes
-    ----------
-    name : str
-    dtype : torch.dtype
-        Of tensors.
-    matmul : str
-        For ``torch.set_float32_matmul_precision``, and JAX's precision of a product.
-    eps : float
-        A rounding of a product's operand.
-    error : float
-        What a large product's ``norm(result - truth) / norm(truth)`` may be.
+    `eps` is a rounding of a product's operand, `error` what ``norm(result - truth) / norm(truth)`` of a large
+    product may be.
     """
 
     name: str

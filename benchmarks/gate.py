@@ -1,4 +1,4 @@
-"""The parity gate: no figure of a program whose numbers aren't torch's.
+"""The parity gate: no figure of a program whose numbers aren't torch's, but an AssertionError.
 
 A whole program is held to torch's by the rule of ``fastdl.reference.parity``, applied after every epoch instead of
 every step, as a program that runs an epoch at a time shows nothing in between. An op is held to it by the rule of
@@ -60,21 +60,7 @@ class Gate:
         return [_errors(_epochs(run, 1), self._truth) for run in runs]
 
     def checks(self, make: Make, *, has_float64: bool = True, num_epochs: int | None = None) -> list[Check]:
-        """Train a program anew and compare it.
-
-        Parameters
-        ----------
-        make : callable
-            Makes the program's Trainer.
-        has_float64 : bool
-            Whether the program can run in float64.
-        num_epochs : int, optional
-            Of the float32 run, if not the problem's.
-
-        Returns
-        -------
-        list of Check
-        """
+        """Train a program anew, in float64 where it can, and compare it; so many epochs of it in float32."""
         checks = []
         if has_float64:
             exact = _errors(_epochs(make(self.problem, torch.float64), len(self._truth)), self._truth)
@@ -93,10 +79,7 @@ class Gate:
         return checks
 
     def error(self, make: Make) -> dict[str, float]:
-        """Return how far a program in float32 is from float64 after the first epoch, and torch eager's worst run.
-
-        For what a user could pick although it has no parity, such as products in bfloat16.
-        """
+        """Return how far a program without parity is from float64 after an epoch, and torch eager's worst run."""
         own = _errors(_epochs(make(self.problem, torch.float32), 1), self._truth)
         worst = max(run.parameter_rms for run in self._torchs)
         return {"error": own.parameter_rms, "float32's error": worst}
@@ -107,13 +90,7 @@ def _figure(error: float) -> str:
 
 
 def passed(checks: Sequence[Check]) -> str:
-    """Return what stands in the tables: the largest difference in float64, or in float32 where there is none.
-
-    Raises
-    ------
-    AssertionError
-        If a check fails.
-    """
+    """Return what stands in the tables: the largest difference in float64, or in float32 where there is none."""
     failed = [str(check) for check in checks if not check.passes]
     assert not failed, f"no parity: {'; '.join(failed)}"
     exact = [check.error for check in checks if check.name.startswith("float64")]
@@ -123,13 +100,7 @@ def passed(checks: Sequence[Check]) -> str:
 def same_steps(
     ours: Callable[[], Tensor], torchs: Callable[[], Tensor], allowed: float = parity.EPOCH_LOSS
 ) -> str:
-    """Take the first steps of two programs; return the largest difference of their losses.
-
-    Raises
-    ------
-    AssertionError
-        If a step's losses differ by more than is allowed.
-    """
+    """Take the first steps of two programs; return the largest difference of their losses."""
     worst = 0.0
     for number in range(1, COMPARED_STEPS + 1):
         loss, expected = ours().item(), torchs().item()
@@ -140,13 +111,7 @@ def same_steps(
 
 
 def same_loss(loss: float, expected: float) -> str:
-    """Return the difference of an epoch's loss from torch's: the rule's last part, for what is large.
-
-    Raises
-    ------
-    AssertionError
-        If it is more than the rule allows.
-    """
+    """Return the difference of an epoch's loss from torch's: the rule's last part, for what is large."""
     # a NaN compares as False
     same = math.isfinite(loss) and abs(loss - expected) <= parity.EPOCH_LOSS
     assert same, f"no parity: an epoch's loss is {loss:.6g}, torch's {expected:.6g}"
@@ -156,13 +121,7 @@ def same_loss(loss: float, expected: float) -> str:
 def same_results(
     ours: Sequence[Tensor], torchs: Sequence[Tensor], truths: Sequence[Tensor], precision: Precision = FLOAT32
 ) -> str:
-    """Hold each result of an op to torch's own error against float64; return the worst relative error.
-
-    Raises
-    ------
-    AssertionError
-        If one is further from the truth than torch's is, and a few roundings.
-    """
+    """Hold each result of an op to torch's own error against float64; return the worst relative error."""
     worst = 0.0
     for number, (actual, expected, truth) in enumerate(zip(ours, torchs, truths, strict=True)):
         size = truth.double().abs().max()
@@ -175,13 +134,7 @@ def same_results(
 
 
 def same_norm(actual: Tensor, expected: Tensor, precision: Precision) -> str:
-    """Hold a large product to torch's by ``norm(actual - expected) / norm(expected)``, and return that.
-
-    Raises
-    ------
-    AssertionError
-        If it is more than the precision's bound.
-    """
+    """Hold a large product to torch's by ``norm(actual - expected) / norm(expected)``, and return that."""
     error = float((actual.double() - expected.double()).norm() / expected.double().norm())
     # a NaN compares as False
     assert error <= precision.error, f"no parity: it differs from torch's by {error:.1e}"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers.problem import Problem
-from fastdl import arrays, cuda_arrays, data, functional, optim
+from fastdl import arrays, cuda_arrays, data, optim
 from fastdl.ops import _cuda
 from fastdl.ops.cross_entropy import cross_entropy_forward
 from fastdl.ops.linear import linear_forward, linear_grad_input, linear_grad_weight
@@ -25,6 +25,7 @@ from fastdl.training.lower import lower
 from fastdl.training.program import Program
 
 Run = Callable[[], object]
+PRODUCTS = ("forward", "grad_input", "grad_weight")
 
 
 def compiled_epoch(problem: Problem) -> Callable[[], float]:
@@ -39,9 +40,8 @@ def compiled_epoch(problem: Problem) -> Callable[[], float]:
     return lambda: float(program.epoch(order).loss)
 
 
-@dataclass(frozen=True)
-class Product:
-    """One product of a linear layer: by fastdl on so many threads, by torch, and both results."""
+class Product(NamedTuple):
+    """One product of a linear layer: by fastdl on so many threads, by torch, both results, and the truth."""
 
     ours: Callable[[int], object]
     torchs: Run
@@ -53,35 +53,31 @@ def products(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, Prod
     """Return the three products of a layer of this size, each writing to memory that is there."""
     kernels = arrays.cpu_kernels()
     generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    X, weight, bias = normal(num_rows, num_inputs), normal(num_outputs, num_inputs), normal(num_outputs)
-    upstream = normal(num_rows, num_outputs)
+    shapes = (num_rows, num_inputs), (num_outputs, num_inputs), (num_outputs,), (num_rows, num_outputs)
+    X, weight, bias, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
     x, w, b, g = (tensor.numpy() for tensor in (X, weight, bias, upstream))
     no_mask = np.empty((0, 0), np.float32)
-    grad_bias = torch.empty_like(bias).numpy()
-    forward, torch_forward = torch.empty_like(upstream), torch.empty_like(upstream)
-    grad_input, torch_grad_input = torch.empty_like(X), torch.empty_like(X)
-    grad_weight, torch_grad_weight = torch.empty_like(weight), torch.empty_like(weight)
+    grad_bias = np.empty_like(b)
+    (forward, torchs), (gx, torchs_gx), (gw, torchs_gw) = (
+        (torch.empty_like(tensor), torch.empty_like(tensor)) for tensor in (upstream, X, weight)
+    )
     return {
         "forward": Product(
             lambda count: kernels.linear_forward(x, w, b, False, forward.numpy(), count),
-            lambda: torch.mm(X, weight.t(), out=torch_forward),
-            lambda: (forward - bias, torch_forward),
+            lambda: torch.mm(X, weight.t(), out=torchs),
+            lambda: (forward - bias, torchs),
             lambda: X.double() @ weight.double().t(),
         ),
         "grad_input": Product(
-            lambda count: kernels.linear_grad_input(g, no_mask, w, grad_input.numpy(), count),
-            lambda: torch.mm(upstream, weight, out=torch_grad_input),
-            lambda: (grad_input, torch_grad_input),
+            lambda count: kernels.linear_grad_input(g, no_mask, w, gx.numpy(), count),
+            lambda: torch.mm(upstream, weight, out=torchs_gx),
+            lambda: (gx, torchs_gx),
             lambda: upstream.double() @ weight.double(),
         ),
         "grad_weight": Product(
-            lambda count: kernels.linear_grad_weight(g, no_mask, x, grad_weight.numpy(), grad_bias, count),
-            lambda: torch.mm(upstream.t(), X, out=torch_grad_weight),
-            lambda: (grad_weight, torch_grad_weight),
+            lambda count: kernels.linear_grad_weight(g, no_mask, x, gw.numpy(), grad_bias, count),
+            lambda: torch.mm(upstream.t(), X, out=torchs_gw),
+            lambda: (gw, torchs_gw),
             lambda: upstream.double().t() @ X.double(),
         ),
     }
@@ -89,32 +85,19 @@ def products(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, Prod
 
 def gpu_products(
     batch: int, width: int, dtype: torch.dtype, device: str
-) -> dict[str, tuple[Run, Run, list[Tensor]]]:
+) -> dict[str, tuple[Run, Run, Tensor]]:
     """Return the three products of a layer with ReLU: fastdl's, torch's bare product, and what is right."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device).to(dtype)
-
-    x, weight, bias, grad = normal(batch, width), normal(width, width), normal(width), normal(batch, width)
+    torch.manual_seed(0)
+    shapes = (batch, width), (width, width), (width,), (batch, width)
+    x, weight, bias, grad = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     output = torch.relu(torch.addmm(bias, x, weight.t()))
     masked = torch.where(output > 0, grad, 0.0)
-    return {
-        "forward": (
-            partial(linear_forward, x, weight, bias, True),
-            partial(torch.addmm, bias, x, weight.t()),
-            [output],
-        ),
-        "grad_input": (
-            partial(linear_grad_input, grad, output, weight),
-            partial(torch.mm, grad, weight),
-            [masked @ weight],
-        ),
-        "grad_weight": (
-            partial(linear_grad_weight, grad, output, x, True, True),
-            partial(torch.mm, grad.t(), x),
-            [masked.t() @ x],
-        ),
-    }
+    forward = partial(linear_forward, x, weight, bias, True), partial(torch.addmm, bias, x, weight.t())
+    grad_input = partial(linear_grad_input, grad, output, weight), partial(torch.mm, grad, weight)
+    grad_weight = partial(linear_grad_weight, grad, output, x, True, True), partial(torch.mm, grad.t(), x)
+    truths = output, masked @ weight, masked.t() @ x
+    pairs = zip((forward, grad_input, grad_weight), truths, strict=True)
+    return {name: (*pair, truth) for name, (pair, truth) in zip(PRODUCTS, pairs, strict=True)}
 
 
 @contextmanager
@@ -150,8 +133,7 @@ def kernel_names() -> list[str]:
     return list(KERNELS)
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """A call that memory limits: its bytes, each input read once and each output written once; and torch's call."""
 
     num_bytes: float
@@ -159,23 +141,14 @@ class Kernel:
     torchs: Run
 
 
+KERNELS = ("cross_entropy, 10", "cross_entropy, 1000", "cross_entropy, 4096", "SGD", "SGD, momentum")
+
+
 def kernel(name: str, size: int, device: str) -> Kernel:
-    """Return a call on arrays of so many float32 numbers, which no cache holds.
-
-    Parameters
-    ----------
-    name : str
-        One of ``KERNELS``; behind a comma the number of classes, or momentum.
-    size : int
-    device : str
-    """
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device)
-
+    """Return one of the kernels, with so many classes or momentum, on arrays of so many float32 numbers."""
     kind, _, detail = name.partition(", ")
     if kind == "cross_entropy":
-        logits = normal(size // int(detail), int(detail))
+        logits = torch.randn(size // int(detail), int(detail), device=device)
         target = torch.randint(int(detail), (len(logits),), device=device)
 
         def torchs() -> object:
@@ -186,30 +159,14 @@ def kernel(name: str, size: int, device: str) -> Kernel:
 
         ours = partial(cross_entropy_forward, logits, target, None, -100, 0.0, "mean", True)
         return Kernel(8.0 * logits.numel() + 8.0 * len(logits), ours, torchs)
-    if kind == "SGD":
 
-        def step(optimizer: Callable[..., torch.optim.Optimizer], **options: bool) -> Run:
-            parameters = [torch.nn.Parameter(normal(size // 16)) for _ in range(8)]
-            for parameter in parameters:
-                parameter.grad = torch.full_like(parameter, 1e-3)
-            # so slow that a thousand steps leave the numbers ordinary
-            return optimizer(parameters, lr=1e-6, momentum=0.9 if detail else 0.0, **options).step
+    def step(optimizer: Callable[..., torch.optim.Optimizer], **options: bool) -> Run:
+        parameters = [torch.nn.Parameter(torch.randn(size // 16, device=device)) for _ in range(8)]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        # so slow that a thousand steps leave the numbers ordinary
+        return optimizer(parameters, lr=1e-6, momentum=0.9 if detail else 0.0, **options).step
 
-        return Kernel(
-            (20.0 if detail else 12.0) * (size // 2), step(optim.SGD), step(torch.optim.SGD, fused=True)
-        )
-    x, y = normal(size), normal(size)
-    if kind == "relu":
-        return Kernel(8.0 * size, partial(functional.relu, x), partial(F.relu, x))
-    return Kernel(8.0 * size, partial(functional.mse_loss, x, y), partial(F.mse_loss, x, y))
-
-
-KERNELS = (
-    "cross_entropy, 10",
-    "cross_entropy, 1000",
-    "cross_entropy, 4096",
-    "SGD",
-    "SGD, momentum",
-    "relu",
-    "mse_loss",
-)
+    return Kernel(
+        (20.0 if detail else 12.0) * (size // 2), step(optim.SGD), step(torch.optim.SGD, fused=True)
+    )

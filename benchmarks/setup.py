@@ -20,27 +20,13 @@ _SMALL_IMAGES, _SMALL_POINTS, _POINTS = 600, 100, 1000
 _PACKAGES = ("jax", "scikit-learn", "llvmlite", "triton", "numba-cuda", "cuda-core")
 # units that multiply numbers of 8 or 16 bits
 REDUCED_PRECISION = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "avx512_fp16")
-_FEATURES = ("avx2", "fma", "avx512f", *REDUCED_PRECISION)
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How to measure.
+    """How to measure: whose programs ("cpu" or "cuda"), on how many threads, each for about how many seconds.
 
-    Attributes
-    ----------
-    device_name : {'cpu', 'cuda'}
-        Whose programs are measured.
-    rehearse : bool
-        Whether the CPU stands in for a GPU, at small sizes, and no figure counts.
-    small : bool
-        Whether to see that everything runs, at next to no size.
-    threads : int
-        Of every program, unless a benchmark says otherwise.
-    seconds : float
-        For how long a program is timed, about.
-    data : str
-        The images: auto, fashion-mnist or garments.
+    In a rehearsal the CPU stands in for a GPU. Where all is small, to see that it runs, no figure counts.
     """
 
     device_name: str
@@ -91,25 +77,19 @@ class Setup:
         """Return the first line of a session's results."""
         from fastdl import machine
 
-        return {
-            "kind": "session",
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": self.device_name,
-            "rehearsal": self.rehearse or self.small,
-            "seconds": self.seconds,
-            "machine": machine.describe() | {"threads": self.threads, "platform": platform.platform()},
-            "features": cpu_features(),
-            "versions": versions(),
-            "load average": os.getloadavg(),
-        }
+        found: dict[str, Any] = {"kind": "session", "date": datetime.now(UTC).isoformat(timespec="seconds")}
+        found |= {"device": self.device_name, "rehearsal": self.small, "seconds": self.seconds}
+        found |= {"machine": machine.describe() | {"threads": self.threads, "platform": platform.platform()}}
+        return found | {"features": cpu_features(), "versions": versions(), "load average": os.getloadavg()}
 
 
 @cache
 def cpu_features() -> list[str]:
     """Return which of the instruction sets that the figures depend on this CPU has."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return [name for name in _FEATURES if name in flags]
+    return [name for name in ("avx2", "fma", "avx512f", *REDUCED_PRECISION) if name in flags]
 
 
 def versions() -> dict[str, str]:
@@ -136,13 +116,8 @@ def cpus(num_threads: int) -> set[int]:
     return set((firsts + others)[:num_threads])
 
 
-def pin_process(num_threads: int) -> None:
-    """Keep this process to so many CPUs: every library sizes its pool of threads by those that it finds."""
-    os.sched_setaffinity(0, cpus(num_threads))
-
-
 def pin_threads(num_threads: int) -> None:
-    """Start Numba's threads, which may change torch's count, then set the count; no peer rounds products more."""
+    """Start Numba's threads, which may change torch's count; set it; let no peer round the factors of a product."""
     import torch
 
     from fastdl import arrays

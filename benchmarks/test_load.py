@@ -1,4 +1,4 @@
-"""A program under load: the same step and epoch with 0, 1 and 2 busy neighbours on the two cores, torch beside it."""
+"""A program under load: the same step and epoch beside 0, 1 and 2 busy neighbours on the two cores."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,11 +35,11 @@ class Neighbours:
 
     def __init__(self, count: int) -> None:
         command = [sys.executable, "-c", "while True: pass"]
-        self._processes = [subprocess.Popen(command) for _ in range(count)]
+        self.processes = [subprocess.Popen(command) for _ in range(count)]
         self._signal(signal.SIGSTOP, count)
 
     def _signal(self, number: int, count: int) -> None:
-        for process in self._processes[:count]:
+        for process in self.processes[:count]:
             os.kill(process.pid, number)
 
     @contextmanager
@@ -53,9 +53,8 @@ class Neighbours:
 
     def end(self) -> None:
         """End them."""
-        for process in self._processes:
-            with suppress(ProcessLookupError):
-                process.kill()
+        for process in self.processes:
+            process.kill()
             process.wait()
 
 
@@ -68,7 +67,7 @@ def neighbours() -> Iterator[Neighbours]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each work, by fastdl and torch, with each number of neighbours."""
+    """Each work, by fastdl and torch, beside each number of neighbours."""
     setup = metafunc.config.stash[SETUP]
     counts = NEIGHBOURS if setup.rehearse or not setup.small else (0, 2)
     programs = [f"{name}, beside {count}" for name in ("fastdl", "torch eager") for count in counts]
@@ -88,22 +87,21 @@ def test_load(turns: Turns, setup: Setup, neighbours: Neighbours, work: str) -> 
             return timed(run)
 
     def make(name: str) -> Work:
-        ours = name.startswith("fastdl")
-        run, parity = (_step if kind == "step" else _epoch)(setup, model, ours)
-        return Work(run, timer=partial(timer, int(name.split()[-1])), info={"parity": parity})
+        ours, count = name.startswith("fastdl"), int(name.split()[-1])
+        run, parity = _step(model, ours) if kind == "step" else _epoch(setup, model, ours)
+        return Work(run, timer=partial(timer, count), info={"parity": parity})
 
     turns(f"{kind} of {title.lower()}, beside busy neighbours", make, least=_LEAST_ROUNDS)
 
 
-def _step(setup: Setup, model: str, ours: bool) -> tuple[Callable[[], object], str]:
-    found = steps.model(model)
-    program = names.MODULES if ours else names.FUSED
-    return steps.step(found, program), same_steps(steps.step(found, program), steps.step(found, names.EAGER))
+def _step(model: str, ours: bool) -> tuple[Callable[[], object], str]:
+    found, program = steps.model(model), names.MODULES if ours else names.FUSED
+    parity = same_steps(steps.step(found, program), steps.step(found, names.EAGER))
+    return steps.step(found, program), parity
 
 
 def _epoch(setup: Setup, model: Any, ours: bool) -> tuple[Callable[[], object], str]:
-    examples = setup.points() if model == "linear" else setup.image_examples()
-    problem = textbook_problem(model, examples)
+    problem = textbook_problem(model, setup.points() if model == "linear" else setup.image_examples())
     trainer = (FitTrainer if ours else EagerTrainer)(problem, torch.float32)
     expected = EagerTrainer(problem, torch.float32).train(1)[0]
     return partial(trainer.train, 1), same_loss(trainer.train(1)[0], expected)

@@ -1,4 +1,4 @@
-"""Each op: forward, without grad mode, backward, and all of it, beside torch eager."""
+"""Each op: forward, without grad mode, backward, and all of it, beside torch eager; on a GPU its two halves too."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from benchmarks.setup import Setup
 from benchmarks.turns import Work
 
 MODES = ("forward", "no_grad", "backward", "full")
+# the device's work of a forward pass, and what the host does to issue it
+GPU_MODES = (*MODES, "device", "host")
+_CALLS, _SMALL_CALLS, _ROUNDS = 400, 3, 5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every op in every mode; on a GPU in every precision."""
     setup = metafunc.config.stash[SETUP]
-    precisions = (
-        ["float32"] if not setup.cuda else ["float32", "TF32"] if setup.rehearse else list(PRECISIONS)
-    )
+    # the CPU's kernels, in a rehearsal, have no half precision
+    precisions = list(PRECISIONS)[: 2 if setup.rehearse else None] if setup.cuda else ["float32"]
     metafunc.parametrize("program", ["fastdl", "torch eager"])
-    metafunc.parametrize("mode", MODES)
+    metafunc.parametrize("mode", GPU_MODES if setup.cuda else MODES)
     metafunc.parametrize("name", NAMES)
     metafunc.parametrize("precision", precisions)
 
@@ -39,12 +41,12 @@ def check(found: Op, precision: Precision) -> str:
 
 def test_op(turns: Turns, setup: Setup, precision: str, name: str, mode: str) -> None:
     """Time one op in one mode."""
-    block = PRECISIONS[precision]
+    block, device = PRECISIONS[precision], setup.device
 
     def make(program: str) -> Work:
         torch.manual_seed(0)
-        found = op(name, setup.device.name, block.dtype)
-        parity = check(found, block)
+        found = op(name, device.name, block.dtype)
+        info = {"parity": check(found, block)}
         function = found.ours if program == "fastdl" else found.torchs
         inputs, output = found.inputs, function(*found.inputs)
         upstream = torch.ones_like(output)
@@ -53,13 +55,18 @@ def test_op(turns: Turns, setup: Setup, precision: str, name: str, mode: str) ->
             with torch.no_grad():
                 function(*inputs)
 
+        if mode == "device":
+            return Work(no_grad, timer=device.kernel_timed, rounds=_ROUNDS, info=info)
+        if mode == "host":
+            timer = device.host_timed(_SMALL_CALLS if setup.small else _CALLS)
+            return Work(no_grad, timer=timer, rounds=_ROUNDS, info=info)
         modes = {
             "forward": lambda: function(*inputs),
             "no_grad": no_grad,
             "backward": lambda: torch.autograd.grad(output, inputs, upstream, retain_graph=True),
             "full": lambda: torch.autograd.grad(function(*inputs), inputs, upstream),
         }
-        return Work(modes[mode], timer=setup.device.timed, info={"parity": parity})
+        return Work(modes[mode], timer=device.timed, info=info)
 
     with block.active():
         turns(f"{name} {mode}" + f", {precision}" * setup.cuda, make, seconds=setup.seconds / 4)

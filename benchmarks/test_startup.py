@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,7 +67,7 @@ def test_first_call(turns: Turns, setup: Setup, call: str) -> None:
 
         def run() -> float:
             with tempfile.TemporaryDirectory() as folder:
-                info.update(python(program, cache=Path(folder) if name == EMPTY else None))
+                info.update(python(program, cache=folder if name == EMPTY else None))
             return float(info.pop("seconds"))
 
         if name == FILLED and not setup.small:

@@ -7,10 +7,10 @@ reports the rounds of its own program to pytest-benchmark.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ _TIMED_SECONDS, _MOST_CALLS = 0.005, 2000
 _WARMED_SECONDS = 0.25
 # variants that are slower than their program's fastest by this factor after so many rounds are given up
 _TRIAL_ROUNDS, _GIVE_UP = 2, 1.1
-_CLOSE_ROUNDS = 9
+# where a ratio is as near 1 as this, so many rounds decide
+_CLOSE, _CLOSE_ROUNDS = (0.85, 1.05), 9
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -41,7 +42,7 @@ def itself(run: Callable[[], Any]) -> float:
 
 @dataclass
 class Work:
-    """What is timed.
+    """What is timed, and how it went so far.
 
     Attributes
     ----------
@@ -51,7 +52,7 @@ class Work:
     timer : callable
         Takes what to run; returns its seconds.
     rounds : int, optional
-        For work that is timed once a round, by its own rule, and this often: no calls are put in a row.
+        For what takes long, or counts its calls itself: it is run this often, and not warmed.
     info : dict
         For ``extra_info``; a run may add to it.
     """
@@ -61,94 +62,56 @@ class Work:
     timer: Timer = timed
     rounds: int | None = None
     info: dict[str, Any] = field(default_factory=dict)
-
-
-Variants = Mapping[str, Work]
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """What became of one program.
-
-    Attributes
-    ----------
-    seconds : tuple of float
-        Of one part, round by round, of the variant that was the fastest.
-    info : dict
-        Of that variant, with its name and the median of each variant where there are several.
-    """
-
-    seconds: tuple[float, ...]
-    info: Mapping[str, Any]
+    calls: int = field(default=1, init=False)
+    seconds: list[float] = field(default_factory=list, init=False)
+    spent: float = field(default=0.0, init=False)
+    error: Exception | None = field(default=None, init=False)
 
     @property
     def median(self) -> float:
-        """What a part usually takes."""
-        return statistics.median(self.seconds)
+        """The usual seconds of a part; infinite where there are none."""
+        return statistics.median(self.seconds) if self.seconds and self.error is None else math.inf
 
-
-@dataclass(frozen=True)
-class Close:
-    """Where two programs are so near that more rounds decide: the subject, and the ratio of the best other's."""
-
-    subject: str
-    low: float = 0.85
-    high: float = 1.05
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-class _Entry:
-    """One variant of one program while it is timed."""
-
-    def __init__(self, program: str, work: Work) -> None:
-        self.program = program
-        self.work = work
-        self.calls = 1
-        self.seconds: list[float] = []
-        self.spent = 0.0
-        self.error: Exception | None = None
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def learn(self) -> float:
+    def calibrate(self) -> float:
         """Choose the number of calls in a row; return the seconds that they take, about."""
-        if self.work.rounds is not None:
+        if self.rounds is not None:
             return 0.0
-        self.work.run()
-        seconds = max(self.work.timer(self.work.run), 1e-9)
+        self.run()
+        seconds = max(self.timer(self.run), 1e-9)
         self.calls = max(1, min(_MOST_CALLS, round(_TIMED_SECONDS / seconds)))
         return seconds * self.calls
 
-    def repeated(self) -> None:
-        for _ in range(self.calls):
-            self.work.run()
-
     def time(self, *, warm: bool, settle: float) -> None:
-        run = self.work.run if self.work.rounds is not None else self.repeated
+        """Add a round."""
+
+        def repeated() -> object:
+            for _ in range(self.calls - 1):
+                self.run()
+            return self.run()
+
         time.sleep(settle)
-        if warm and self.work.rounds is None:
-            run()
-        seconds = self.work.timer(run)
+        if warm and self.rounds is None:
+            repeated()
+        seconds = self.timer(repeated)
         self.spent += seconds
-        self.seconds.append(seconds / self.calls / self.work.parts)
+        self.seconds.append(seconds / self.calls / self.parts)
+
+    def guarded(self, call: Callable[..., float | None], **options: Any) -> float:
+        """Make a call; keep what it raises, so that a program takes no other's figures with it."""
+        try:
+            return call(**options) or 0.0
+        except Exception as error:
+            self.error = error
+            return 0.0
 
     def wants(self, seconds: float, least: int, most: int) -> bool:
-        if self.error is not None:
-            return False
-        if self.work.rounds is not None:
-            return len(self.seconds) < self.work.rounds
+        """Return whether another round is due."""
+        if self.error is not None or self.rounds is not None:
+            return self.error is None and len(self.seconds) < (self.rounds or 0)
         return len(self.seconds) < least or (self.spent < seconds and len(self.seconds) < most)
+
+
+Variants = Mapping[str, Work]
 
 
 def in_turn(
@@ -158,95 +121,70 @@ def in_turn(
     least: int = 3,
     most: int = 31,
     settle: float = _SETTLE_SECONDS,
-    close: Close | None = None,
-) -> dict[str, Rounds | Exception]:
+    close: str | None = None,
+) -> dict[str, Work]:
     """Time the programs of a group, and of each program all variants until it is plain which is the fastest.
 
     Parameters
     ----------
     programs : mapping of str to mapping of str to Work
-        For each program its variants, which have run once.
+        For each program its variants.
     seconds : float
         After which a program has had enough rounds.
     least, most : int
         Rounds of each program, whatever the seconds.
     settle : float
         Seconds to wait before each run.
-    close : Close, optional
-        Where a program and the best other are near each other, both get 9 rounds at least.
+    close : str, optional
+        A program: where the best other's time is 0.85 to 1.05 of its own, both get 9 rounds at least.
 
     Returns
     -------
-    dict of str to Rounds or Exception
-        What was raised in the program's stead, if anything was.
+    dict of str to Work
+        Each program's fastest variant, which is named in its info; one with an error if all have one.
     """
-    entries = {
-        name: {variant: _Entry(name, work) for variant, work in variants.items()}
-        for name, variants in programs.items()
-    }
-    everyone = [entry for own in entries.values() for entry in own.values()]
-    with _no_collection():
-        longest = max([_guarded(entry, entry.learn) or 0.0 for entry in everyone], default=0.0)
-        warm = longest < _WARMED_SECONDS
-
-        def again(entry: _Entry) -> None:
-            _guarded(entry, lambda: entry.time(warm=warm, settle=settle))
-
-        live = everyone
-        while turn := [entry for entry in live if entry.wants(seconds, least, most)]:
-            for entry in turn:
-                again(entry)
-            live = [entry for own in entries.values() for entry in _contenders(list(own.values()))]
-        found = {name: _fastest(own.values()) for name, own in entries.items()}
-        best = {name: entry for name, entry in found.items() if entry is not None}
-        for _ in range(_CLOSE_ROUNDS * (close is not None)):
-            for entry in _pair(best, close):
-                again(entry)
-    return {name: _rounds(own) for name, own in entries.items()}
-
-
-def _guarded(entry: _Entry, call: Callable[[], Any]) -> Any:
+    live = [work for own in programs.values() for work in own.values()]
+    gc.collect()
+    gc.disable()
     try:
-        return call()
-    # a program that fails must not take the others' figures with it
-    except Exception as error:
-        entry.error = error
+        # all are warmed, or none is
+        longest = max((work.guarded(work.calibrate) for work in live), default=0.0)
+        options = {"warm": longest < _WARMED_SECONDS, "settle": settle}
+        while turn := [work for work in live if work.wants(seconds, least, most)]:
+            for work in turn:
+                work.guarded(work.time, **options)
+            live = [work for own in programs.values() for work in _contenders(own.values())]
+        for _ in range(_CLOSE_ROUNDS):
+            for work in _pair(programs, close):
+                work.guarded(work.time, **options)
+    finally:
+        gc.enable()
+    return {name: _fastest(own) for name, own in programs.items()}
 
 
-def _contenders(own: list[_Entry]) -> list[_Entry]:
+def _contenders(own: Iterable[Work]) -> list[Work]:
     """Return the variants of a program that may still be its fastest."""
-    own = [entry for entry in own if entry.error is None]
-    if not own or min(len(entry.seconds) for entry in own) < _TRIAL_ROUNDS:
+    own = [work for work in own if work.error is None]
+    if not own or min(len(work.seconds) for work in own) < _TRIAL_ROUNDS:
         return own
-    fastest = min(entry.median for entry in own)
-    return [entry for entry in own if entry.median <= _GIVE_UP * fastest]
+    fastest = min(work.median for work in own)
+    return [work for work in own if work.median <= _GIVE_UP * fastest]
 
 
-def _fastest(own: Any) -> _Entry | None:
-    timed = [entry for entry in own if entry.error is None and entry.seconds]
-    return min(timed, key=lambda entry: entry.median, default=None)
-
-
-def _pair(best: Mapping[str, _Entry], close: Close | None) -> list[_Entry]:
-    """Return the subject and the best other, where they are close and have had too few rounds."""
-    if close is None or close.subject not in best or len(best) < 2:
-        return []
-    subject = best[close.subject]
-    other = min((entry for name, entry in best.items() if name != close.subject), key=lambda e: e.median)
-    if not close.low <= other.median / subject.median <= close.high:
-        return []
-    pair = [entry for entry in (subject, other) if len(entry.seconds) < _CLOSE_ROUNDS]
-    return [entry for entry in pair if entry.error is None]
-
-
-def _rounds(own: Mapping[str, _Entry]) -> Rounds | Exception:
-    entry = _fastest(own.values())
-    if entry is None:
-        return next(entry.error or RuntimeError("it was not timed") for entry in own.values())
-    info = dict(entry.work.info)
+def _fastest(own: Variants) -> Work:
+    variant, found = min(own.items(), key=lambda item: item[1].median)
     if len(own) > 1:
-        info["variant"] = next(variant for variant, other in own.items() if other is entry)
-        info["variants"] = {variant: other.median for variant, other in own.items() if other.seconds}
-    if failed := {variant: f"{other.error}" for variant, other in own.items() if other.error is not None}:
-        info["failed variants"] = failed
-    return Rounds(tuple(entry.seconds), info)
+        found.info |= {"variant": variant, "variants": {name: work.median for name, work in own.items()}}
+        found.info["failed variants"] = {name: f"{w.error}" for name, w in own.items() if w.error is not None}
+    return found
+
+
+def _pair(programs: Mapping[str, Variants], close: str | None) -> list[Work]:
+    """Return the subject and the best other, where they are close and have had too few rounds."""
+    best = {name: _fastest(own) for name, own in programs.items()}
+    others = [work for name, work in best.items() if name != close]
+    if close not in best or not others:
+        return []
+    pair = best[close], min(others, key=lambda work: work.median)
+    is_close = _CLOSE[0] <= pair[1].median / pair[0].median <= _CLOSE[1]
+    return [work for work in pair if is_close and len(work.seconds) < _CLOSE_ROUNDS]

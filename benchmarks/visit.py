@@ -90,13 +90,10 @@ class Visit:
 
     folder: Path
 
-    @property
-    def _path(self) -> Path:
-        return self.folder / "steps.json"
-
     def done(self) -> dict[str, dict[str, Any]]:
         """Return what became of each step that has been run."""
-        found: dict[str, dict[str, Any]] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        path = self.folder / "steps.json"
+        found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
         return found
 
     def go(self, plan: Sequence[Step], seconds: float) -> bool:
@@ -108,32 +105,30 @@ class Visit:
             if done.get(step.name, {}).get("ended"):
                 continue
             left = min(step.seconds, end - time.monotonic())
+            outcome: dict[str, Any] = {
+                "state": "not begun",
+                "ended": False,
+                "seconds": 0.0,
+                "note": "time was over",
+            }
             if not step.command:
-                outcome = {"state": "left out", "ended": True, "seconds": 0.0, "note": "its tool isn't there"}
-            elif left < _LEAST_SECONDS:
-                outcome = {"state": "not begun", "ended": False, "seconds": 0.0, "note": "time was over"}
-            else:
+                outcome |= {"state": "left out", "ended": True, "note": "its tool isn't there"}
+            elif left >= _LEAST_SECONDS:
                 outcome = self._run(step, left)
             sys.stdout.write(
                 f"{step.name}: {outcome['state']}, {outcome['seconds']:.0f} s; {outcome['note']}\n"
             )
             sys.stdout.flush()
-            self._path.write_text(json.dumps(done | {step.name: outcome}, indent=1))
+            (self.folder / "steps.json").write_text(json.dumps(done | {step.name: outcome}, indent=1))
         return all(outcome["state"] in ("done", "left out") for outcome in self.done().values())
 
     def _run(self, step: Step, seconds: float) -> dict[str, Any]:
-        started = time.monotonic()
+        started, code = time.monotonic(), None
         log = self.folder / f"{step.name}.log"
+        environment = os.environ | dict(step.environment)
         with log.open("w") as file:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env=os.environ | dict(step.environment),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            code: int | None = None
+            streams: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            process = subprocess.Popen(step.command, cwd=ROOT, env=environment, **streams)
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(seconds)
             # with all that it has started
@@ -141,49 +136,26 @@ class Visit:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         state = (
-            f"cut off after {seconds:.0f} s"
-            if code is None
-            else "done"
-            if code == 0
-            else f"failed with {code}"
+            f"cut off after {seconds:.0f} s" if code is None else f"failed with {code}" if code else "done"
         )
-        lines = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
-        note = _counts(self.folder / "tests.xml") if step.name == "tests" else lines[-1].strip("= ")
-        return {
-            "state": state,
-            "ended": code is not None,
-            "seconds": time.monotonic() - started,
-            "note": note[:200],
-        }
+        *_, note = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
+        note += failed_tests(self.folder / f"{step.name}.xml")
+        lasted = time.monotonic() - started
+        return {"state": state, "ended": code is not None, "seconds": lasted, "note": note.strip("= ")[:300]}
 
     def lines(self, session: dict[str, Any]) -> list[str]:
         """Return the lines of all that the visit has found."""
-        found = [json.dumps(session)]
-        for name in BENCHMARKS:
-            path = self.folder / f"{name}.jsonl"
-            found += path.read_text().splitlines() if path.exists() else []
-        return found + [
-            json.dumps({"kind": "step", "name": name} | outcome) for name, outcome in self.done().items()
-        ]
+        paths = [path for name in BENCHMARKS if (path := self.folder / f"{name}.jsonl").exists()]
+        found = [json.dumps(session), *(line for path in paths for line in path.read_text().splitlines())]
+        steps = self.done().items()
+        return found + [json.dumps({"kind": "step", "name": name} | outcome) for name, outcome in steps]
 
 
-def _counts(path: Path) -> str:
-    """Return how many tests passed, failed and were skipped, from JUnit's XML."""
-    if not path.exists():
-        return "no test was finished"
-    suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
-    total = {
-        key: sum(int(suite.get(key, 0)) for suite in suites)
-        for key in ("tests", "failures", "errors", "skipped")
-    }
-    failed = [
-        case.get("name", "")
-        for case in ElementTree.parse(path).getroot().iter("testcase")
-        if len(case.findall("failure"))
-    ]
-    passed = total["tests"] - total["failures"] - total["errors"] - total["skipped"]
-    words = f"{passed} passed, {total['failures'] + total['errors']} failed, {total['skipped']} skipped"
-    return words + (f": {', '.join(failed)}" if failed else "")
+def failed_tests(path: Path) -> str:
+    """Return the names of the tests that failed, from JUnit's XML where there is any."""
+    cases = ElementTree.parse(path).getroot().iter("testcase") if path.exists() else ()
+    failed = [case.get("name", "") for case in cases if case.findall("failure") or case.findall("error")]
+    return f"; failed: {', '.join(failed)}" if failed else ""
 
 
 def compile_kernels(*, few: bool) -> str:

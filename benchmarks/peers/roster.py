@@ -10,25 +10,8 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks.peers import names
 from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer, ProgramTrainer
-from benchmarks.peers.names import (
-    COMPILE,
-    CONCISE,
-    DROP_IN,
-    EAGER,
-    FIT,
-    FIT_FLOATS,
-    FIT_LOOP,
-    GRAPH_EPOCH,
-    GRAPH_STEP,
-    JAX,
-    MEDIUM,
-    SCRATCH,
-    SGD_CLASSIFIER,
-    SKLEARN,
-    TEXTBOOK,
-    TEXTBOOK_WORKERS,
-)
 from benchmarks.peers.problem import Problem, Trainer
 from benchmarks.peers.torch_epochs import (
     CompiledStepTrainer,
@@ -40,22 +23,15 @@ from benchmarks.peers.torch_epochs import (
 from benchmarks.setup import REDUCED_PRECISION, Setup, cpu_features
 
 Make = Callable[[Problem, torch.dtype], Trainer]
+_INSTALL = "isn't installed: pip install -e '.[bench]'"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to train a problem.
+    """A way to train a problem: what makes its Trainer, in variants, and how it is held to parity.
 
-    Attributes
-    ----------
-    variants : mapping of str to callable
-        Makes its Trainer from a problem and a dtype.
-    has_float64 : bool
-        Whether it is held to parity in float64 too.
-    has_parity : bool
-        False for another algorithm or precision, which is shown for the sense of it.
-    gate_epochs : int, optional
-        Of the gate's run in float32, where it is slow.
+    A program without parity is another algorithm or precision, shown for the sense of it; one without float64 would
+    take too long in it, or has none; the gate of a slow one trains fewer epochs.
     """
 
     variants: Mapping[str, Make]
@@ -64,53 +40,43 @@ class Peer:
     gate_epochs: int | None = None
 
 
-def names(model: str, setup: Setup) -> list[str]:
-    """Return the programs of one of the three models."""
-    found = [FIT, *[FIT_FLOATS] * (model != "linear"), FIT_LOOP, DROP_IN, SCRATCH, CONCISE, EAGER, JAX]
+def programs(model: str, setup: Setup) -> list[str]:
+    """Return the names of the programs of one of the three models."""
+    images = model != "linear"
+    found = [names.FIT, *[names.FIT_FLOATS] * images, names.FIT_LOOP, names.DROP_IN, names.SCRATCH]
+    found += [names.CONCISE, names.EAGER, names.JAX]
+    reduces = setup.cuda or any(name in cpu_features() for name in REDUCED_PRECISION)
+    found += [names.MEDIUM] * (images and reduces)
     if setup.cuda:
-        return [*found, GRAPH_STEP, GRAPH_EPOCH, COMPILE, *[MEDIUM] * (model != "linear")]
+        return [*found, names.GRAPH_STEP, names.GRAPH_EPOCH, names.COMPILE]
     # compiling takes long
-    found += [COMPILE] * (not setup.small or model == "linear")
-    found += [SKLEARN, *[SGD_CLASSIFIER] * (model == "softmax"), TEXTBOOK]
-    if model != "linear":
-        found += [TEXTBOOK_WORKERS] * (not setup.small)
-        found += [MEDIUM] * any(name in cpu_features() for name in REDUCED_PRECISION)
-    return found
+    found += [names.COMPILE] * (not setup.small or not images)
+    found += [names.SKLEARN, *[names.SGD_CLASSIFIER] * (model == "softmax"), names.TEXTBOOK]
+    return found + [names.TEXTBOOK_WORKERS] * (images and not setup.small)
 
 
 def peer(name: str, problem: Problem, setup: Setup) -> Peer:
     """Return a program by its name; where its package is missing the test is skipped."""
+    textbook = partial(Peer, has_float64=False, gate_epochs=1)
     makes: dict[str, Callable[[], Peer]] = {
-        FIT: lambda: Peer({"": FitTrainer}),
-        FIT_FLOATS: lambda: Peer({"": partial(FitTrainer, floats=True)}),
-        FIT_LOOP: lambda: Peer({"": partial(FitTrainer, compiled=False)}),
-        DROP_IN: lambda: Peer({"": DropInTrainer}),
-        SCRATCH: lambda: Peer({"": partial(ProgramTrainer, impl="scratch")}),
-        CONCISE: lambda: Peer({"": partial(ProgramTrainer, impl="concise")}),
-        EAGER: lambda: Peer(eager_variants(setup)),
-        JAX: lambda: _jax(problem, setup),
-        COMPILE: lambda: _compiled(problem, setup),
-        GRAPH_STEP: lambda: _graphs(setup, whole_epoch=False),
-        GRAPH_EPOCH: lambda: _graphs(setup, whole_epoch=True),
-        SKLEARN: _sklearn,
-        SGD_CLASSIFIER: _sgd_classifier,
-        TEXTBOOK: lambda: Peer({"": TextbookTrainer}, has_float64=False, gate_epochs=1),
-        TEXTBOOK_WORKERS: lambda: Peer(
-            {"": partial(TextbookTrainer, num_workers=2)}, has_float64=False, gate_epochs=1
-        ),
-        MEDIUM: lambda: Peer({"": MediumTrainer}, has_parity=False),
+        names.FIT: lambda: Peer({"": FitTrainer}),
+        names.FIT_FLOATS: lambda: Peer({"": partial(FitTrainer, floats=True)}),
+        names.FIT_LOOP: lambda: Peer({"": partial(FitTrainer, compiled=False)}),
+        names.DROP_IN: lambda: Peer({"": DropInTrainer}),
+        names.SCRATCH: lambda: Peer({"": partial(ProgramTrainer, impl="scratch")}),
+        names.CONCISE: lambda: Peer({"": partial(ProgramTrainer, impl="concise")}),
+        names.EAGER: lambda: Peer(eager_variants(setup)),
+        names.MEDIUM: lambda: Peer({"": MediumTrainer}, has_parity=False),
+        names.JAX: lambda: Peer(jax_variants(problem, setup)),
+        names.COMPILE: lambda: Peer(_compiled_variants(problem, setup), has_float64=False),
+        names.GRAPH_STEP: lambda: Peer(_graph_variants(setup, whole_epoch=False), has_float64=False),
+        names.GRAPH_EPOCH: lambda: Peer(_graph_variants(setup, whole_epoch=True), has_float64=False),
+        names.SKLEARN: lambda: Peer({"": _sklearn("MLPTrainer")}),
+        names.SGD_CLASSIFIER: lambda: Peer({"": _sklearn("SGDClassifierTrainer")}, has_parity=False),
+        names.TEXTBOOK: lambda: textbook({"": TextbookTrainer}),
+        names.TEXTBOOK_WORKERS: lambda: textbook({"": partial(TextbookTrainer, num_workers=2)}),
     }
     return makes[name]()
-
-
-def eager_variants(setup: Setup) -> dict[str, Make]:
-    """Return torch eager with each of SGD's implementations."""
-    variants: dict[str, Make] = {
-        "SGD": partial(EagerTrainer, foreach=False),
-        "SGD(foreach=True)": partial(EagerTrainer, foreach=True),
-        "SGD(fused=True)": partial(EagerTrainer, fused=True),
-    }
-    return _first(variants, setup)
 
 
 def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
@@ -118,63 +84,53 @@ def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
     return dict(list(variants.items())[: 1 if setup.small else None])
 
 
-def _compiled(problem: Problem, setup: Setup) -> Peer:
+def eager_variants(setup: Setup) -> dict[str, Make]:
+    """Return torch eager with each of SGD's implementations."""
+    foreach, fused = partial(EagerTrainer, foreach=True), partial(EagerTrainer, fused=True)
+    return _first({"SGD": EagerTrainer, "SGD(foreach=True)": foreach, "SGD(fused=True)": fused}, setup)
+
+
+def _compiled_variants(problem: Problem, setup: Setup) -> dict[str, Make]:
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("there is no C++ compiler")
-    variants: dict[str, Make] = {}
     if setup.cuda:
-        pytest.importorskip("triton", reason="triton is not installed") if not setup.rehearse else None
-        for mode in ("reduce-overhead", "max-autotune"):
-            variants[mode] = partial(CompiledStepTrainer, mode=mode)
-    else:
-        unrolled = 2 if setup.small else 5 if problem.classifies else 20
-        variants[f"{unrolled} steps unrolled"] = partial(CompiledStepTrainer, unrolled=unrolled)
-        variants["step by step"] = CompiledStepTrainer
-        if problem.classifies:
-            variants["max-autotune"] = partial(CompiledStepTrainer, mode="max-autotune")
-    # a second compilation for float64 would take as long again
-    return Peer(_first(variants, setup), has_float64=False)
+        modes = ("reduce-overhead", "max-autotune")
+        return _first({mode: partial(CompiledStepTrainer, mode=mode) for mode in modes}, setup)
+    unrolled = 2 if setup.small else 5 if problem.classifies else 20
+    variants: dict[str, Make] = {
+        f"{unrolled} steps unrolled": partial(CompiledStepTrainer, unrolled=unrolled)
+    }
+    variants["step by step"] = CompiledStepTrainer
+    if problem.classifies:
+        variants["max-autotune"] = partial(CompiledStepTrainer, mode="max-autotune")
+    return _first(variants, setup)
 
 
-def _graphs(setup: Setup, *, whole_epoch: bool) -> Peer:
-    variants: dict[str, Make] = {}
-    for name, fused in (("SGD", None), ("fused SGD", True)):
-        variants[name] = partial(GraphTrainer, device=setup.device, whole_epoch=whole_epoch, fused=fused)
-    return Peer(_first(variants, setup), has_float64=False)
+def _graph_variants(setup: Setup, *, whole_epoch: bool) -> dict[str, Make]:
+    make = partial(GraphTrainer, device=setup.device, whole_epoch=whole_epoch)
+    return _first({"fused SGD": partial(make, fused=True), "SGD": make}, setup)
 
 
-def _jax(problem: Problem, setup: Setup) -> Peer:
-    jax = pytest.importorskip("jax", reason="jax is not installed: pip install -e '.[bench]'")
+def jax_variants(problem: Problem, setup: Setup, unrolls: tuple[int, ...] = (1, 2)) -> dict[str, Make]:
+    """Return JAX's scan with the gather in and before it, on uint8 images and on floats, and unrolled."""
+    jax = pytest.importorskip("jax", reason=f"jax {_INSTALL}")
     if setup.cuda and not setup.rehearse and jax.default_backend() != "gpu":
         pytest.skip(f"JAX's backend is {jax.default_backend()}, not gpu")
-    return Peer(_first(jax_variants(problem, most=not setup.cuda), setup))
-
-
-def jax_variants(problem: Problem, *, most: bool = True) -> dict[str, Make]:
-    """Return JAX's scan with the gather in and before it; with most, also uint8 images and an unrolled loop."""
     from benchmarks.peers.jax_epochs import JaxTrainer
 
     variants: dict[str, Make] = {}
     for gather_first in (False, True):
-        for pixels in (False, True) if most and problem.X.dtype == torch.uint8 else (False,):
-            for unroll in (1, 2) if most else (1,):
-                words = ["gather before the scan" if gather_first else "gather in the scan"]
-                words += ["uint8"] * pixels + [f"unroll {unroll}"] * (unroll > 1)
-                variants[", ".join(words)] = partial(
-                    JaxTrainer, gather_first=gather_first, pixels=pixels, unroll=unroll
-                )
-    return variants
+        for pixels in (False, True) if problem.X.dtype == torch.uint8 else (False,):
+            for unroll in unrolls:
+                where = "before" if gather_first else "in"
+                name = f"gather {where} the scan" + ", uint8" * pixels + f", unroll {unroll}"
+                variants[name] = partial(JaxTrainer, gather_first=gather_first, pixels=pixels, unroll=unroll)
+    return _first(variants, setup)
 
 
-def _sklearn() -> Peer:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[bench]'")
-    from benchmarks.peers.sklearn_epochs import MLPTrainer
+def _sklearn(trainer: str) -> Make:
+    pytest.importorskip("sklearn", reason=f"scikit-learn {_INSTALL}")
+    from benchmarks.peers import sklearn_epochs
 
-    return Peer({"": MLPTrainer})
-
-
-def _sgd_classifier() -> Peer:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[bench]'")
-    from benchmarks.peers.sklearn_epochs import SGDClassifierTrainer
-
-    return Peer({"": SGDClassifierTrainer}, has_parity=False)
+    make: Make = getattr(sklearn_epochs, trainer)
+    return make

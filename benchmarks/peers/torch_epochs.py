@@ -1,4 +1,4 @@
-"""Torch's programs for a whole run: eager and compiled with the data in memory, and the textbook's loop."""
+"""Torch's programs for a whole run: eager, compiled and captured, with the data in memory, and the textbook's loop."""
 
 from __future__ import annotations
 
@@ -21,16 +21,8 @@ from fastdl.reference.textbook import Program
 class EagerTrainer:
     """A Python loop over float batches that ``index_select`` takes from memory.
 
-    It keeps the loss of each step as a tensor, and counts no accuracy.
-
-    Parameters
-    ----------
-    problem : Problem
-    dtype : torch.dtype
-    row_order : torch.Generator, optional
-        Shuffles the rows within each batch, which changes nothing but the rounding.
-    foreach, fused : bool, optional
-        Of ``torch.optim.SGD``.
+    It keeps the loss of each step as a tensor, and counts no accuracy. A generator `row_order` shuffles the rows
+    within each batch, which changes nothing but the rounding; `foreach` and `fused` are ``torch.optim.SGD``'s.
     """
 
     def __init__(
@@ -65,12 +57,11 @@ class EagerTrainer:
         """Train on; return each epoch's mean loss."""
         means = []
         for _ in range(num_epochs):
-            pieces = data.order(len(self.X), self.order).split(self.batch_size)
+            order = data.order(len(self.X), self.order)
             if self.row_order is not None:
-                pieces = tuple(
-                    piece[torch.randperm(len(piece), generator=self.row_order)] for piece in pieces
-                )
-            means.append(float(self.epoch(torch.cat(pieces).to(self.X.device))))
+                pieces = order.split(self.batch_size)
+                order = torch.cat([p[torch.randperm(len(p), generator=self.row_order)] for p in pieces])
+            means.append(float(self.epoch(order.to(self.X.device))))
         return means
 
     def epoch(self, order: Tensor) -> Tensor:
@@ -84,7 +75,7 @@ class EagerTrainer:
 
 
 class MediumTrainer(EagerTrainer):
-    """The same loop, with torch free to round the factors of a product to bfloat16."""
+    """The same loop, with torch free to round the factors of a product to bfloat16, or to TF32 on a GPU."""
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
@@ -97,19 +88,10 @@ class MediumTrainer(EagerTrainer):
 
 
 class CompiledStepTrainer(EagerTrainer):
-    """The same loop with whole steps compiled: gather, forward, loss, gradients, update.
+    """The same loop with so many unrolled steps compiled as one: gather, forward, loss, gradients, update.
 
     A step is a function (``torch.func.grad_and_value``), which leaves one graph and no autograd engine. The losses
     are summed within: the result of a step that is replayed as a CUDA graph would have to be copied.
-
-    Parameters
-    ----------
-    problem : Problem
-    dtype : torch.dtype
-    unrolled : int
-        Steps in one compiled call, unrolled.
-    mode : str, optional
-        Of ``torch.compile``.
     """
 
     def __init__(
@@ -152,18 +134,9 @@ class CompiledStepTrainer(EagerTrainer):
 
 
 class GraphTrainer(EagerTrainer):
-    """The eager loop's work, captured in a CUDA graph and replayed.
+    """The eager loop's work, captured in a CUDA graph of a step or of an epoch, and replayed.
 
-    Parameters
-    ----------
-    problem : Problem
-    dtype : torch.dtype
-    device : Cpu
-        What captures.
-    whole_epoch : bool
-        One graph of an epoch, else of a step; a last batch that is smaller then is an eager step.
-    fused : bool, optional
-        Of ``torch.optim.SGD``.
+    Beside the graph of a step, a last batch that is smaller is an eager step.
     """
 
     def __init__(
@@ -202,24 +175,23 @@ class GraphTrainer(EagerTrainer):
 
 
 class TextbookTrainer:
-    """The textbook's loop: a DataLoader item by item, and the loss and the accuracy of each step.
+    """The textbook's loop in float32: a DataLoader item by item, and the loss and the accuracy of each step.
 
-    Parameters
-    ----------
-    problem : Problem
-        With a loader.
-    dtype : torch.dtype
-        The loader's: float32.
-    num_workers : int
-        Processes that load, started once and kept; 0 loads in the loop itself, as is the default.
+    So many processes load, started once and kept; with 0 the loop itself does, as is the default.
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype, *, num_workers: int = 0) -> None:
         assert problem.loader is not None
         assert dtype == torch.float32
-        self.loader = problem.loader(problem.batch_size, problem.order())
+        self.loader: DataLoader[Any] = problem.loader(problem.batch_size, problem.order())
         if num_workers:
-            self.loader = _with_workers(self.loader, problem.batch_size, num_workers)
+            sampler = self.loader.sampler
+            assert isinstance(sampler, Sampler)
+            # a forked child would inherit the locks of threads that it doesn't have
+            options: Any = {"persistent_workers": True, "multiprocessing_context": "spawn"}
+            self.loader = DataLoader(
+                self.loader.dataset, problem.batch_size, sampler=sampler, num_workers=num_workers, **options
+            )
         net = problem.net(dtype)
         optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
         self.program = Program(net, problem.loss(), optimizer, net.state_dict())
@@ -231,17 +203,3 @@ class TextbookTrainer:
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""
         return vector(self.program.state)
-
-
-def _with_workers(loader: DataLoader[Any], batch_size: int, num_workers: int) -> DataLoader[Any]:
-    sampler = loader.sampler
-    assert isinstance(sampler, Sampler)
-    return DataLoader(
-        loader.dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        persistent_workers=True,
-        # a forked child would inherit the locks of threads that it doesn't have
-        multiprocessing_context="spawn",
-    )
