@@ -1,1 +1,1 @@
-"""fastdl beside its peers: ``pytest benchmarks --benchmark-enable``; ``python -m benchmarks.summary`` writes it up."""
+"""Speed beside peers: ``pytest benchmarks --benchmark-enable``, ``python -m benchmarks.summary``."""

@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass
 class Log:
-    """The lines of a session, if it measures; each is on disk when its test is done, whatever ends the session."""
+    """The lines of a session, if it measures; each is on disk when its test is done."""
 
     path: Path
     setup: Setup | None

@@ -1,4 +1,4 @@
-"""What times: the CPU's clock; a GPU's events and graphs; and the CPU, which stands in for a GPU in a rehearsal."""
+"""What times: the CPU's clock, which stands in for a GPU in a rehearsal; a GPU's events and graphs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Cpu:
         return turns.timed(run)
 
     def host_timed(self, calls: int) -> turns.Timer:
-        """Return a timer of what the host needs to issue a call, none of which is waited for before the last."""
+        """Return a timer of what the host needs to issue a call that nobody waits for."""
 
         def timer(run: Program) -> float:
             self.synchronize()

@@ -1,8 +1,7 @@
 """The parity gate: no figure of a program whose numbers aren't torch's, but an AssertionError.
 
-A whole program is held to torch's by the rule of ``fastdl.reference.parity``, applied after every epoch instead of
-every step, as a program that runs an epoch at a time shows nothing in between. An op is held to it by the rule of
-the tests of the ops.
+A whole program is held to the rule of ``fastdl.reference.parity``, applied after every epoch instead of every
+step, as it shows nothing in between; an op to the rule of the ops' tests.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Gate:
         return checks
 
     def error(self, make: Make) -> dict[str, float]:
-        """Return how far a program without parity is from float64 after an epoch, and torch eager's worst run."""
+        """Return how far a program without parity is from float64 after an epoch, and torch's worst run."""
         own = _errors(_epochs(make(self.problem, torch.float32), 1), self._truth)
         worst = max(run.parameter_rms for run in self._torchs)
         return {"error": own.parameter_rms, "float32's error": worst}
@@ -90,7 +89,7 @@ def _figure(error: float) -> str:
 
 
 def passed(checks: Sequence[Check]) -> str:
-    """Return what stands in the tables: the largest difference in float64, or in float32 where there is none."""
+    """Return what stands in the tables: the largest difference in float64, else in float32."""
     failed = [str(check) for check in checks if not check.passes]
     assert not failed, f"no parity: {'; '.join(failed)}"
     exact = [check.error for check in checks if check.name.startswith("float64")]

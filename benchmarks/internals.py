@@ -1,8 +1,4 @@
-"""The one file that measures behind fastdl's public functions: adapt it where the internals change.
-
-On the CPU: the compiled epoch alone, and the products on one core. On a GPU: products, kernels that memory limits, a
-bare launch, and the compilation of all kernels.
-"""
+"""The one file that measures behind fastdl's public functions: adapt it where the internals change."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ PRODUCTS = ("forward", "grad_input", "grad_weight")
 
 
 def compiled_epoch(problem: Problem) -> Callable[[], float]:
-    """Return what trains an epoch of the compiled program in an order that lies ready, and returns its loss."""
+    """Return what trains an epoch of the compiled program in an order that lies ready, for its loss."""
     net = problem.net(torch.float32)
     optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
     lowered = lower(net, problem.loss(), optimizer, tuple(problem.X.shape[1:]))
@@ -102,7 +98,7 @@ def gpu_products(
 
 @contextmanager
 def most_products(count: int | None) -> Iterator[None]:
-    """Let fastdl's CUDA kernels compute products of at most so many multiply-adds; larger ones are torch's."""
+    """Let fastdl's CUDA kernels compute products of at most so many multiply-adds."""
     before = _cuda.MOST_PRODUCTS, _cuda.MOST_PRODUCTS_BESIDE_TENSOR_CORES
     if count is not None:
         _cuda.MOST_PRODUCTS = _cuda.MOST_PRODUCTS_BESIDE_TENSOR_CORES = count
@@ -134,7 +130,7 @@ def kernel_names() -> list[str]:
 
 
 class Kernel(NamedTuple):
-    """A call that memory limits: its bytes, each input read once and each output written once; and torch's call."""
+    """A call that memory limits: its bytes, each read or written once; fastdl's and torch's."""
 
     num_bytes: float
     ours: Run

@@ -95,7 +95,7 @@ def _loop(num_sums: int, scales_the_sum: bool) -> _Loop:
 
 @cache
 def _fastest_loop() -> tuple[_Loop, int, float]:
-    """Return the fastest loop, the multiply-adds of vectors in a round of it, and the rounds in a second."""
+    """Return the fastest loop, its multiply-adds of vectors in a round, and the rounds in a second."""
     found = []
     for num_sums in _SUMS:
         for scales_the_sum in (True, False):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(program: str, *arguments: str, cache: str | None = None) -> dict[str, Any]:
-    """Run a program of Python, with a folder for the kernels' machine code; return the JSON that it prints."""
+    """Run a program of Python, with a folder for machine code; return the JSON that it prints."""
     # a user's Python keeps the bytecode of what it imports
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     environment = kept | ({} if cache is None else {"FASTDL_CACHE_DIR": cache})

@@ -117,7 +117,7 @@ def cpus(num_threads: int) -> set[int]:
 
 
 def pin_threads(num_threads: int) -> None:
-    """Start Numba's threads, which may change torch's count; set it; let no peer round the factors of a product."""
+    """Start Numba's threads, then set torch's count; let no peer round the factors of a product."""
     import torch
 
     from fastdl import arrays

@@ -2,8 +2,8 @@
 
 From the lines that ``pytest benchmarks --benchmark-enable`` has written it makes, in ``README.md`` and
 ``docs/*.md``, whatever stands between ``<!-- figures: NAME -->`` and ``<!-- end -->``, and the pictures in
-``docs/images``. The names are those of `FIGURES`; of a GPU's figures with "gpu-" before them. ``--check`` writes
-nothing, and exits with 1 if a document differs from what the results give.
+``docs/images``. The names are those of `FIGURES`; of a GPU's figures with "gpu-" before them. ``--check``
+writes nothing, and exits with 1 if a document differs from what the results give.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def beside(
 ) -> Callable[[Results], str]:
     """Return what makes a table with a row for each value of the parameters and a column for each program.
 
-    The last column compares the base with the fastest program whose name begins as `against` does, else with all
-    that aren't fastdl's.
+    The last column compares the base with the fastest program whose name begins as `against` does, else with
+    all that aren't fastdl's.
     """
 
     def figure(results: Results) -> str:

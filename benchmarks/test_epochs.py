@@ -26,8 +26,8 @@ from fastdl.reference.textbook import data_loader
 
 CALLS = ("1", "recipe", "100")
 _LONG_CALL, _SMALL_CALLS = 100, {"1": 1, "recipe": 2, "100": 3}
-# A program whose call would take longer trains fewer epochs in it, and says how many; fit alone has a call's own
-# work, so that the number matters to it, and trains all of them.
+# A program whose call would take longer trains fewer epochs in it, and says how many; fit alone has a call's
+# own work, so that the number matters to it, and trains all of them.
 _CALL_SECONDS = 1.5
 _WHOLE_CALLS = (names.FIT, names.FIT_FLOATS)
 # an epoch that takes longer is timed in two rounds
@@ -99,7 +99,6 @@ def lineup(model: Model, setup: Setup) -> Lineup:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every program of every model, for each length of a call."""
     setup = metafunc.config.stash[SETUP]
     if metafunc.function is test_epoch:
         calls = CALLS if setup.rehearse or not setup.small else CALLS[:1]

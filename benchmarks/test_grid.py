@@ -36,7 +36,6 @@ _SHORT_CALL_SECONDS, _CALL_ROUNDS = 0.05, 5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every cell; on a GPU others."""
     setup = metafunc.config.stash[SETUP]
     sizes: tuple[tuple[int, ...], ...] = (DEPTHS, WIDTHS, BATCHES)
     if setup.small:

@@ -67,7 +67,6 @@ def neighbours() -> Iterator[Neighbours]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each work, by fastdl and torch, beside each number of neighbours."""
     setup = metafunc.config.stash[SETUP]
     counts = NEIGHBOURS if setup.rehearse or not setup.small else (0, 2)
     programs = [f"{name}, beside {count}" for name in ("fastdl", "torch eager") for count in counts]

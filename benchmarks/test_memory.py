@@ -55,7 +55,6 @@ print(json.dumps({"first call": first, "training": training, "data": X.nbytes,
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Both classifiers, compiled and not."""
     setup = metafunc.config.stash[SETUP]
     metafunc.parametrize("program", list(PROGRAMS)[: 1 if setup.small else None])
     metafunc.parametrize("model", list(_HIDDENS)[: 1 if setup.small else None])

@@ -1,4 +1,4 @@
-"""Each op: forward, without grad mode, backward, and all of it, beside torch eager; on a GPU its two halves too."""
+"""Each op: forward, without grad mode, backward, and all of it, beside torch eager."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ _CALLS, _SMALL_CALLS, _ROUNDS = 400, 3, 5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every op in every mode; on a GPU in every precision."""
     setup = metafunc.config.stash[SETUP]
     # the CPU's kernels, in a rehearsal, have no half precision
     precisions = list(PRECISIONS)[: 2 if setup.rehearse else None] if setup.cuda else ["float32"]

@@ -26,7 +26,6 @@ _ROUNDS = 5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every shape, on one core and on all; on a GPU in every precision."""
     setup = metafunc.config.stash[SETUP]
     metafunc.parametrize("product", PRODUCTS)
     if metafunc.function is test_product:
@@ -48,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.only("cpu")
 def test_product(turns: Turns, setup: Setup, threads: int, shape: tuple[int, int, int], product: str) -> None:
-    """Time a product on operands that are warm; fastdl's adds the bias or sums its gradient, torch's doesn't."""
+    """Time a product on warm operands; fastdl's adds the bias or sums its gradient, torch's doesn't."""
 
     def make(name: str) -> Work:
         torch.set_num_threads(threads)
@@ -72,7 +71,7 @@ def test_product(turns: Turns, setup: Setup, threads: int, shape: tuple[int, int
 
 @pytest.mark.only("cuda")
 def test_gpu_product(turns: Turns, setup: Setup, precision: str, size: tuple[int, int], product: str) -> None:
-    """Time a product with its ReLU: by fastdl's kernel, by cuBLAS with fastdl's around it, by the op's choice."""
+    """Time a product with its ReLU: by fastdl's kernel, by cuBLAS and fastdl's, by the op's choice."""
     block = PRECISIONS[precision]
     width, batch = size
 

@@ -1,4 +1,4 @@
-"""What a fresh process pays: the import, the first call of `fit`, the first step of a loop, cold and warm cache."""
+"""What a fresh process pays: the import, the first call of `fit`, the first step of a loop."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _STEP = (
     "net = fastdl.accelerate(net, report=None); optimizer = fastdl.optim.SGD(net.parameters(), lr=0.1); "
     "fastdl.nn.CrossEntropyLoss()(net(X / 255), y).backward(); optimizer.step()"
 )
-# The clock starts where a program of torch alone would start to train: after `import torch`, and after its first
-# optimizer, which imports torch's compiler.
+# The clock starts where a program of torch alone would start to train: after its first optimizer, which imports
+# torch's compiler.
 _PROGRAM = """
 import json, time
 begun = time.perf_counter()
@@ -49,7 +49,6 @@ print(json.dumps(figures | {{"seconds": ended - started}}))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Each first call, with an empty and with a filled cache."""
     setup = metafunc.config.stash[SETUP]
     calls = ["fit linear", "fit softmax", "fit mlp", "step mlp"]
     # compiling everything is no quick look: the cache that is there has most of it

@@ -20,7 +20,6 @@ _WARM_UP_STEPS = 3
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every model; on a GPU in three precisions, and captured in graphs."""
     setup = metafunc.config.stash[SETUP]
     programs = [names.MODULES, names.ACCELERATED, names.EAGER, names.FUSED]
     programs += [names.CAPTURED, names.TORCH_CAPTURED] if setup.cuda else [names.COMPILE] * (not setup.small)

@@ -27,7 +27,6 @@ def names(threads: int) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Both programs of both classifiers."""
     setup = metafunc.config.stash[SETUP]
     metafunc.parametrize("program", names(setup.threads))
     metafunc.parametrize("model", ["softmax"] if setup.small else ["softmax", "mlp"])

@@ -1,12 +1,9 @@
 """A visit to a GPU in one command and less than eight minutes: ``python -m benchmarks.visit``.
 
-It compiles the kernels, runs the `gpu` tests, runs them again at small sizes under compute-sanitizer, and then each
-benchmark file, every step in a process and a time of its own. What is done is not done again by a second call; a
-benchmark file that was cut off goes on where it was. ``--rehearse`` goes through all of it with the CPU in the GPU's
-place, at next to no size.
+It compiles the kernels, runs the `gpu` tests, some of them again under compute-sanitizer, and then each benchmark
+file, every step in a process and a time of its own. A second call goes on where the first was cut off.
 
-It exits with 0 when all went well, 1 when a step failed or time ran out, 3 when there is no GPU that the kernels can
-use.
+It exits with 0 when all went well, 1 when a step failed or time ran out, 3 without a GPU that the kernels can use.
 """
 
 from __future__ import annotations

@@ -18,19 +18,9 @@ from fastdl import data
 class JaxTrainer:
     """``jit`` of a ``scan`` over the epoch, the parameters donated, products in full float32.
 
-    The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s,
-    drawn by torch: JAX's own permutation sorts, which takes longer.
-
-    Parameters
-    ----------
-    problem, dtype
-        As of every Trainer.
-    gather_first : bool
-        Gather the whole epoch before the scan, else each batch within it.
-    pixels : bool
-        Hold images as uint8 and convert each batch, else as floating point.
-    unroll : int
-        Steps in the body of the scan's loop.
+    The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s, drawn
+    by torch: JAX's own permutation sorts, which takes longer. The whole epoch is gathered before the scan, or each
+    batch within it; images are floats, or uint8 pixels that each batch converts; the scan's loop is unrolled.
     """
 
     def __init__(
@@ -38,7 +28,7 @@ class JaxTrainer:
         problem: Problem,
         dtype: torch.dtype,
         *,
-        gather_first: bool = False,
+        gather_first: bool,
         pixels: bool = False,
         unroll: int = 1,
     ) -> None:
@@ -68,7 +58,7 @@ class JaxTrainer:
             return [float(mean) for mean in means]
 
     def in_one_order(self) -> Callable[[], float]:
-        """Return what trains an epoch in an order that lies in memory, the scan alone, and returns its loss."""
+        """Return what trains an epoch in an order that lies in memory, the scan alone, for its loss."""
         order = jnp.asarray(self._order())
 
         def epoch() -> float:

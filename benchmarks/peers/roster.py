@@ -1,4 +1,4 @@
-"""Which programs train a problem for whole epochs, by name; of several variants the fastest is the program."""
+"""Which programs train a problem for whole epochs, by name, in variants of which the fastest counts."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ _INSTALL = "isn't installed: pip install -e '.[bench]'"
 class Peer:
     """A way to train a problem: what makes its Trainer, in variants, and how it is held to parity.
 
-    A program without parity is another algorithm or precision, shown for the sense of it; one without float64 would
-    take too long in it, or has none; the gate of a slow one trains fewer epochs.
+    Without parity it is another algorithm or precision, shown for the sense of it.
     """
 
     variants: Mapping[str, Make]

@@ -1,4 +1,4 @@
-"""Torch's programs for a whole run: eager, compiled and captured, with the data in memory, and the textbook's loop."""
+"""Torch's programs for a whole run: eager, compiled and captured, and the textbook's loop."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fastdl.reference.textbook import Program
 class EagerTrainer:
     """A Python loop over float batches that ``index_select`` takes from memory.
 
-    It keeps the loss of each step as a tensor, and counts no accuracy. A generator `row_order` shuffles the rows
-    within each batch, which changes nothing but the rounding; `foreach` and `fused` are ``torch.optim.SGD``'s.
+    It keeps the loss of each step as a tensor, and counts no accuracy. `row_order` shuffles the rows within each
+    batch, which changes nothing but the rounding.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class MediumTrainer(EagerTrainer):
 class CompiledStepTrainer(EagerTrainer):
     """The same loop with so many unrolled steps compiled as one: gather, forward, loss, gradients, update.
 
-    A step is a function (``torch.func.grad_and_value``), which leaves one graph and no autograd engine. The losses
-    are summed within: the result of a step that is replayed as a CUDA graph would have to be copied.
+    A step is a function (``torch.func.grad_and_value``), which leaves one graph and no autograd engine. The
+    losses are summed within: the result of a CUDA graph would have to be copied.
     """
 
     def __init__(

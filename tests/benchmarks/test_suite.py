@@ -55,7 +55,7 @@ def test_each_finished_test_has_a_line_and_a_resumed_run_leaves_it_out(tmp_path)
     assert "1 passed" in resumed.stdout
 
 
-def test_a_program_without_parity_has_no_figure_but_a_reason(tmp_path):
+def test_a_program_without_parity_has_no_figure_but_a_reason(tmp_path, monkeypatch):
     path = tmp_path / "cpu.jsonl"
     test = tmp_path / "wrong.py"
     test.write_text(
@@ -64,11 +64,8 @@ def test_a_program_without_parity_has_no_figure_but_a_reason(tmp_path):
         "functional.mse_loss = lambda x, y: 1.1 * mse_loss(x, y)\n"
     )
     options = ("--benchmark-enable", "--rehearse", "--jsonl", path, "-k", "mse_loss and full")
-    finished = subprocess.run(
-        [sys.executable, "-c", f"exec(open({str(test)!r}).read()); import pytest; raise SystemExit(pytest.main("
-         f"{['-p', 'no:cacheprovider', '-q', 'benchmarks/test_ops.py', *map(str, options)]!r}))"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    finished = run("-p", "wrong", "benchmarks/test_ops.py", *options)
     assert finished.returncode == 1, finished.stdout
     kinds = [json.loads(line) for line in path.read_text().splitlines()]
     assert {line["kind"] for line in kinds} == {"session", "failed"}

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no CUDA kernel was compiled")
 
-from tests import compile_report
 from fastdl.kernels.cuda.launch import KERNELS
+from tests import compile_report
 
 if compile_report.disassembler() is None:
     pytest.skip("nvdisasm is not installed: no CUDA kernel was disassembled", allow_module_level=True)

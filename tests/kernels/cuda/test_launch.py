@@ -16,10 +16,10 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no launch
 
 from cuda.core._kernel_arg_handler import ParamHolder
 
-from tests.compile_report import build
 from fastdl.kernels import cuda as kernels
 from fastdl.kernels.cuda import launch
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
+from tests.compile_report import build
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
