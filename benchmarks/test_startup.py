@@ -26,8 +26,8 @@ _STEP = (
     "net = fastdl.accelerate(net, report=None); optimizer = fastdl.optim.SGD(net.parameters(), lr=0.1); "
     "fastdl.nn.CrossEntropyLoss()(net(X / 255), y).backward(); optimizer.step()"
 )
-# The clock starts where a program of torch alone would start to train: after its first optimizer, which imports
-# torch's compiler.
+# The clock starts where a program of torch alone would start to train: after its first optimizer, which
+# imports torch's compiler.
 _PROGRAM = """
 import json, time
 begun = time.perf_counter()

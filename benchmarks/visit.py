@@ -1,9 +1,8 @@
 """A visit to a GPU in one command and less than eight minutes: ``python -m benchmarks.visit``.
 
-It compiles the kernels, runs the `gpu` tests, some of them again under compute-sanitizer, and then each benchmark
-file, every step in a process and a time of its own. A second call goes on where the first was cut off.
-
-It exits with 0 when all went well, 1 when a step failed or time ran out, 3 without a GPU that the kernels can use.
+It compiles the kernels, runs the `gpu` tests, some of them again under compute-sanitizer, and then each
+benchmark file, every step in a process and a time of its own. A second call goes on where the first was cut
+off. It exits with 0 when all went well, 1 when a step failed or time ran out, 3 without a GPU of use.
 """
 
 from __future__ import annotations

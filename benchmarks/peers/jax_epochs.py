@@ -18,9 +18,9 @@ from fastdl import data
 class JaxTrainer:
     """``jit`` of a ``scan`` over the epoch, the parameters donated, products in full float32.
 
-    The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s, drawn
-    by torch: JAX's own permutation sorts, which takes longer. The whole epoch is gathered before the scan, or each
-    batch within it; images are floats, or uint8 pixels that each batch converts; the scan's loop is unrolled.
+    The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s,
+    drawn by torch: JAX's own permutation sorts, which takes longer. The epoch is gathered before the scan, or
+    each batch within it; images are floats, or uint8 pixels that each batch converts.
     """
 
     def __init__(

@@ -21,8 +21,8 @@ from fastdl.reference.textbook import Program
 class EagerTrainer:
     """A Python loop over float batches that ``index_select`` takes from memory.
 
-    It keeps the loss of each step as a tensor, and counts no accuracy. `row_order` shuffles the rows within each
-    batch, which changes nothing but the rounding.
+    It keeps the loss of each step as a tensor, and counts no accuracy. `row_order` shuffles the rows within
+    each batch, which changes nothing but the rounding.
     """
 
     def __init__(

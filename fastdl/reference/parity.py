@@ -327,7 +327,7 @@ def assert_as_accurate_as_torch(
     scale: float | Tensor | None = None,
     name: str = "result",
 ) -> None:
-    """Apply the rule for one result of an op: its greatest error is at most torch's own, plus a few roundings.
+    """Apply the rule for one result of an op: its error is at most torch's own, plus a few roundings.
 
     Parameters
     ----------
