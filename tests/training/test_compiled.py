@@ -542,11 +542,6 @@ def test_real_fashion_mnist_trains_as_the_loop_does(fashion_mnist_data, seed):
     assert_same((ours, theirs), **FLOAT64)
 
 
-test_real_fashion_mnist_trains_as_the_loop_does = pytest.mark.real_data(
-    test_real_fashion_mnist_trains_as_the_loop_does
-)
-
-
 def test_data_batches_take_rows_in_the_same_order(seed):
     X, y = images(50, 20, 3)
     net, twin = (mlp(20, 30, 3).double() for _ in range(2))

@@ -16,13 +16,13 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no launch
 
 from cuda.core._kernel_arg_handler import ParamHolder
 
-from benchmarks.compile_report import build
 from fastdl.kernels import cuda as kernels
 from fastdl.kernels import disk
 from fastdl.kernels.cuda import launch
 from fastdl.kernels.cuda.head import MOST_OUTPUTS
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
 from fastdl.kernels.options import CrossEntropyOptions, SGDOptions
+from tests.compile_report import build
 
 
 def _at(address):
