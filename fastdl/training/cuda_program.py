@@ -108,13 +108,8 @@ class CudaProgram:
             self._data = self._prepare(X, y, input_scale, batch_size)
             self._lay_out(batch_size)
             self._side = cuda.Stream(self._device)
-        first = lowered.layers[0].module
         self._is_small = (
-            len(lowered.layers) == 1
-            and not lowered.is_classifier
-            and not lowered.layers[0].has_relu
-            and first.in_features <= self._kernels.small.MAX_INPUTS
-            and first.out_features == 1
+            lowered.is_small(self._kernels.small.MAX_INPUTS)
             and batch_size <= self._kernels.small.MAX_ROWS
             and isinstance(self._data.examples, Resident)
         )

@@ -74,6 +74,13 @@ class Lowered:
             *((id(parameter), parameter is not None and parameter.shape) for parameter in parameters),
         )
 
+    def is_small(self, most_inputs: int) -> bool:
+        """Return whether it is one layer of few inputs and one output, with the squared error."""
+        first, *others = self.layers
+        num_outputs, num_inputs = first.module.weight.shape
+        is_one = not (others or self.is_classifier or first.has_relu)
+        return is_one and num_outputs == 1 and num_inputs <= most_inputs
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of every parameter."""
