@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fastdl.torch_private import (
 
 __all__ = ["SGD"]
 
+_options_of = itemgetter(*SGDOptions._fields)
 _NUMBERS = frozenset({float, int})
 # numbers beyond these aren't finite in float32, where torch raises, or round to 0, which takes no part
 _LEAST, _GREATEST = 1e-37, 1e38
@@ -123,7 +125,7 @@ class SGD(torch.optim.SGD):
         ):
             return None
         try:
-            return _options(*[group[key] for key in SGDOptions._fields])
+            return _options(*_options_of(group))
         except TypeError:
             # an array can't be looked up
             return None

@@ -107,8 +107,8 @@ def cross_entropy_backward(
     scaled: Tensor, grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int
 ) -> None:
     """Write grad_loss * grad_logits, row by row."""
-    kernel = cuda_kernels().cross_entropy_backward
-    run(grad_logits, kernel, grad_loss, grad_logits, target, ignore_index, scaled)
+    arguments = grad_loss, grad_logits, target, ignore_index, scaled
+    run(grad_logits, cuda_kernels().cross_entropy_backward, *arguments)
 
 
 def mse_loss_forward(loss: Tensor, input: Tensor, target: Tensor, reduction: str) -> None:
@@ -123,9 +123,8 @@ def mse_loss_backward(
     grad_input: Tensor, grad_loss: Tensor, input: Tensor, target: Tensor, reduction: str
 ) -> None:
     """Write 2 (input - target) grad_loss, over the number of elements for the mean."""
-    kernels = cuda_kernels()
-    code = kernels.reduction.CODES[reduction]
-    run(input, kernels.mse_loss_backward, grad_loss, input, target, code, grad_input)
+    code = cuda_kernels().reduction.CODES[reduction]
+    run(input, cuda_kernels().mse_loss_backward, grad_loss, input, target, code, grad_input)
 
 
 def sgd(table: Sequence[Sequence[int]], like: Tensor, options: SGDOptions) -> None:

@@ -94,8 +94,7 @@ def update(
             address = buffer.data_ptr()
         table += (param.data_ptr(), grad.data_ptr(), address, param.numel(), is_first)
     param = params[0]
-    rows = _checked(tuple(table), param.itemsize)
-    if rows is None:
+    if (rows := _checked(tuple(table), param.itemsize)) is None:
         return False
     if param.is_cuda:
         _cuda.sgd(rows.tolist(), param, options)
