@@ -9,8 +9,8 @@ A product with bytes is three products of integers, each of which is exact, and 
 in float32: ``scale * (65536 sum0 + (256 sum1 + sum2))``. Its bits don't depend on how the work is split.
 
 Digits lie as the tiles read them, ``(columns / 16, depth / DEPTH, NUM_DIGITS, 16, 16, 4)``: a tile of 16
-columns and DEPTH numbers of each, of which four lie side by side. Bytes lie in rows, a multiple of DEPTH
-apart; what lies behind a row's last byte is multiplied by digits that are 0.
+columns and DEPTH numbers of each, of which four lie side by side. So do bytes, ``(depth / DEPTH, rows,
+DEPTH)``; what lies behind a row's last byte is multiplied by digits that are 0.
 
 Floor of a product of N rows, depth K and M columns: ``3 N K M / 16384`` tile products of 16 cycles.
 """
@@ -73,7 +73,7 @@ class Tiles(NamedTuple):
 
 
 class Bytes(NamedTuple):
-    """Rows of bytes, which begin at a cache line and are ``stride`` apart."""
+    """Rows of bytes, DEPTH at a time: byte p of row i is at ``(p // DEPTH * stride + i) * DEPTH + p % DEPTH``."""
 
     storage: Any
     stride: int
@@ -112,15 +112,6 @@ class Digits(NamedTuple):
 def blocks_of(depth):
     """Return how many blocks of DEPTH numbers, the last of which may be incomplete, so many are."""
     return (depth + DEPTH - 1) // DEPTH
-
-
-@inlined_jit
-def line_stride(depth):
-    """Return how many bytes apart rows of so many bytes lie: an odd number of cache lines.
-
-    By a power of 2 all rows of a tile would fall on the same few lines of L1.
-    """
-    return (blocks_of(depth) | 1) * DEPTH
 
 
 @inlined_jit
@@ -271,7 +262,7 @@ def _combine(vectors, output, panel, rows, bias, start, relu, factors, sums):
     vectors.loop(rows, 1, [output, sums], row)
 
 
-def _transpose_lines_block(vectors, source, stride, target, target_stride):
+def _transpose_block(vectors, source, stride, target, target_stride):
     builder = vectors.builder
     lane = ir.VectorType(_BYTE, SIDE)
 
@@ -331,9 +322,9 @@ def combine(typing_context, output, rows, epilogue, factors, factors_at, sums, s
 
 
 @intrinsic
-def transpose_lines_block(typing_context, source, target):
+def transpose_block(typing_context, source, target):
     """Write the transpose of 64 rows of 16 bytes; both are a Matrix with a stride of rows."""
-    return call_of(_transpose_lines_block, source, target)
+    return call_of(_transpose_block, source, target)
 
 
 @inlined_jit
@@ -360,31 +351,20 @@ def find_scales(digits, first, stop, columns, scale):
 
 
 @linked_jit
-def gather_lines(X, order, first, rows, stride, lines):
-    """Copy examples of bytes to rows that are stride apart."""
-    for n in range(rows[0], rows[1]):
-        example = X[order[first + n]]
-        line = lines[n * stride : n * stride + example.size]
-        for i in range(example.size):
-            line[i] = example[i]
+def transpose_bytes(a, count, inputs, transposed):
+    """Write, for some inputs, a row of the bytes of all count rows.
 
-
-@linked_jit
-def transpose_lines(lines, stride, count, inputs, transposed, transposed_stride):
-    """Write the transpose of bytes: a row of count bytes for each of some inputs, in whole tiles of both.
-
-    Inputs are from a multiple of 16, and a row of the transpose begins at input 0.
+    Inputs begin at a multiple of 16 and are done in whole tiles; 64 rows are read at a time.
     """
     for k in range(inputs[0], inputs[1], SIDE):
         for n in range(0, count, DEPTH):
-            transpose_lines_block(
-                Matrix(lines, n * stride + k, stride),
-                Matrix(transposed, k * transposed_stride + n, transposed_stride),
-            )
+            source = (k // DEPTH * a.stride + n) * DEPTH + k % DEPTH
+            target = (n // DEPTH * transposed.stride + k) * DEPTH
+            transpose_block(Matrix(a.storage, source, DEPTH), Matrix(transposed.storage, target, DEPTH))
 
 
 @inlined_jit
-def _sum_pair(tiles, a, a_at, stride, digits, digits_at, blocks):
+def _sum_pair(tiles, a, left, digits, right, blocks):
     """Write the sums of the products of 32 rows with each digit of 16 columns."""
     registers, sums = tiles
     tile_zero(registers, 0)
@@ -393,21 +373,21 @@ def _sum_pair(tiles, a, a_at, stride, digits, digits_at, blocks):
     tile_zero(registers, 3)
     tile_zero(registers, 4)
     tile_zero(registers, 5)
-    for block in range(blocks):
-        left, right = a_at + block * DEPTH, digits_at + block * BLOCK
-        tile_load(registers, 6, a, left, stride)
-        tile_load(registers, 7, digits, right, DEPTH)
+    for _ in range(blocks):
+        tile_load(registers, 6, a.storage, left, DEPTH)
+        tile_load(registers, 7, digits.storage, right, DEPTH)
         tile_multiply(registers, 0, 6, 7)
-        tile_load(registers, 7, digits, right + TILE_BYTES, DEPTH)
+        tile_load(registers, 7, digits.storage, right + TILE_BYTES, DEPTH)
         tile_multiply(registers, 1, 6, 7)
-        tile_load(registers, 7, digits, right + 2 * TILE_BYTES, DEPTH)
+        tile_load(registers, 7, digits.storage, right + 2 * TILE_BYTES, DEPTH)
         tile_multiply(registers, 2, 6, 7)
-        tile_load(registers, 6, a, left + SIDE * stride, stride)
+        tile_load(registers, 6, a.storage, left + TILE_BYTES, DEPTH)
         tile_multiply(registers, 5, 6, 7)
-        tile_load(registers, 7, digits, right + TILE_BYTES, DEPTH)
+        tile_load(registers, 7, digits.storage, right + TILE_BYTES, DEPTH)
         tile_multiply(registers, 4, 6, 7)
-        tile_load(registers, 7, digits, right, DEPTH)
+        tile_load(registers, 7, digits.storage, right, DEPTH)
         tile_multiply(registers, 3, 6, 7)
+        left, right = left + a.stride * DEPTH, right + BLOCK
     tile_store(registers, 0, sums, 0)
     tile_store(registers, 1, sums, PAIR_SUMS)
     tile_store(registers, 2, sums, 2 * PAIR_SUMS)
@@ -417,21 +397,21 @@ def _sum_pair(tiles, a, a_at, stride, digits, digits_at, blocks):
 
 
 @inlined_jit
-def _sum_one(tiles, a, a_at, stride, digits, digits_at, blocks):
+def _sum_one(tiles, a, left, digits, right, blocks):
     """Do what ``_sum_pair`` does for 16 rows."""
     registers, sums = tiles
     tile_zero(registers, 0)
     tile_zero(registers, 1)
     tile_zero(registers, 2)
-    for block in range(blocks):
-        right = digits_at + block * BLOCK
-        tile_load(registers, 6, a, a_at + block * DEPTH, stride)
-        tile_load(registers, 7, digits, right, DEPTH)
+    for _ in range(blocks):
+        tile_load(registers, 6, a.storage, left, DEPTH)
+        tile_load(registers, 7, digits.storage, right, DEPTH)
         tile_multiply(registers, 0, 6, 7)
-        tile_load(registers, 7, digits, right + TILE_BYTES, DEPTH)
+        tile_load(registers, 7, digits.storage, right + TILE_BYTES, DEPTH)
         tile_multiply(registers, 1, 6, 7)
-        tile_load(registers, 7, digits, right + 2 * TILE_BYTES, DEPTH)
+        tile_load(registers, 7, digits.storage, right + 2 * TILE_BYTES, DEPTH)
         tile_multiply(registers, 2, 6, 7)
+        left, right = left + a.stride * DEPTH, right + BLOCK
     tile_store(registers, 0, sums, 0)
     tile_store(registers, 1, sums, PAIR_SUMS)
     tile_store(registers, 2, sums, 2 * PAIR_SUMS)
@@ -464,12 +444,12 @@ def multiply_bytes(tiles, a, rows, digits, columns, blocks, output, epilogue):
             count = min(PAIR, rows[1] - row)
             for first in range(0, blocks, MAX_BLOCKS):
                 last = min(first + MAX_BLOCKS, blocks)
-                left = row * a.stride + first * DEPTH
+                left = (first * a.stride + row) * DEPTH
                 right = (column * digits.blocks + first) * BLOCK
                 if count > SIDE:
-                    _sum_pair(tiles, a.storage, left, a.stride, digits.storage, right, last - first)
+                    _sum_pair(tiles, a, left, digits, right, last - first)
                 else:
-                    _sum_one(tiles, a.storage, left, a.stride, digits.storage, right, last - first)
+                    _sum_one(tiles, a, left, digits, right, last - first)
                 begin, ends = start if first == 0 else FROM_OUTPUT, relu and last == blocks
                 combine(
                     Matrix(output.storage, tile_at(output, row, column), output.stride), count,

@@ -26,11 +26,9 @@ from fastdl.kernels.cpu.integer import (
     Epilogue,
     Tiles,
     blocks_of,
-    gather_lines,
-    line_stride,
     multiply_bytes,
     to_fixed_point,
-    transpose_lines,
+    transpose_bytes,
 )
 from fastdl.kernels.cpu.intrinsics import FROM_BIAS, FROM_OUTPUT, FROM_ZERO, Matrix
 from fastdl.kernels.cpu.tiles import IS_EMULATED, NUM_TILES, TILE_BYTES, has_amx, tile_begin, tile_end
@@ -90,14 +88,17 @@ def integers_of(digits):
     return parts.transpose(2, 1, 3, 5, 0, 4).reshape(NUM_DIGITS, digits.blocks * DEPTH, tiles * SIDE)
 
 
-def lines_of(rows):
-    """Return bytes in lines for whole pairs of tiles, with 255 wherever nothing may count."""
+def in_words(rows):
+    """Return bytes as the tiles read them, with 255 wherever nothing may count."""
     count, depth = rows.shape
-    stride = line_stride(depth)
-    lines = aligned((-(-count // 64) * 64 + 64) * stride, np.uint8)
-    lines[:] = 255
-    lines.reshape(-1, stride)[:count, :depth] = rows
-    return Bytes(lines, stride)
+    stride, blocks = -(-count // SIDE) * SIDE + 5, blocks_of(depth)
+    words = aligned((blocks * stride + DEPTH) * DEPTH, np.uint8)
+    words[:] = 255
+    view = words[: blocks * stride * DEPTH].reshape(blocks, stride, DEPTH)
+    for block in range(blocks):
+        part = rows[:, block * DEPTH : (block + 1) * DEPTH]
+        view[block, :count, : part.shape[1]] = part
+    return Bytes(words, stride)
 
 
 def tiles():
@@ -123,7 +124,7 @@ def product(rows, matrix, scale=1.0, bias=None, relu=False, split=None):
         for column in itertools.pairwise(column_cuts):
             _product(
                 tiles(),
-                lines_of(rows),
+                in_words(rows),
                 row,
                 digits,
                 column,
@@ -289,7 +290,7 @@ def test_what_is_in_the_output_may_be_added_to(seed):
     digits, _ = fixed_point(matrix)
     output = np.ones(5 * max(PANEL, SIDE), np.float32)
     epilogue = Epilogue(np.empty(0, np.float32), 0, FROM_OUTPUT, False)
-    _product(tiles(), lines_of(rows), (0, 5), digits, (0, 1), 2, Matrix(output, 0, 5 * PANEL), epilogue)
+    _product(tiles(), in_words(rows), (0, 5), digits, (0, 1), 2, Matrix(output, 0, 5 * PANEL), epilogue)
     result = np.concatenate(list(output.reshape(-1, 5, PANEL)), axis=1)[:, :16]
     np.testing.assert_allclose(result, exact(rows, matrix) + 1, rtol=1e-6, atol=1e-5)
 
@@ -322,29 +323,18 @@ def test_any_split_has_the_same_bits(count, seed):
 
 
 @pytest.mark.parametrize(("count", "depth"), [(1, 1), (5, 16), (63, 17), (64, 784), (65, 100), (256, 784)])
-def test_gathered_lines_and_their_transpose(count, depth, seed):
+def test_bytes_are_transposed_part_by_part(count, depth, seed):
     rng = np.random.default_rng(seed)
-    X = images(rng, 300, depth)
-    order = rng.permutation(300)
-    stride, rows = line_stride(depth), -(-count // DEPTH) * DEPTH
-    lines = aligned(rows * stride, np.uint8)
-    first = 300 - count
-    cut = int(rng.integers(0, count + 1))
-    gather_lines(X, order, first, (0, cut), stride, lines)
-    gather_lines(X, order, first, (cut, count), stride, lines)
-    np.testing.assert_array_equal(lines.reshape(rows, stride)[:count, :depth], X[order[first:]])
-    transposed_stride, inputs = line_stride(count), -(-depth // SIDE) * SIDE
-    transposed = aligned(inputs * transposed_stride, np.uint8)
+    rows = images(rng, count, depth)
+    inputs, stride = -(-depth // SIDE) * SIDE, depth + 20
+    blocks = blocks_of(count)
+    transposed = Bytes(aligned(blocks * stride * DEPTH, np.uint8), stride)
     cut = int(rng.integers(0, inputs // SIDE + 1)) * SIDE
     for part in ((0, cut), (cut, inputs)):
-        transpose_lines(lines, stride, count, part, transposed, transposed_stride)
-    np.testing.assert_array_equal(
-        transposed.reshape(inputs, transposed_stride)[:depth, :count], X[order[first:]].T
-    )
-
-
-def _relative(result, expected):
-    return np.linalg.norm(result.astype(float) - expected) / np.linalg.norm(expected)
+        transpose_bytes(in_words(rows), count, part, transposed)
+    view = transposed.storage.reshape(blocks, stride, DEPTH)
+    result = view.transpose(1, 0, 2).reshape(stride, blocks * DEPTH)
+    np.testing.assert_array_equal(result[:depth, :count], rows.T)
 
 
 def _check_parity(rows, matrix, scale):
