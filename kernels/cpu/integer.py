@@ -73,7 +73,7 @@ class Tiles(NamedTuple):
 
 
 class Bytes(NamedTuple):
-    """Rows of bytes, DEPTH at a time: byte p of row i is at ``(p // DEPTH * stride + i) * DEPTH + p % DEPTH``."""
+    """Rows of bytes: byte p of row i is at ``(p // DEPTH * stride + i) * DEPTH + p % DEPTH``."""
 
     storage: Any
     stride: int
