@@ -50,9 +50,9 @@ _KEPT_VERSIONS = 4
 @cache
 def source_digest() -> str:
     """Return a digest of every source file under ``kernels/`` and of what else machine code depends on."""
-    forced_width = os.environ.get("FASTDL_VECTOR_BITS", "")
+    forced = [os.environ.get(f"FASTDL_{name}", "") for name in ("VECTOR_BITS", "INTEGER_UNITS")]
     versions = f"{numba.__version__} {llvmlite.__version__} {sys.implementation.cache_tag}"
-    digest = hashlib.sha256(f"{versions} {forced_width}".encode())
+    digest = hashlib.sha256(f"{versions} {forced}".encode())
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())
         digest.update(path.read_bytes())
