@@ -24,8 +24,10 @@ from llvmlite import ir
 from numba.extending import intrinsic
 
 from fastdl.kernels.cpu.intrinsics import FROM_OUTPUT, INTP, TILE, Matrix, Vectors, call_of
+from fastdl.kernels.cpu.memory import aligned
 from fastdl.kernels.cpu.tiles import (
     DEPTH,
+    NUM_TILES,
     SIDE,
     TILE_BYTES,
     tile_load,
@@ -66,7 +68,7 @@ _WORDS = ir.VectorType(_INT32, SIDE)
 
 
 class Tiles(NamedTuple):
-    """A thread's memory for the tiles: (8192,) uint8, and (NUM_SUMS,) int32, from cache lines."""
+    """Memory for the tiles: a thread's is (NUM_TILES * TILE_BYTES,) uint8, and (NUM_SUMS,) int32."""
 
     registers: Any
     sums: Any
@@ -89,16 +91,16 @@ class Epilogue(NamedTuple):
 
 
 class Digits(NamedTuple):
-    """A matrix of depth x columns in fixed point.
+    """A matrix of depth x columns in fixed point, which threads write together.
 
-    storage : (tile columns * blocks * BLOCK,), uint8
-        The digits; blocks of DEPTH numbers of a column.
-    largest : (tile columns * 16,), int32
-        The bits of the greatest magnitude of each column.
-    inverses, factors : (tile columns * 16,), float32
+    storage : (copies, tile columns * blocks * BLOCK), uint8
+        The digits: one copy for all threads, or one for each.
+    largest : (num_threads, tile columns * 16), int32
+        The bits of the greatest magnitude of each column's numbers that a thread has.
+    inverses, factors : (num_threads, tile columns * 16), float32
         What a column's numbers are multiplied by to become integers, and what sums are multiplied by.
     blocks : int
-        How many blocks a tile column has.
+        How many blocks of DEPTH numbers a tile column has.
     """
 
     storage: Any
@@ -106,6 +108,37 @@ class Digits(NamedTuple):
     inverses: Any
     factors: Any
     blocks: int
+
+
+def digits_memory(depth: int, columns: int, num_threads: int, copies: int = 1) -> Digits:
+    """Return memory for the digits of a matrix of at most depth x columns."""
+    tiles, blocks = -(-columns // SIDE), -(-depth // DEPTH)
+
+    def of_columns(dtype: Any) -> Any:
+        return aligned(num_threads * tiles * SIDE, dtype).reshape(num_threads, tiles * SIDE)
+
+    return Digits(
+        aligned(copies * tiles * blocks * BLOCK, np.uint8).reshape(copies, tiles * blocks * BLOCK),
+        of_columns(np.int32),
+        of_columns(np.float32),
+        of_columns(np.float32),
+        blocks,
+    )
+
+
+def tiles_memory(num_threads: int) -> Tiles:
+    """Return each thread's memory for the tiles."""
+    return Tiles(
+        aligned(num_threads * NUM_TILES * TILE_BYTES, np.uint8).reshape(num_threads, NUM_TILES * TILE_BYTES),
+        aligned(num_threads * NUM_SUMS, np.int32).reshape(num_threads, NUM_SUMS),
+    )
+
+
+@inlined_jit
+def digits_of(digits, thread):
+    """Return digits with a thread's own copy, or the only one, and its own scales."""
+    copy = digits.storage[thread if digits.storage.shape[0] > 1 else 0]
+    return Digits(copy, digits.largest, digits.inverses[thread], digits.factors[thread], digits.blocks)
 
 
 @inlined_jit
@@ -328,26 +361,55 @@ def transpose_block(typing_context, source, target):
 
 
 @inlined_jit
-def find_scales(digits, first, stop, columns, scale):
-    """Write the scales of some columns from their greatest magnitudes, and return whether all have one.
+def find_scales(digits, tile, columns, scale):
+    """Write the scales of a tile column; return whether all columns have one, and whether one has changed.
 
-    None has a column with infinity or NaN, or one of numbers so small, or a factor so small or great, that a
-    float32 wouldn't be normal. Columns behind those of the matrix may hold anything.
+    ``digits`` is a thread's. None has a column with infinity or NaN, or one of numbers so small, or a factor so
+    small or great, that a float32 wouldn't be normal. Columns behind those of the matrix may hold anything.
     """
     inverse_bits, factor_bits = digits.inverses.view(np.int32), digits.factors.view(np.int32)
-    can_hold = True
-    for c in range(first, stop):
-        largest = digits.largest[c] if c < columns else 0
+    has_scale, has_changed = True, False
+    for c in range(tile * SIDE, (tile + 1) * SIDE):
+        largest = 0
+        for thread in range(digits.largest.shape[0]):
+            largest = max(largest, digits.largest[thread, c])
+        if c >= columns:
+            largest = 0
         exponent = _EXPONENT_OF_ZERO if largest == 0 else (largest + _ROUND_UP) >> _MANTISSA_BITS
-        can_hold &= largest < _INFINITY and exponent >= _LEAST_EXPONENT
+        has_scale &= largest < _INFINITY and exponent >= _LEAST_EXPONENT
         exponent = min(max(exponent, _LEAST_EXPONENT), _GREATEST_EXPONENT)
-        inverse_bits[c] = (276 - exponent) << _MANTISSA_BITS
+        bits = (276 - exponent) << _MANTISSA_BITS
+        has_changed |= inverse_bits[c] != bits
+        inverse_bits[c] = bits
         factor_bits[c] = (exponent - 22) << _MANTISSA_BITS
-    for c in range(first, stop):
         digits.factors[c] *= scale
         factor = abs(digits.factors[c])
-        can_hold &= factor >= _LEAST_NORMAL and factor < np.inf
-    return can_hold
+        has_scale &= factor >= _LEAST_NORMAL and factor < np.inf
+    return has_scale, has_changed
+
+
+@linked_jit
+def note_largest(matrix, rows, tiles, largest):
+    """Raise the bits of the greatest magnitudes of some tile columns to those of some rows."""
+    for tile in range(tiles[0], tiles[1]):
+        part = Matrix(matrix.storage, tile_at(matrix, rows[0], tile), matrix.stride)
+        find_largest(part, rows[1] - rows[0], largest, tile * SIDE)
+
+
+@linked_jit
+def write_columns(digits, matrix, rows, size, tiles):
+    """Write the digits of some rows, from a multiple of 4, and tile columns of a matrix of a size.
+
+    ``digits`` is a thread's. Behind the last row come zeros up to a whole block.
+    """
+    depth, columns = size
+    end = blocks_of(depth) * DEPTH if rows[1] == depth else rows[1]
+    for tile in range(tiles[0], tiles[1]):
+        write_digits(
+            Matrix(matrix.storage, tile_at(matrix, rows[0], tile), matrix.stride),
+            (rows[0], rows[1], end), columns - tile * SIDE, digits.inverses, tile * SIDE,
+            digits.storage, tile * digits.blocks * BLOCK,
+        )  # fmt: skip
 
 
 @linked_jit
@@ -431,6 +493,7 @@ def multiply_bytes(tiles, a, rows, digits, columns, blocks, output, epilogue):
     rows, columns : (int, int)
         Which rows, and which tile columns, are computed.
     digits : Digits
+        A thread's.
     blocks : int
         How many blocks of DEPTH numbers of each row count.
     output : Matrix
@@ -455,32 +518,3 @@ def multiply_bytes(tiles, a, rows, digits, columns, blocks, output, epilogue):
                     Matrix(output.storage, tile_at(output, row, column), output.stride), count,
                     Epilogue(bias, bias_at + col, begin, ends), digits.factors, col, tiles.sums, 0,
                 )  # fmt: skip
-
-
-@linked_jit
-def to_fixed_point(digits, source, depth, columns, tile_columns, scale, can_hold):
-    """Write some tile columns of a matrix of floats in fixed point.
-
-    Parameters
-    ----------
-    digits : Digits
-    source : Matrix
-        (depth, columns), float32; panels are the stride apart.
-    depth, columns : int
-    tile_columns : (int, int)
-        Which are written.
-    scale : float
-        What a product with the matrix is multiplied by.
-    can_hold : (1,), bool
-        Becomes False where a column has no scale; the digits are then not to be used.
-    """
-    for tile in range(tile_columns[0], tile_columns[1]):
-        col = tile * SIDE
-        part = Matrix(source.storage, tile_at(source, 0, tile), source.stride)
-        digits.largest[col : col + SIDE] = 0
-        find_largest(part, depth, digits.largest, col)
-        can_hold[0] &= find_scales(digits, col, col + SIDE, columns, scale)
-        write_digits(
-            part, (0, depth, blocks_of(depth) * DEPTH), columns - col, digits.inverses, col,
-            digits.storage, tile * digits.blocks * BLOCK,
-        )  # fmt: skip

@@ -207,6 +207,8 @@ def _emulated_store(registers, tile, target, target_at):
 
 # A machine without AMX must not compile the instructions; whether the process may use them is asked later.
 IS_EMULATED = _forced_units() == "emulated" or not cpu_features() >= _AMX_FEATURES
+# whether kernels that may multiply integers are compiled for it
+USES_INTEGERS = _forced_units() == "emulated" or (_forced_units() != "off" and not IS_EMULATED)
 
 # tile_begin(registers) comes before all others, tile_end() after them, before the thread may sleep.
 # The registers are (NUM_TILES * TILE_BYTES,) uint8, a multiple of 64 bytes from 0; tiles are literals.

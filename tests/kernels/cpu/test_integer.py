@@ -14,26 +14,28 @@ import pytest
 import torch
 
 from fastdl.kernels.cpu.integer import (
-    BLOCK,
     DEPTH,
     MAX_BLOCKS,
     NUM_DIGITS,
-    NUM_SUMS,
     PANEL,
     SIDE,
     Bytes,
-    Digits,
     Epilogue,
     Tiles,
     blocks_of,
+    digits_memory,
+    digits_of,
+    find_scales,
     multiply_bytes,
-    to_fixed_point,
+    note_largest,
+    tiles_memory,
     transpose_bytes,
+    write_columns,
 )
 from fastdl.kernels.cpu.intrinsics import FROM_BIAS, FROM_OUTPUT, FROM_ZERO, Matrix
-from fastdl.kernels.cpu.tiles import IS_EMULATED, NUM_TILES, TILE_BYTES, has_amx, tile_begin, tile_end
+from fastdl.kernels.cpu.memory import aligned
+from fastdl.kernels.cpu.tiles import IS_EMULATED, has_amx, tile_begin, tile_end
 from fastdl.kernels.jit import jit
-from tests.kernels.cpu.memory import aligned
 
 pytestmark = pytest.mark.skipif(not (IS_EMULATED or has_amx()), reason="the process may not use AMX")
 
@@ -41,8 +43,22 @@ pytestmark = pytest.mark.skipif(not (IS_EMULATED or has_amx()), reason="the proc
 @jit
 def _product(tiles, a, rows, digits, columns, blocks, output, epilogue):
     tile_begin(tiles.registers)
-    multiply_bytes(tiles, a, rows, digits, columns, blocks, output, epilogue)
+    multiply_bytes(tiles, a, rows, digits_of(digits, 0), columns, blocks, output, epilogue)
     tile_end()
+
+
+@jit
+def _write(digits, matrix, size, scale):
+    """Write a matrix's digits, and return whether each of its columns has a scale."""
+    own = digits_of(digits, 0)
+    num_tiles = own.inverses.size // SIDE
+    note_largest(matrix, (0, size[0]), (0, num_tiles), digits.largest[0])
+    have_scales = True
+    for tile in range(num_tiles):
+        has_scale, _ = find_scales(own, tile, size[1], scale)
+        have_scales &= has_scale
+    write_columns(own, matrix, (0, size[0]), size, (0, num_tiles))
+    return have_scales
 
 
 def tile_columns(columns):
@@ -63,26 +79,16 @@ def in_panels(matrix):
 
 def fixed_point(matrix, scale=1.0):
     """Return a matrix's digits, and whether each column has a scale."""
-    depth, columns = matrix.shape
-    tiles, blocks = tile_columns(columns), blocks_of(depth)
-    digits = Digits(
-        aligned(tiles * blocks * BLOCK, np.uint8),
-        aligned(tiles * SIDE, np.int32),
-        aligned(tiles * SIDE, np.float32),
-        aligned(tiles * SIDE, np.float32),
-        blocks,
-    )
+    digits = digits_memory(*matrix.shape, 1)
     digits.storage[:] = 77
     panels, stride = in_panels(matrix)
-    can_hold = np.ones(1, np.bool_)
-    to_fixed_point(digits, Matrix(panels, 0, stride), depth, columns, (0, tiles), np.float32(scale), can_hold)
-    return digits, bool(can_hold[0])
+    return digits, _write(digits, Matrix(panels, 0, stride), matrix.shape, np.float32(scale))
 
 
 def integers_of(digits):
     """Return the integers that digits stand for, with the rows and columns behind those of the matrix."""
     tiles = digits.largest.size // SIDE
-    parts = digits.storage.view(np.int8).astype(np.int64)
+    parts = digits.storage[0].view(np.int8).astype(np.int64)
     parts = parts.reshape(tiles, digits.blocks, NUM_DIGITS, SIDE, SIDE, 4)
     # digit, depth, column
     return parts.transpose(2, 1, 3, 5, 0, 4).reshape(NUM_DIGITS, digits.blocks * DEPTH, tiles * SIDE)
@@ -102,7 +108,8 @@ def in_words(rows):
 
 
 def tiles():
-    return Tiles(aligned(NUM_TILES * TILE_BYTES, np.uint8), aligned(NUM_SUMS, np.int32))
+    registers, sums = tiles_memory(1)
+    return Tiles(registers[0], sums[0])
 
 
 def product(rows, matrix, scale=1.0, bias=None, relu=False, split=None):
@@ -143,7 +150,7 @@ def exact(rows, matrix, scale=1.0):
     parts = integers_of(digits)[:, : matrix.shape[0], : matrix.shape[1]]
     sums = (rows.astype(np.int64) @ parts).astype(np.float32)
     total = np.float32(65536) * sums[0] + (np.float32(256) * sums[1] + sums[2])
-    return total * digits.factors[: matrix.shape[1]]
+    return total * digits.factors[0, : matrix.shape[1]]
 
 
 def images(rng, count, depth):
@@ -162,7 +169,7 @@ def test_digits_are_numbers_rounded_to_nearest_even(depth, columns, seed):
     assert can_hold
     parts = integers_of(digits)
     integers = parts[0] * 65536 + parts[1] * 256 + parts[2]
-    scaled = matrix.astype(np.float64) * digits.inverses[:columns].astype(np.float64)
+    scaled = matrix.astype(np.float64) * digits.inverses[0, :columns].astype(np.float64)
     np.testing.assert_array_equal(integers[:depth, :columns], np.rint(scaled))
     assert (np.abs(integers[:depth, :columns]).max(axis=0) >= 2**21).all()
     assert not parts[:, depth:].any()
@@ -181,7 +188,7 @@ def test_the_greatest_numbers_of_an_exponent(exponent):
         assert can_hold
         parts = integers_of(digits)[:, 0, : values.size]
         integers = parts[0] * 65536 + parts[1] * 256 + parts[2]
-        scaled = matrix[0].astype(np.float64) * digits.inverses[: values.size]
+        scaled = matrix[0].astype(np.float64) * digits.inverses[0, : values.size]
         np.testing.assert_array_equal(integers, np.rint(scaled))
 
 
@@ -191,7 +198,7 @@ def test_halves_are_rounded_to_even():
     digits, _ = fixed_point(matrix)
     parts = integers_of(digits)[:, :4, :2]
     integers = parts[0] * 65536 + parts[1] * 256 + parts[2]
-    step = 1 / float(digits.inverses[0])
+    step = 1 / float(digits.inverses[0, 0])
     np.testing.assert_array_equal(integers, np.rint(matrix / step))
     assert step == 2
 

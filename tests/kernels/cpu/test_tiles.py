@@ -10,6 +10,7 @@ import tempfile
 import numpy as np
 import pytest
 
+from fastdl.kernels.cpu.memory import aligned
 from fastdl.kernels.cpu.tiles import (
     DEPTH,
     IS_EMULATED,
@@ -26,7 +27,6 @@ from fastdl.kernels.cpu.tiles import (
     tile_zero,
 )
 from fastdl.kernels.jit import jit
-from tests.kernels.cpu.memory import aligned
 
 # the instructions are an error of the CPU where Linux wasn't asked for them
 needs_units = pytest.mark.skipif(not (IS_EMULATED or has_amx()), reason="the process may not use AMX")
