@@ -52,14 +52,6 @@ class _Part(NamedTuple):
     position: str
 
 
-class _Data(NamedTuple):
-    """A data set as the kernels take it."""
-
-    examples: Any
-    loss: Any
-    inputs: Any
-
-
 class Program:
     """A net that is trained by whole epochs.
 
@@ -101,8 +93,8 @@ class Program:
             and shapes[0][1] <= kernels.small.MAX_INPUTS
         )
         flops = 6 * batch_size * sum(width * depth for width, depth in shapes)
-        most_threads = 1 if self._is_small else num_threads()
-        self._num_threads = int(max(1, min(most_threads, flops // _MIN_FLOPS_PER_THREAD)))
+        threads = min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)
+        self._num_threads = 1 if self._is_small else int(max(1, threads))
         self.is_interruptible = not self._is_small and (
             self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         )
@@ -121,11 +113,9 @@ class Program:
         self._loss_sums = np.zeros(rows)
         self._team = kernels.team.Team(self._num_threads)
         self._parameters = [
-            _Parameter(layer.module, name, shape, record[name], bool(record["is_skinny"]))
-            for record, layer, (width, depth) in zip(
-                self._memory.net.layers, lowered.layers, shapes, strict=True
-            )
-            for name, shape in (("weight", (width, depth)), ("bias", (width,)))
+            _Parameter(layer.module, name, shape[:dim], record[name], bool(record["is_skinny"]))
+            for record, layer, shape in zip(self._memory.net.layers, lowered.layers, shapes, strict=True)
+            for name, dim in (("weight", 2), ("bias", 1))
             if getattr(layer.module, name) is not None
         ]
         # what was to be trained when it was read, and whether it has a momentum buffer
@@ -133,16 +123,16 @@ class Program:
         self._is_valid = True
         self._data = self.prepare(X, y, input_scale)
 
-    def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> _Data:
+    def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> tuple[Any, Any, Any]:
         """Return a data set as `evaluate` takes it, of any dtype that the constructor takes."""
         layout, lowered = self._kernels.layout, self._lowered
         layers = self._memory.net.layers
         num_inputs, num_outputs = int(layers[0]["num_inputs"]), int(layers[-1]["num_outputs"])
         outputs = () if lowered.is_classifier else (num_outputs,)
         if (X.shape[1:], y.shape) != ((num_inputs,), (len(X), *outputs)):
+            shapes = f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}"
             raise RuntimeError(
-                f"the net takes {num_inputs} features and gives {num_outputs} outputs, but X has shape "
-                f"{tuple(X.shape)} and y {tuple(y.shape)}"
+                f"the net takes {num_inputs} features, gives {num_outputs} outputs, but {shapes}"
             )
         weight = lowered.class_weight
         loss = layout.Loss(
@@ -155,7 +145,7 @@ class Program:
             label_smoothing=lowered.label_smoothing,
         )
         examples = layout.Examples(array(X), float(input_scale))
-        return _Data(examples, loss, self._memory.inputs(examples.X))
+        return examples, loss, self._memory.inputs(examples.X)
 
     def read(self) -> None:
         """Copy the parameters, momentum buffers and options from the net and the optimizer."""
@@ -191,10 +181,8 @@ class Program:
             found = tuple(tensor.shape), tensor.dtype, tensor.device.type
             if found != wanted:
                 buffer = "" if position == "start" else "'s momentum buffer"
-                raise RuntimeError(
-                    f"the compiled engine can't train {parameter.name}{buffer} of {parameter.module}: it is "
-                    f"{found} in place of {wanted}: {WAY_OUT}"
-                )
+                what = f"{parameter.name}{buffer} of {parameter.module}, which is {found}, not {wanted}"
+                raise RuntimeError(f"the compiled engine can't train {what}: {WAY_OUT}")
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer: all of them, or none."""
@@ -249,26 +237,10 @@ class Program:
         tick: Callable[[int], None] | None = None,
         meanwhile: Callable[[], object] | None = None,
     ) -> Scores:
-        """Train on the examples in this order.
+        """Train on the examples in this order, int64; return the scores met on the way.
 
-        Parameters
-        ----------
-        order : Tensor
-            Which examples, int64.
-        tick : callable, optional
-            Called now and then, in this thread, with how many steps are done.
-        meanwhile : callable, optional
-            Called once, in this thread, where others train; where they don't, it would save nothing.
-
-        Returns
-        -------
-        Scores
-            Met on the way.
-
-        Raises
-        ------
-        IndexError
-            If a label was no class.
+        Where other threads train, this one calls ``meanwhile`` once, and now and then ``tick`` with how many
+        steps are done. A label that is no class raises an IndexError.
         """
         try:
             return self._run(self._data, array(order), True, tick, meanwhile)
@@ -278,33 +250,28 @@ class Program:
                 self._is_valid = False
             raise
 
-    def evaluate(self, data: _Data) -> Scores:
+    def evaluate(self, data: tuple[Any, Any, Any]) -> Scores:
         """Return loss and accuracy on a data set that `prepare` returned."""
-        return self._run(data, np.arange(len(data.examples.X)), False)
+        return self._run(data, np.arange(len(data[0].X)), False)
 
-    def _run(
-        self,
-        data: _Data,
-        order: NDArray[Any],
-        trains: bool,
-        tick: Callable[[int], None] | None = None,
-        meanwhile: Callable[[], object] | None = None,
-    ) -> Scores:
+    def _run(self, data: tuple[Any, Any, Any], order: NDArray[Any], trains: bool, *callbacks: Any) -> Scores:
         kernels, memory, team = self._kernels, self._memory, self._team
         batch_size = self._batch_size if trains else self._evaluation_rows
         examples, loss, inputs = data
         self._loss_sums[:] = 0
-        epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
         if self._is_small:
-            kernels.small.run_small_epoch(memory.net, examples, loss, epoch)
+            kernels.small.run_small_epoch(
+                *memory.net, *examples, order, batch_size, loss.is_mean, loss.targets, trains, self._loss_sums
+            )
             return Scores(float(self._loss_sums[0]) / len(order))
+        epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
 
         def work(thread: int, shared: Any) -> None:
             kernels.epoch.run_epoch(
                 thread, shared, memory.net, examples, loss, epoch, inputs, memory.workspace
             )
 
-        team.run(work, tick, meanwhile, in_caller=not self.is_interruptible)
+        team.run(work, *callbacks, in_caller=not self.is_interruptible)
         mean_loss = float(self._loss_sums.sum()) / len(order)
         if not self._lowered.is_classifier:
             return Scores(mean_loss)

@@ -34,13 +34,9 @@ def read_clock(typing_context):
 
 @inlined_jit
 def find_bounds(members, bounds):
-    """Write where each thread's part of any work begins and ends, as shares of the whole.
+    """Write where each thread's part of any work begins and ends, to (num_threads + 1,) shares of the whole.
 
-    Parameters
-    ----------
-    members : (num_threads,), team.MEMBER
-        Each thread's speed, in any unit; 0 where it isn't known.
-    bounds : (num_threads + 1,), float64
+    The threads' speeds, of ``team.MEMBER``, are in any unit, and 0 where they aren't known.
     """
     num_threads = bounds.size - 1
     total = 0.0

@@ -15,16 +15,10 @@ from fastdl.kernels.jit import inlined_jit
 
 # 64-bit words between the counters that threads write, so that none shares a cache line with another
 LINE = 8
-# The counters of a run: arrivals at the barrier; whether the run is to stop; how many steps are done; and for
-# each thread, how many barriers it came to.
-ARRIVALS, STOP, STEPS, _OWN = (position * LINE for position in range(4))
+# a run's counters: arrivals at the barrier; whether to stop; steps that are done; each thread's arrivals
+ARRIVALS, STOP, STEPS, OWN = (position * LINE for position in range(4))
 # how often a thread looks before it gives its core away, about 20 us
 _SPINS = 1 << 12
-
-
-def num_counters(num_threads: int) -> int:
-    """Return how many counters a run of so many threads has."""
-    return _OWN + num_threads * LINE
 
 
 @intrinsic
@@ -71,8 +65,8 @@ def wait(team, thread):
     agree on the step in which they see it: one that goes on sees it where it would wait for one that left.
     """
     counters = team.counters
-    counters[_OWN + thread * LINE] += 1
-    goal = counters[_OWN + thread * LINE] * team.members.size
+    counters[OWN + thread * LINE] += 1
+    goal = counters[OWN + thread * LINE] * team.members.size
     arrivals: int = _add(counters, ARRIVALS, 1)
     spins = 0
     while arrivals < goal and _load(counters, STOP) == 0:

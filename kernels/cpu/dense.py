@@ -24,6 +24,7 @@ from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     WORD,
     copy_panel,
+    copy_word,
     dot_panels,
     mask_of_nonzero,
     multiply_nonzero,
@@ -46,6 +47,8 @@ _ROW_DOT_COLS = min(4, TILE.dot_cols)
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
 _CACHE_LINE = 64
+# what gather marks: no numbers, all, or those that aren't 0
+UNMARKED, ALL, NOT_ZERO = range(3)
 # rows and columns of what transpose_square takes of bytes
 _BYTES_BLOCK = 16
 
@@ -189,11 +192,10 @@ def forward_nonzero(layer, inputs, state, workspace, rows, panels, scale):
             at = word * stride + rows[0]
             multiply_nonzero(
                 Matrix(scratch, layer.output + (j * stride + rows[0]) * panel, stride * panel),
-                (inputs.values, at * WORD),
-                (inputs.masks, at),
+                (inputs.values, at * WORD), (inputs.masks, at),
                 Matrix(state, weight + (j * depth + word * WORD) * panel, depth * panel),
                 (count, used * _VECTORS),
-            )
+            )  # fmt: skip
         j += used
     _add_bias(layer, state, workspace, rows, panels, scale)
 
@@ -226,9 +228,8 @@ def _transpose_panels(source, target, rows, columns):
         for col in range(0, columns, lanes):
             source_at = source.offset + (col // panel * source.stride + row) * panel + col % panel
             target_at = target.offset + (row // panel * target.stride + col) * panel + row % panel
-            transpose_square(
-                Matrix(source.storage, source_at, panel), Matrix(target.storage, target_at, panel)
-            )
+            square = Matrix(source.storage, source_at, panel)
+            transpose_square(square, Matrix(target.storage, target_at, panel))
 
 
 @linked_jit
@@ -245,11 +246,9 @@ def _backward_data_row(layer, before, state, workspace, panels):
             at = before.grad + j * stride * panel + k % panel
             cols = min(_ROW_DOT_COLS, stop - k)
             dot_panels(
-                (scratch, at),
-                Matrix(scratch, layer.grad, stride * panel),
-                Matrix(state, weight + k * panel, depth * panel),
-                (whole, 1, cols),
-            )
+                (scratch, at), Matrix(scratch, layer.grad, stride * panel),
+                Matrix(state, weight + k * panel, depth * panel), (whole, 1, cols),
+            )  # fmt: skip
             for i in range(cols):
                 last = weight + (whole * depth + k + i) * panel
                 total = scratch[at + i]
@@ -344,12 +343,9 @@ def _backward_weight_row(layer, source, state, workspace, panels, scale):
             p_stop = min(p_first + group, panels[1])
             start, stop = p_first * panel, min(p_stop * panel, depth)
             for p in range(p_first, p_stop):
-                outer_product(
-                    (own, (p * panel - start) * panel),
-                    (source.storage, source.offset + p * source.stride * panel),
-                    (scratch, layer.grad + j * workspace.stride * panel),
-                    min(panel, depth - p * panel),
-                )
+                grad = (scratch, layer.grad + j * workspace.stride * panel)
+                values = (source.storage, source.offset + p * source.stride * panel)
+                outer_product((own, (p * panel - start) * panel), values, grad, min(panel, depth - p * panel))
             at = (j * depth + start) * panel
             update_part(layer.weight, state, at, (own, 0), (stop - start) * panel, scale)
 
@@ -389,23 +385,16 @@ def backward_weight(layer, source, state, workspace, count, panels, scale):
 
 
 @inlined_jit
-def are_finite(numbers):
-    """Return whether no number is NaN or infinite; False too where their sum is not finite."""
-    total = numbers.dtype.type(0)
-    for i in range(numbers.size):
-        total += numbers[i]
-    return bool(total - total == 0)
-
-
-@linked_jit
-def note_finite_grad(layer, workspace, rows, panels, member):
-    """Note in a thread's ``team.MEMBER`` whether its part of a layer's gradient is finite."""
-    panel = panel_of(workspace.scratch)
-    is_finite = True
+def are_finite(matrix, rows, panels):
+    """Return whether all numbers in some rows, and panels, are finite; False too where their sum isn't."""
+    panel = panel_of(matrix.storage)
+    total = matrix.storage.dtype.type(0)
     for j in range(panels[0], panels[1]):
-        at = layer.grad + (j * workspace.stride + rows[0]) * panel
-        is_finite &= are_finite(workspace.scratch[at : at + (rows[1] - rows[0]) * panel])
-    member.has_finite_grad = is_finite
+        at = matrix.offset + (j * matrix.stride + rows[0]) * panel
+        numbers = matrix.storage[at : at + (rows[1] - rows[0]) * panel]
+        for i in range(numbers.size):
+            total += numbers[i]
+    return bool(np.isfinite(total))
 
 
 @inlined_jit
@@ -441,28 +430,16 @@ def backward_weight_nonzero(layer, transposed, state, workspace, count, inputs, 
                 at = word * values_stride + k
                 multiply_nonzero(
                     Matrix(own, k * panel, num_inputs * panel),
-                    (values, at * WORD),
-                    (masks, at),
+                    (values, at * WORD), (masks, at),
                     Matrix(scratch, layer.grad + (j * stride + word * WORD) * panel, stride * panel),
                     (min(some, num_inputs - k), used * _VECTORS),
-                )
+                )  # fmt: skip
                 prefetch_examples(upcoming, example, example + 1)
                 example += 1
         for p in range(used):
             first, at = ((j + p) * depth + inputs[0]) * panel, p * num_inputs * panel
             update_part(layer.weight, state, first, (own, at), num_inputs * panel, scale)
         j += used
-
-
-@linked_jit
-def note_finite_weight(layer, state, inputs, member):
-    """Note in a thread's ``team.MEMBER`` whether its part of a layer's weight is finite."""
-    panel = panel_of(state)
-    is_finite = True
-    for j in range(panels_of(layer.num_outputs, panel)):
-        first = layer.weight.start + j * layer.num_inputs * panel
-        is_finite &= are_finite(state[first + inputs[0] * panel : first + inputs[1] * panel])
-    member.has_finite_weight = is_finite
 
 
 @linked_jit
@@ -488,7 +465,7 @@ def _mask(values, at, count, skips_zeros):
 
 
 @linked_jit
-def gather(X, inputs, batch, rows, stride, skips_zeros):
+def gather(X, inputs, batch, rows, stride, marking):
     """Copy some rows of a batch to values, WORD numbers at a time, and mark which are multiplied.
 
     Number i of example n is at ``(i // WORD * stride + n) * WORD + i % WORD`` of values, and its bit is in
@@ -496,16 +473,19 @@ def gather(X, inputs, batch, rows, stride, skips_zeros):
     """
     values = inputs.values
     num_inputs = X.shape[1]
+    whole = num_inputs // WORD
     for n in range(rows[0], rows[1]):
-        example = X[batch.order[batch.first + n]]
-        for first in range(0, num_inputs, WORD):
-            at = first // WORD * stride + n
-            part = example[first : first + WORD]
-            # target[:] = part would compile how Numba writes an error about shapes, for 5 s
-            target = values[at * WORD : at * WORD + part.size]
-            for i in range(part.size):
-                target[i] = part[i]
-            inputs.masks[at] = _mask(values, at * WORD, part.size, skips_zeros)
+        row = batch.order[batch.first + n]
+        for word in range(whole):
+            at = word * stride + n
+            copy_word(X, row * num_inputs + word * WORD, values, at * WORD)
+            if marking != UNMARKED:
+                inputs.masks[at] = _mask(values, at * WORD, WORD, marking == NOT_ZERO)
+        if whole * WORD < num_inputs:
+            at, count = whole * stride + n, num_inputs - whole * WORD
+            for i in range(count):
+                values[at * WORD + i] = X[row, whole * WORD + i]
+            inputs.masks[at] = _mask(values, at * WORD, count, marking == NOT_ZERO)
 
 
 @linked_jit

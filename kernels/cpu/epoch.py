@@ -12,7 +12,7 @@ so a result depends neither on the number of threads nor on their timing; and th
 each thread is (``balance``).
 
 Zeros of the examples are skipped while what they are multiplied with is finite. Each thread notes whether
-what it wrote is; all read the notes behind the next barrier, and none is written anew before the next but one.
+what it wrote is; all read the notes behind the next barrier, and none is written anew before the next.
 
 Floor of a step, N rows, for each layer of K inputs and M outputs: 6 N K M FLOPs (4 for the first layer, less
 the share of its inputs that is 0), and the weights read twice and written once.
@@ -22,23 +22,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastdl.kernels.cpu import cross_entropy, dense
 from fastdl.kernels.cpu.balance import find_bounds, part_of, read_clock, record_speed
 from fastdl.kernels.cpu.barrier import STEPS, wait
-from fastdl.kernels.cpu.cross_entropy import (
-    ROW_SUMS,
-    block_rows,
-    cross_entropy_block,
-    read_block,
-    write_block,
-)
-from fastdl.kernels.cpu.dense import (
-    Upcoming,
-    backward_bias,
-    backward_data,
-    backward_weight,
-    forward,
-    mask_by_relu,
-)
 from fastdl.kernels.cpu.inputs import (
     begin_run,
     find_part,
@@ -75,20 +61,9 @@ def _total_weight(loss, batch, num_classes):
 
 
 @inlined_jit
-def _read_labels(loss, batch, first, num_classes, labels, member):
-    """Copy some rows' labels. One that is no class ends the run in an error, and until then is any class."""
-    for n in range(labels.size):
-        row = batch.order[batch.first + first + n]
-        label = loss.labels[row]
-        if label != loss.ignore_index and not 0 <= label < num_classes:
-            member.wrong_row, label = min(member.wrong_row, row), 0
-        labels[n] = label
-
-
-@inlined_jit
 def _squared_error_block(columns, loss, rows, scale, factor, loss_sums):
     """Do for the squared error what ``cross_entropy_block`` does; the losses are added, factor times."""
-    for c in range(columns.shape[0] - ROW_SUMS):
+    for c in range(columns.shape[0] - cross_entropy.ROW_SUMS):
         column = columns[c]
         for n in range(rows.size):
             difference = column[n] - loss.targets[rows[n], c]
@@ -111,17 +86,23 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
         scale, factor = 1.0 / total, batch.size / total if total != 0 else np.nan
     elif loss.is_mean:
         scale, factor = 1.0 / (batch.size * width), 1.0 / width
-    block = max(1, min(block_rows(width), rows[1] - rows[0]))
-    columns = np.empty((width + ROW_SUMS, block), scratch.dtype)
+    block = max(1, min(cross_entropy.block_rows(width), rows[1] - rows[0]))
+    columns = np.empty((width + cross_entropy.ROW_SUMS, block), scratch.dtype)
     losses, labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
     best = np.empty(block, np.int32)
     for start in range(rows[0], rows[1], block):
         size = min(block, rows[1] - start)
         sums = epoch.loss_sums[start : start + size]
-        read_block(scratch, layer.output + start * panel, panel, panel_stride, size, columns)
+        cross_entropy.read_block(scratch, layer.output + start * panel, panel, panel_stride, size, columns)
         if is_classifier:
-            _read_labels(loss, batch, start, width, labels[:size], member)
-            cross_entropy_block(
+            for n in range(size):
+                row = batch.order[batch.first + start + n]
+                label = loss.labels[row]
+                if label != loss.ignore_index and not 0 <= label < width:
+                    # the run ends in an error, until which any class will do
+                    member.wrong_row, label = min(member.wrong_row, row), 0
+                labels[n] = label
+            cross_entropy.cross_entropy_block(
                 columns, size, labels, loss.class_weight, loss.ignore_index, loss.label_smoothing, scale,
                 losses, best, epoch.trains,
             )  # fmt: skip
@@ -129,30 +110,19 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
                 sums[n] += losses[n] * factor
                 member.num_correct += best[n] == labels[n]
         else:
-            at = batch.first + start
-            _squared_error_block(
-                columns, loss, batch.order[at : at + size], scratch.dtype.type(2 * scale), factor, sums
-            )
+            order = batch.order[batch.first + start :][:size]
+            _squared_error_block(columns, loss, order, scratch.dtype.type(2 * scale), factor, sums)
         if epoch.trains:
-            write_block(columns, size, scratch, layer.grad + start * panel, panel, panel_stride)
+            cross_entropy.write_block(columns, size, scratch, layer.grad + start * panel, panel, panel_stride)
     if epoch.trains:
-        mask_by_relu(layer, workspace, rows, (0, panels_of(width, panel)))
+        dense.mask_by_relu(layer, workspace, rows, (0, panels_of(width, panel)))
 
 
 @jit
 def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
     """Run one thread's part of an epoch; the threads of a run call this at the same time.
 
-    Parameters
-    ----------
-    thread : int
-    team : team.Shared
-    net : layout.Net
-    examples : layout.Examples
-    loss : layout.Loss
-    epoch : layout.Epoch
-    inputs : layout.Inputs
-    workspace : layout.Workspace
+    Besides the thread's number, the arguments are ``team.Shared`` and the records of ``layout``.
     """
     layers, members, order, batch_size = net.layers, team.members, epoch.order, epoch.batch_size
     by_columns = epoch.by_columns
@@ -187,7 +157,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
             if by_columns and not layers[index].is_skinny:
                 rows, panels = (0, count), share(panels[1], thread, num_threads)
             source = Matrix(own.scratch, layers[index - 1].output, own.stride)
-            forward(layers[index], source, net.state, own, rows, panels, one)
+            dense.forward(layers[index], source, net.state, own, rows, panels, one)
             if by_columns and not wait(team, thread):
                 return
         # 3: loss
@@ -201,7 +171,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
                     if not wait(team, thread):
                         return
                     rows, panels = (0, count), share(panels[1], thread, num_threads)
-                backward_data(layers[index], layers[index - 1], net.state, own, count, rows, panels)
+                dense.backward_data(layers[index], layers[index - 1], net.state, own, count, rows, panels)
             note_grad(net, inputs, own, rows, panels, part, members)
             ticks = read_clock() - started
             if not wait(team, thread):
@@ -210,11 +180,13 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
             # 5: weights and biases
             next_count = max(0, min(batch_size, order.size - first - count))
             next_rows = _share_of_rows(next_count, bounds, thread, lanes)
-            upcoming = Upcoming(examples.X, order, first + count + next_rows[0], first + count + next_rows[1])
+            upcoming = dense.Upcoming(
+                examples.X, order, first + count + next_rows[0], first + count + next_rows[1]
+            )
             for index in range(num_layers):
                 layer = layers[index]
                 panels = part_of(panels_of(layer.num_outputs, panel), bounds, thread)
-                backward_bias(layer, net.state, own, count, panels)
+                dense.backward_bias(layer, net.state, own, count, panels)
                 if not layer.weight.trains:
                     continue
                 if index == 0:
@@ -222,7 +194,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
                     continue
                 source = Matrix(own.scratch, layers[index - 1].output, own.stride)
                 panels = part_of(panels_of(layer.num_inputs, panel), bounds, thread)
-                backward_weight(layer, source, net.state, own, count, panels, one)
+                dense.backward_weight(layer, source, net.state, own, count, panels, one)
             if not by_columns:
                 record_speed(members, thread, bounds, ticks + read_clock() - started)
         if thread == 0:

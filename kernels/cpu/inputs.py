@@ -5,30 +5,16 @@ NONZERO  as they are, skipping zeros
 BYTES    as bytes, which are widened as they are loaded; for a skinny layer
 INTEGER  as bytes, by digits of the weight and of the gradient (``integer_layer``)
 
-A step of INTEGER in which a column of the weight or of the gradient has no fixed point is done as NONZERO does it,
-but for zeros, which are multiplied too.
+A step of INTEGER in which a column of the weight or of the gradient has no fixed point is done as NONZERO does
+it, but for zeros, which are multiplied too.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fastdl.kernels.cpu import integer_layer
+from fastdl.kernels.cpu import dense, integer_layer
 from fastdl.kernels.cpu.balance import part_by_work, part_of
-from fastdl.kernels.cpu.dense import (
-    backward_weight,
-    backward_weight_nonzero,
-    backward_weight_skinny,
-    forward,
-    forward_nonzero,
-    forward_skinny,
-    gather,
-    gather_panels,
-    note_finite_grad,
-    note_finite_weight,
-    prefetch_examples,
-    transpose_examples,
-)
 from fastdl.kernels.cpu.intrinsics import Matrix
 from fastdl.kernels.cpu.layout import BYTES, INPUT_BLOCK, INTEGER, NONZERO
 from fastdl.kernels.cpu.panels import panel_of, panels_of
@@ -38,17 +24,14 @@ from fastdl.kernels.jit import inlined_jit
 # the first layer's weight is done so many panels of inputs at a time
 _PREFETCH_PANELS = 2
 
-_note_weight, _note_grad = integer_layer.note_weight, integer_layer.note_grad
-_find_digits, _find_grad_scales = integer_layer.find_digits, integer_layer.find_grad_scales
-_forward_integers, _update_integers = integer_layer.forward, integer_layer.update
 _GROUP_PANELS = integer_layer.GROUP_PANELS
 
 
 class Part(NamedTuple):
     """A thread's part of the first layer in a step, for a batch of ``count``.
 
-    The thread gathers ``own_rows``, and multiplies ``rows`` for ``panels`` of the outputs: all rows where the product
-    is split ``by_columns``. Of the weight it has ``own_inputs``, but in integers ``inputs`` for its panels.
+    The thread gathers ``own_rows``, and multiplies ``rows`` for ``panels`` of the outputs: all rows where the
+    product is split ``by_columns``. Of the weight it has ``own_inputs``, but in integers ``inputs`` for its panels.
     """
 
     thread: int
@@ -77,7 +60,7 @@ def find_part(layer, inputs, by_columns, count, own_rows, bounds, thread):
         is_split, groups = inputs.integers.by_columns, (0, num_groups)
         if is_split:
             groups, weight_inputs = part_of(num_groups, bounds, thread), (0, num_inputs)
-        panels = groups[0] * _GROUP_PANELS, groups[1] * _GROUP_PANELS
+        panels = groups[0] * _GROUP_PANELS, min(groups[1] * _GROUP_PANELS, num_panels)
     if is_split:
         rows = 0, count
     return Part(thread, count, is_split, own_rows, rows, panels, own_inputs, weight_inputs)
@@ -88,7 +71,7 @@ def begin_run(net, inputs, part):
     """Note, before a barrier, what the first step is to know of the weight."""
     if inputs.mode == INTEGER:
         inputs.integers.members[part.thread].is_written = False
-        _note_weight(net.state, net.layers[0], inputs, part.thread, part.inputs, part.panels)
+        integer_layer.note_weight(net.state, net.layers[0], inputs, part.thread, part.inputs, part.panels)
 
 
 @inlined_jit
@@ -99,19 +82,21 @@ def gather_batch(net, examples, inputs, batch, part, stride, members):
     """
     layer = net.layers[0]
     if inputs.mode == INTEGER:
-        _find_digits(net.state, layer, inputs, part, net.state.dtype.type(examples.scale))
-        gather(examples.X, inputs, batch, part.own_rows, stride, False)
+        integer_layer.find_digits(net.state, layer, inputs, part, net.state.dtype.type(examples.scale))
         member = inputs.integers.members[part.thread]
+        marking = dense.UNMARKED if member.has_digits else dense.ALL
+        dense.gather(examples.X, inputs, batch, part.own_rows, stride, marking)
         return part.by_columns or (member.has_digits and member.has_changed)
     if inputs.mode == NONZERO:
         skips_zeros = True
         for thread in range(members.size):
             skips_zeros &= members[thread].has_finite_weight
-        gather(examples.X, inputs, batch, part.own_rows, stride, skips_zeros)
+        marking = dense.NOT_ZERO if skips_zeros else dense.ALL
+        dense.gather(examples.X, inputs, batch, part.own_rows, stride, marking)
     elif inputs.mode == BYTES:
-        gather_panels(examples.X, batch, part.own_rows, inputs.values, stride, inputs.panels)
+        dense.gather_panels(examples.X, batch, part.own_rows, inputs.values, stride, inputs.panels)
     else:
-        gather_panels(examples.X, batch, part.own_rows, inputs.panels, stride, inputs.panels)
+        dense.gather_panels(examples.X, batch, part.own_rows, inputs.panels, stride, inputs.panels)
     return part.by_columns
 
 
@@ -125,58 +110,60 @@ def forward_first(net, inputs, scale, workspace, part):
     """Write the thread's part of the first layer's output."""
     layer, stride = net.layers[0], workspace.stride
     if _has_digits(inputs, part.thread):
-        _forward_integers(net.state, layer, inputs, workspace, part)
+        integer_layer.forward(net.state, layer, inputs, workspace, part)
     elif inputs.mode == NONZERO or inputs.mode == INTEGER:
-        forward_nonzero(layer, inputs, net.state, workspace, part.rows, part.panels, scale)
+        dense.forward_nonzero(layer, inputs, net.state, workspace, part.rows, part.panels, scale)
     elif inputs.mode == BYTES:
-        forward_skinny(
+        dense.forward_skinny(
             layer, Matrix(inputs.values, 0 * stride, stride), net.state, workspace, part.rows, scale
         )
     else:
         source = Matrix(inputs.panels, 0 * stride, stride)
-        forward(layer, source, net.state, workspace, part.rows, part.panels, scale)
+        dense.forward(layer, source, net.state, workspace, part.rows, part.panels, scale)
 
 
 @inlined_jit
 def note_grad(net, inputs, workspace, rows, panels, part, members):
     """Note, before a barrier, what the update is to know of the gradient that the thread has written."""
     if inputs.mode == NONZERO:
-        note_finite_grad(net.layers[0], workspace, rows, panels, members[part.thread])
+        grad = Matrix(workspace.scratch, net.layers[0].grad, workspace.stride)
+        members[part.thread].has_finite_grad = dense.are_finite(grad, rows, panels)
     elif inputs.mode == INTEGER:
-        _note_grad(net.state, net.layers[0], inputs, workspace, part)
+        integer_layer.note_grad(net.state, net.layers[0], inputs, workspace, part)
 
 
 @inlined_jit
 def update_first(net, inputs, scale, workspace, part, members, upcoming):
-    """Update the thread's part of the first layer's weight; some of the next batch is prefetched on the way."""
+    """Update the thread's part of the first layer's weight; prefetch some of the next batch on the way."""
     layer, panel = net.layers[0], panel_of(workspace.scratch)
     if _has_digits(inputs, part.thread):
-        _find_grad_scales(net.state, layer, inputs, part, scale)
+        integer_layer.find_grad_scales(net.state, layer, inputs, part, scale)
     if _has_digits(inputs, part.thread):
-        _update_integers(net.state, layer, inputs, workspace, part, upcoming)
+        integer_layer.update(net.state, layer, inputs, workspace, part, upcoming)
     elif inputs.mode == NONZERO or inputs.mode == INTEGER:
+        panels = 0, panels_of(layer.num_outputs, panel)
         transposed = inputs.transposed[part.thread], inputs.transposed_masks[part.thread]
         skips_zeros = inputs.mode == NONZERO
         for thread in range(members.size):
             skips_zeros &= members[thread].has_finite_grad
-        transpose_examples(
+        dense.transpose_examples(
             inputs.values, workspace.stride, part.own_inputs, part.count, transposed, skips_zeros
         )
-        backward_weight_nonzero(
+        dense.backward_weight_nonzero(
             layer, transposed, net.state, workspace, part.count, part.own_inputs, scale, upcoming
         )
         if inputs.mode == NONZERO:
-            note_finite_weight(layer, net.state, part.own_inputs, members[part.thread])
+            weight = Matrix(net.state, layer.weight.start, layer.num_inputs)
+            members[part.thread].has_finite_weight = dense.are_finite(weight, part.own_inputs, panels)
         else:
-            panels = 0, panels_of(layer.num_outputs, panel)
-            _note_weight(net.state, layer, inputs, part.thread, part.own_inputs, panels)
+            integer_layer.note_weight(net.state, layer, inputs, part.thread, part.own_inputs, panels)
     else:
         _update_panels(net, inputs, scale, workspace, part, upcoming)
 
 
 @inlined_jit
 def _update_panels(net, inputs, scale, workspace, part, upcoming):
-    """Do what ``update_first`` does for DENSE and BYTES: a few panels at a time, with prefetches in between."""
+    """Do what ``update_first`` does for DENSE and BYTES: a few panels at a time, prefetching in between."""
     layer, panel, stride = net.layers[0], panel_of(workspace.scratch), workspace.stride
     panels = panels_of(part.own_inputs[0], panel), panels_of(part.own_inputs[1], panel)
     shares = (panels[1] - panels[0]) // _PREFETCH_PANELS
@@ -186,9 +173,9 @@ def _update_panels(net, inputs, scale, workspace, part, upcoming):
         some = (panels[0] + start, panels[0] + stop)
         if inputs.mode == BYTES:
             source = Matrix(inputs.values, 0 * stride, stride)
-            backward_weight_skinny(layer, source, net.state, workspace, part.count, some, scale)
+            dense.backward_weight_skinny(layer, source, net.state, workspace, part.count, some, scale)
         else:
             source = Matrix(inputs.panels, 0 * stride, stride)
-            backward_weight(layer, source, net.state, workspace, part.count, some, scale)
+            dense.backward_weight(layer, source, net.state, workspace, part.count, some, scale)
         start, stop = share(upcoming.stop - upcoming.start, index, shares)
-        prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)
+        dense.prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)

@@ -364,8 +364,8 @@ def transpose_block(typing_context, source, target):
 def find_scales(digits, tile, columns, scale):
     """Write the scales of a tile column; return whether all columns have one, and whether one has changed.
 
-    ``digits`` is a thread's. None has a column with infinity or NaN, or one of numbers so small, or a factor so
-    small or great, that a float32 wouldn't be normal. Columns behind those of the matrix may hold anything.
+    ``digits`` is a thread's. None has a column with infinity or NaN, or one of numbers so small, or a factor
+    so small or great, that a float32 wouldn't be normal. Columns behind those of the matrix may hold anything.
     """
     inverse_bits, factor_bits = digits.inverses.view(np.int32), digits.factors.view(np.int32)
     has_scale, has_changed = True, False

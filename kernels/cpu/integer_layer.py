@@ -1,9 +1,10 @@
 """The first layer on examples of bytes, by digits of its weight and of its gradient (``integer``).
 
-Each thread has a part of the product, and one of the weight. The digits of a weight are written while it is updated, by
-the scales of the step before. In the next step all threads find the scales anew, from the greatest magnitudes that
-each has noted of its part, and write those tile columns again whose scales have changed: bits don't depend on the
-past. They agree on what has changed, and on whether a column has no scale, as all read the same notes.
+Each thread has a part of the product, and one of the weight. The digits of a weight are written while it is
+updated, by the scales of the step before. In the next step all threads find the scales anew, from the greatest
+magnitudes that each has noted of its part, and write those tile columns again whose scales have changed: bits
+don't depend on the past. They agree on what has changed, and on whether a column has no scale, as all read the
+same notes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastdl.kernels.cpu.integer import (
     write_columns,
 )
 from fastdl.kernels.cpu.intrinsics import FROM_BIAS, FROM_ZERO, Matrix
+from fastdl.kernels.cpu.panels import panels_of
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.cpu.tiles import USES_INTEGERS, tile_begin, tile_end
 from fastdl.kernels.jit import inlined_jit, linked_jit
@@ -129,7 +131,7 @@ def forward(state, layer, inputs, workspace, part):
 
 @linked_jit(applies=_in_integers)
 def find_grad_scales(state, layer, inputs, part, scale):
-    """Find the scales of the gradient; the weight has no digits after this step where the gradient has none."""
+    """Find the scales of the gradient; where it has none, nor has the weight digits after this step."""
     member = inputs.integers.members[part.thread]
     grad = digits_of(inputs.integers.grad, part.thread)
     for tile in range(_num_tiles(layer)):
@@ -158,7 +160,7 @@ def update(state, layer, inputs, workspace, part, upcoming):
     own_stride = _INPUTS * PANEL
     own[: GROUP_PANELS * own_stride] = 0
     start, stop = part.inputs
-    num_parts = (stop - start + _INPUTS - 1) // _INPUTS * ((part.panels[1] - part.panels[0]) // GROUP_PANELS)
+    num_parts = panels_of(stop - start, _INPUTS) * panels_of(part.panels[1] - part.panels[0], GROUP_PANELS)
     index = 0
     tile_begin(tiles.registers)
     for panel in range(part.panels[0], part.panels[1], GROUP_PANELS):
@@ -168,7 +170,7 @@ def update(state, layer, inputs, workspace, part, upcoming):
             output = Matrix(own, -panel * own_stride - first * PANEL, own_stride)
             epilogue = Epilogue(state, 0, FROM_ZERO, False)
             multiply_bytes(tiles, transposed, rows, grad, columns, blocks_of(part.count), output, epilogue)
-            for p in range(GROUP_PANELS):
+            for p in range(min(GROUP_PANELS, part.panels[1] - panel)):
                 at = ((panel + p) * layer.num_inputs + first) * PANEL
                 count = (rows[1] - first) * PANEL
                 update_part(layer.weight, state, at, (own, p * own_stride), count, state.dtype.type(1))

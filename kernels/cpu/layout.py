@@ -28,8 +28,8 @@ BLOCK_INPUTS = 64
 INPUT_BLOCK = 16
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
-# How the first layer reads its input: in the dtype of the net; skipping zeros; for a skinny layer, as bytes; as
-# bytes that are multiplied in integers.
+# How the first layer reads its input: in the dtype of the net; skipping zeros; for a skinny layer, as bytes;
+# as bytes that are multiplied in integers.
 DENSE, NONZERO, BYTES, INTEGER = range(4)
 
 # bytes of a cache line
@@ -59,8 +59,8 @@ LAYER = np.dtype(
 )
 
 
-# What a thread knows of the first weight's digits: whether they have been written, or it is not to have any in this
-# step; whether some had to be written at the start of the step.
+# What a thread knows of the first weight's digits: whether they are written; whether it has any in this step;
+# whether some had to be written when the step began.
 INTEGER_MEMBER = np.dtype(
     {
         "names": ["is_written", "has_digits", "has_changed"],
@@ -96,9 +96,9 @@ class Examples(NamedTuple):
 class Integers(NamedTuple):
     """What INTEGER has beside the memory of NONZERO.
 
-    The digits of the first weight and of the gradient of its product; each thread's memory for tiles; what it knows
-    of the weight's digits, (num_threads,) of INTEGER_MEMBER, and of each tile column's; and whether threads share
-    the layer by its outputs, or by rows and inputs.
+    The digits of the first weight and of the gradient of its product; each thread's memory for tiles; what it
+    knows of the weight's digits, (num_threads,) of INTEGER_MEMBER, and of each tile column's; and whether
+    threads share the layer by its outputs, or by rows and inputs.
     """
 
     weight: Digits
@@ -180,20 +180,10 @@ class _Allocator:
 
 
 class Memory:
-    """All memory of a training run.
+    """All memory of a run on so many threads, with batches of at most so many rows.
 
-    Parameters
-    ----------
-    shapes : sequence of (int, int)
-        Those of the weights, (M, K).
-    relus : sequence of bool
-        Whether a ReLU follows each layer.
-    dtype : dtype
-    rows : int
-        How many a batch has at most; ``rows`` is how many it may have.
-    num_threads : int
-    takes_integers : bool
-        Whether examples of bytes are multiplied in integers.
+    ``shapes`` are those of the weights, (M, K); relus say whether a ReLU follows each layer; takes_integers
+    says whether examples of bytes are multiplied in integers.
     """
 
     def __init__(
@@ -208,9 +198,9 @@ class Memory:
         self._num_threads = num_threads
         self._takes_integers = takes_integers
         self._panel = panel = int(panel_of(np.empty(0, dtype)))
-        self.rows = _rounded(rows, 16)
+        self._rows = _rounded(rows, 16)
         # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
-        stride = self.rows + _PANEL_GAP
+        stride = self._rows + _PANEL_GAP
         state, scratch = _Allocator(), _Allocator()
         layers = np.zeros(len(shapes), LAYER)
         own = 0
@@ -239,7 +229,7 @@ class Memory:
         if is_skinny:
             return width * panel
         size = max(BLOCK_INPUTS, panel) * max(BLOCK_COLUMNS, panel)
-        rows = _rounded(min(self.rows, BLOCK_BATCH), panel) + panel
+        rows = _rounded(min(self._rows, BLOCK_BATCH), panel) + panel
         # a first layer has no gradient to hand back, but may skip zeros
         return max(size, rows * (depth + width) if index else max(LONG_ROWS) // TILE.vectors * panel * depth)
 
@@ -267,7 +257,7 @@ class Memory:
             padded = _rounded(num_inputs, panel)
             words = _rounded(num_inputs, WORD) // WORD * stride * in_words
             # a thread may get nearly all inputs
-            own_words = ((padded + 16) * _rounded(self.rows, WORD) // WORD + PAIR) * in_words
+            own_words = ((padded + 16) * _rounded(self._rows, WORD) // WORD + PAIR) * in_words
             self._inputs[mode, X.dtype] = Inputs(
                 mode,
                 sums,
@@ -287,7 +277,7 @@ class Memory:
         threads = self._num_threads if is_used else 0
         return Integers(
             digits_memory(num_inputs, num_outputs, threads),
-            digits_memory(self.rows, num_outputs, threads, 1 if by_columns else threads),
+            digits_memory(self._rows, num_outputs, threads, 1 if by_columns else threads),
             tiles_memory(threads),
             aligned(threads, INTEGER_MEMBER),
             np.zeros((threads, num_outputs // SIDE + 1), np.bool_),

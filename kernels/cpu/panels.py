@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from itertools import islice
 
 from llvmlite import ir
 from numba import types
@@ -64,26 +65,17 @@ def tile_height(rows):
     return 1
 
 
-def _nested(kind, values):
-    """Return the next of the values, or a tuple of them for a tuple; an array and its position are one."""
-    if not isinstance(kind, types.BaseTuple):
-        return next(values)
-    members = kind.types
-    has_position = [i > 0 and isinstance(members[i - 1], types.Array) for i in range(len(members))]
-    return tuple(
-        _nested(member, values)
-        for member, is_position in zip(members, has_position, strict=True)
-        if not is_position
-    )
-
-
 def _call_of(write, *kinds):
-    """Return what ``call_of`` does, for a write that takes tuples where the call has them."""
+    """Return what ``call_of`` does, for a write that takes a tuple where the call has one."""
+    # of an array and its position, the write gets a pointer
+    sizes = [
+        len(k) - isinstance(k.types[0], types.Array) if isinstance(k, types.BaseTuple) else 0 for k in kinds
+    ]
 
     @wraps(write)
     def write_flat(vectors, *values):
         rest = iter(values)
-        write(vectors, *(_nested(kind, rest) for kind in kinds))
+        write(vectors, *(tuple(islice(rest, size)) if size else next(rest) for size in sizes))
 
     return call_of(write_flat, *kinds)
 
@@ -243,27 +235,21 @@ def _outer_product(vectors, output, a, b, rows):
 def _transpose_square(vectors, source, source_stride, target, target_stride):
     builder, is_bytes = vectors.builder, isinstance(vectors.element, ir.IntType)
     kind = ir.VectorType(vectors.element, 16 if is_bytes else vectors.width)
-    sources, targets = (
-        [
-            builder.bitcast(vectors.at(start, builder.mul(stride, INTP(i))), kind.as_pointer())
-            for i in range(kind.count)
-        ]
-        for start, stride in ((source, source_stride), (target, target_stride))
-    )
-    rows = [builder.load(pointer, align=1) for pointer in sources]
+
+    def line(start, stride, i):
+        return builder.bitcast(vectors.at(start, builder.mul(stride, INTP(i))), kind.as_pointer())
+
+    rows = [builder.load(line(source, source_stride, i), align=1) for i in range(kind.count)]
     if is_bytes:
         # four rounds that interleave the rows
         lanes = [lane for i in range(16) for lane in (i, 16 + i)]
         for _ in range(4):
-            rows = [
-                vectors.shuffle(rows[i], rows[i + 8], half)
-                for i in range(8)
-                for half in (lanes[:16], lanes[16:])
-            ]
+            pairs = [(rows[i], rows[i + 8]) for i in range(8)]
+            rows = [vectors.shuffle(a, b, half) for a, b in pairs for half in (lanes[:16], lanes[16:])]
     else:
         rows = vectors.transpose(rows)
-    for pointer, row in zip(targets, rows, strict=True):
-        builder.store(row, pointer, align=1)
+    for i, row in enumerate(rows):
+        builder.store(row, line(target, target_stride, i), align=1)
 
 
 def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
@@ -495,6 +481,22 @@ def mask_of_nonzero(typing_context, values, at, count):
 def transpose_square(typing_context, source, target):
     """Write the transpose of a square block, one vector wide or of 16 x 16 bytes; the stride is of rows."""
     return call_of(_transpose_square, source, target)
+
+
+@intrinsic
+def copy_word(typing_context, source, source_at, target, target_at):
+    """Copy WORD numbers."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.VectorType(context.get_value_type(source.dtype), WORD).as_pointer()
+        places = []
+        for array, values, at in ((source, *arguments[:2]), (target, *arguments[2:])):
+            data = context.make_array(array)(context, builder, values).data
+            places.append(builder.bitcast(builder.gep(data, [at]), kind))
+        builder.store(builder.load(places[0], align=1), places[1], align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp), generate
 
 
 @intrinsic

@@ -25,20 +25,19 @@ def _is_plain(parameter):
 
 
 @jit
-def run_small_epoch(net, examples, loss, epoch):
+def run_small_epoch(layers, state, X, scale, order, batch_size, is_mean, targets, trains, loss_sums):
     """Run an epoch of a single layer with at most MAX_INPUTS inputs, one output and a squared error.
 
-    The arguments are those of ``epoch.run_epoch``; the losses are added to the first of ``epoch.loss_sums``.
+    The arguments are members of those of ``epoch.run_epoch``: handing over a record takes 0.4 us, and all
+    of the epoch 7. The losses are added to the first of loss_sums.
     """
-    state, layer, X, order, batch_size = net.state, net.layers[0], examples.X, epoch.order, epoch.batch_size
+    layer = layers[0]
     depth, weight_at, bias_at = layer.num_inputs, layer.weight.start, layer.bias.start
-    scale = state.dtype.type(examples.scale)
+    scale = state.dtype.type(scale)
     zero = state.dtype.type(0)
-    is_plain = epoch.trains and _is_plain(layer.weight) and _is_plain(layer.bias)
+    is_plain = trains and _is_plain(layer.weight) and _is_plain(layer.bias)
     lr, bias_lr = state.dtype.type(layer.weight.lr), state.dtype.type(layer.bias.lr)
     grads = np.zeros(MAX_INPUTS + 1, state.dtype)
-    # an input that isn't there is the last one again, with weight 0
-    k1, k2, k3 = min(1, depth - 1), min(2, depth - 1), min(3, depth - 1)
     w0 = state[weight_at]
     w1 = state[weight_at + 1] if depth > 1 else zero
     w2 = state[weight_at + 2] if depth > 2 else zero
@@ -51,9 +50,12 @@ def run_small_epoch(net, examples, loss, epoch):
         g0 = g1 = g2 = g3 = g4 = squares = zero
         for n in range(first, first + count):
             example = order[n]
-            x0, x1, x2, x3 = X[example, 0], X[example, k1], X[example, k2], X[example, k3]
+            x0 = X[example, 0]
+            x1 = X[example, 1] if depth > 1 else zero
+            x2 = X[example, 2] if depth > 2 else zero
+            x3 = X[example, 3] if depth > 3 else zero
             product = w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3
-            difference = scale * product + bias - loss.targets[example, 0]
+            difference = scale * product + bias - targets[example, 0]
             squares += difference * difference
             g0 += difference * x0
             g1 += difference * x1
@@ -62,7 +64,7 @@ def run_small_epoch(net, examples, loss, epoch):
             g4 += difference
         total += squares
         # 2: the update
-        factor = state.dtype.type(2.0 / count if loss.is_mean else 2.0)
+        factor = state.dtype.type(2.0 / count if is_mean else 2.0)
         step = lr * (factor * scale)
         if is_plain:
             w0 -= step * g0
@@ -73,7 +75,7 @@ def run_small_epoch(net, examples, loss, epoch):
             if depth > 3:
                 w3 -= step * g3
             bias -= bias_lr * factor * g4
-        elif epoch.trains:
+        elif trains:
             grads[0], grads[1], grads[2], grads[3], grads[4] = g0, g1, g2, g3, g4
             if layer.weight.trains:
                 update_part(layer.weight, state, 0, (grads, 0), depth, factor * scale)
@@ -90,4 +92,4 @@ def run_small_epoch(net, examples, loss, epoch):
             if k < depth:
                 state[weight_at + k] = weight
         state[bias_at] = bias
-    epoch.loss_sums[0] += total
+    loss_sums[0] += total

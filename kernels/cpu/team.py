@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdl.kernels.cpu.barrier import LINE, STEPS, STOP, num_counters
+from fastdl.kernels.cpu.barrier import LINE, OWN, STEPS, STOP
 from fastdl.kernels.cpu.memory import aligned
 
 # how often a waiting thread looks for Ctrl-C and reports progress, in seconds
@@ -49,7 +49,6 @@ class Team:
 
     def __init__(self, num_threads: int) -> None:
         self.members: NDArray[Any] = aligned(num_threads, MEMBER)
-        self.members["has_finite_weight"] = True
 
     def run(
         self,
@@ -62,21 +61,12 @@ class Team:
         """Run work in every thread of the team, and return when all have ended.
 
         Whatever is raised, in a thread, by a callback or by Ctrl-C, is raised here when no thread is left.
-
-        Parameters
-        ----------
-        work : callable
-            Called with a thread's number and what it shares with the others.
-        tick : callable, optional
-            Called now and then, in the calling thread, with how many steps are done.
-        meanwhile : callable, optional
-            Called once, in the calling thread.
-        in_caller : bool
-            Whether the work of a single thread is done in the calling thread, without callbacks.
+        The calling thread calls ``meanwhile`` once, and now and then ``tick`` with how many steps are done.
+        With ``in_caller`` it does the work of a team of one itself, and calls neither.
         """
         self.members["num_correct"], self.members["wrong_row"] = 0, NO_ROW
         # fresh ones: nothing takes a STOP back from a thread that comes late
-        shared = Shared(aligned(num_counters(len(self.members)), np.int64), self.members)
+        shared = Shared(aligned(OWN + len(self.members) * LINE, np.int64), self.members)
         if in_caller:
             work(0, shared)
             return

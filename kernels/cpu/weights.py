@@ -7,8 +7,8 @@ than that are read at a time.
 
 from __future__ import annotations
 
-from fastdl.kernels.cpu.intrinsics import TILE, Matrix, transpose_block
-from fastdl.kernels.cpu.panels import panel_of, panels_of
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix
+from fastdl.kernels.cpu.panels import panel_of, panels_of, transpose_square
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.jit import inlined_jit, jit
 
@@ -40,18 +40,17 @@ def copy_weight(matrix, state, at, is_skinny, to_panels, thread, num_threads):
     flat = matrix.reshape(-1)
     panel = panel_of(state)
     lanes = panel // _VECTORS
-    first, stop, rows, columns = _share_of_blocks(width, depth, is_skinny, panel, thread, num_threads)
-    for m_first in range(first, first + rows, panel):
+    first, stop, whole_rows, columns = _share_of_blocks(width, depth, is_skinny, panel, thread, num_threads)
+    for m_first in range(first, first + whole_rows, panel):
         for k_first in range(0, columns, panel):
             for m in range(m_first, m_first + panel, lanes):
                 for k in range(k_first, k_first + panel, lanes):
                     position = at + _position(m, k, width, depth, False, panel)
-                    if to_panels:
-                        transpose_block(Matrix(flat, m * depth + k, depth), Matrix(state, position, panel))
-                    else:
-                        transpose_block(Matrix(state, position, panel), Matrix(flat, m * depth + k, depth))
+                    rows, in_panels = Matrix(flat, m * depth + k, depth), Matrix(state, position, panel)
+                    source, target = (rows, in_panels) if to_panels else (in_panels, rows)
+                    transpose_square(source, target)
     for m in range(first, stop):
-        for k in range(columns if m < first + rows else 0, depth):
+        for k in range(columns if m < first + whole_rows else 0, depth):
             position = at + _position(m, k, width, depth, is_skinny, panel)
             if to_panels:
                 state[position] = flat[m * depth + k]

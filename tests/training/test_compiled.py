@@ -398,7 +398,7 @@ def test_examples_are_not_copied_as_floats(seed):
 
     def spy(self, *arguments, **options):
         original(self, *arguments, **options)
-        taken.append(self._data.examples.X)
+        taken.append(self._data[0].X)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program.Program, "__init__", spy)
