@@ -40,7 +40,7 @@ _KEPT_VERSIONS = 4
 _FORMAT = b"fastdl machine code 1\n"
 _HEADER_BYTES = len(_FORMAT) + 32
 # the width of vectors is taken when the kernels are imported
-_VECTOR_BITS = os.environ.get("FASTDL_VECTOR_BITS", "")
+_FORCED = [os.environ.get(f"FASTDL_{name}", "") for name in ("VECTOR_BITS", "INTEGER_UNITS")]
 
 
 def read(name: str) -> bytes | None:
@@ -104,7 +104,7 @@ def _roots() -> Iterator[Path]:
 @cache
 def _version() -> str:
     """Return a digest of the kernels' sources and of all that compiles them."""
-    tools = (numba.__version__, llvmlite.__version__, np.__version__, sys.version, sys.abiflags, _VECTOR_BITS)
+    tools = (numba.__version__, llvmlite.__version__, np.__version__, sys.version, sys.abiflags, _FORCED)
     digest = hashlib.sha256(repr(tools).encode())
     for name, content in _sources(sys.modules[__package__].__spec__):
         digest.update(f"{name} {len(content)} ".encode() + content)

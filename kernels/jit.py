@@ -154,14 +154,28 @@ def _link(links: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
         _linked[name].symbol(argument_types)
 
 
-def linked_jit(function: Callable[..., None] | None = None, **options: Any) -> Any:
+def linked_jit(
+    function: Callable[..., None] | None = None,
+    *,
+    applies: Callable[[tuple[Any, ...]], bool] | None = None,
+    **options: Any,
+) -> Any:
     """Compile a function that returns nothing once, whatever number of kernels call it.
 
     Numba copies the code of all that a function calls into the function, and compiles the copy: a kernel
     that has a serial and a parallel branch compiles a helper four times. This is for the large ones.
+
+    Parameters
+    ----------
+    function
+        The Python function to compile. Left out when options are given.
+    applies : callable, optional
+        Says by the types of a kernel's call whether there is anything to do; where not, nothing is compiled.
+    **options
+        Passed to ``numba.njit``.
     """
     if function is None:
-        return lambda function: linked_jit(function, **options)
+        return lambda function: linked_jit(function, applies=applies, **options)
     linked = _Linked(function, options)
     _linked[linked.name] = linked
 
@@ -176,6 +190,8 @@ def linked_jit(function: Callable[..., None] | None = None, **options: Any) -> A
             return signature(types.none, *(types.unliteral(argument) for argument in arguments))
 
     def lower(context: Any, builder: Any, sig: Any, arguments: Any) -> Any:
+        if applies is not None and not applies(sig.args):
+            return context.get_dummy_value()
         convention = context.call_conv
         callee = cgutils.get_or_insert_function(
             builder.module, convention.get_function_type(types.none, sig.args), linked.symbol(sig.args)

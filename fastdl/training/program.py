@@ -30,6 +30,8 @@ _MIN_FLOPS_TO_HAND_OVER = 5e7
 _MIN_NUMBERS_TO_SHARE = 1 << 20
 # Fewer rows than this many for each thread are split by columns.
 _FEW_ROWS = 16
+# In smaller batches, writing a weight's digits takes longer than multiplying in integers saves.
+_MIN_INTEGER_ROWS = 32
 
 
 class _Parameter(NamedTuple):
@@ -93,7 +95,16 @@ class Program:
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
         rows = max(batch_size, evaluation_rows)
-        self._memory = kernels.layout.Memory(shapes, relus, self._dtype, rows, self._num_threads)
+        takes_integers = (
+            kernels.tiles.integer_units() != "off"
+            and X.dtype == torch.uint8
+            and lowered.dtype == torch.float32
+            and batch_size >= _MIN_INTEGER_ROWS
+            and not self._by_columns
+        )
+        self._memory = kernels.layout.Memory(
+            shapes, relus, self._dtype, rows, self._num_threads, takes_integers
+        )
         self._loss_sums = np.zeros(rows)
         self._team = kernels.team.Team(self._num_threads)
         self._parameters = [

@@ -1,6 +1,6 @@
 """Kernels for the CPU: one file per op, the same names and argument order as in ``kernels/cuda``."""
 
-from fastdl.kernels.cpu import addressed, epoch, layout, reduction, small, team, threads, weights
+from fastdl.kernels.cpu import addressed, epoch, layout, reduction, small, team, threads, tiles, weights
 from fastdl.kernels.cpu.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from fastdl.kernels.cpu.linear import linear_forward, linear_grad_input, linear_grad_weight
 from fastdl.kernels.cpu.mse_loss import mse_loss_backward, mse_loss_forward
@@ -25,5 +25,6 @@ __all__ = [
     "small",
     "team",
     "threads",
+    "tiles",
     "weights",
 ]

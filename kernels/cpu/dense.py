@@ -24,6 +24,7 @@ from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
     WORD,
     copy_panel,
+    copy_word,
     dot_panels,
     mask_of_nonzero,
     multiply_nonzero,
@@ -47,6 +48,8 @@ _ROW_DOT_COLS = min(4, TILE.dot_cols)
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
 _CACHE_LINE = 64
+# what gather marks: no numbers, all, or those that aren't 0
+UNMARKED, ALL, NOT_ZERO = range(3)
 # rows and columns of what transpose_square takes of bytes
 _BYTES_BLOCK = 16
 
@@ -470,7 +473,7 @@ def _mask(values, at, count, skips_zeros):
 
 
 @linked_jit
-def gather(X, inputs, batch, rows, stride, skips_zeros):
+def gather(X, inputs, batch, rows, stride, marking):
     """Copy some rows of a batch to values, WORD numbers at a time, and mark which are multiplied.
 
     Number i of example n is at ``(i // WORD * stride + n) * WORD + i % WORD`` of values, and its bit is in
@@ -478,16 +481,19 @@ def gather(X, inputs, batch, rows, stride, skips_zeros):
     """
     values = inputs.values
     num_inputs = X.shape[1]
+    whole = num_inputs // WORD
     for n in range(rows[0], rows[1]):
-        example = X[batch.order[batch.first + n]]
-        for first in range(0, num_inputs, WORD):
-            at = first // WORD * stride + n
-            part = example[first : first + WORD]
-            # target[:] = part would compile how Numba writes an error about shapes, for 5 s
-            target = values[at * WORD : at * WORD + part.size]
-            for i in range(part.size):
-                target[i] = part[i]
-            inputs.masks[at] = _mask(values, at * WORD, part.size, skips_zeros)
+        row = batch.order[batch.first + n]
+        for word in range(whole):
+            at = word * stride + n
+            copy_word(X, row * num_inputs + word * WORD, values, at * WORD)
+            if marking != UNMARKED:
+                inputs.masks[at] = _mask(values, at * WORD, WORD, marking == NOT_ZERO)
+        if whole * WORD < num_inputs:
+            at, count = whole * stride + n, num_inputs - whole * WORD
+            for i in range(count):
+                values[at * WORD + i] = X[row, whole * WORD + i]
+            inputs.masks[at] = _mask(values, at * WORD, count, marking == NOT_ZERO)
 
 
 @linked_jit

@@ -23,18 +23,23 @@ from __future__ import annotations
 import numpy as np
 
 from fastdl.kernels.cpu import cross_entropy, dense
-from fastdl.kernels.cpu.balance import find_bounds, part_by_work, part_of, read_clock, record_speed
+from fastdl.kernels.cpu.balance import find_bounds, part_of, read_clock, record_speed
 from fastdl.kernels.cpu.barrier import STEPS, wait
+from fastdl.kernels.cpu.inputs import (
+    begin_run,
+    find_part,
+    forward_first,
+    gather_batch,
+    note_grad,
+    update_first,
+)
 from fastdl.kernels.cpu.intrinsics import TILE, Matrix
-from fastdl.kernels.cpu.layout import BYTES, CROSS_ENTROPY, INPUT_BLOCK, NONZERO, Batch, Workspace
+from fastdl.kernels.cpu.layout import CROSS_ENTROPY, INTEGER, Batch, Workspace
 from fastdl.kernels.cpu.panels import panel_of, panels_of
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.cpu.reduction import MEAN
 from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 from fastdl.kernels.options import CrossEntropyOptions
-
-# the first layer's weight is done so many panels of inputs at a time
-_PREFETCH_PANELS = 2
 
 _VECTORS = TILE.vectors
 
@@ -115,65 +120,6 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
         dense.mask_by_relu(layer, workspace, rows, (0, panels_of(width, panel)))
 
 
-@inlined_jit
-def _gather(X, inputs, batch, rows, stride, members):
-    """Copy some rows of a batch to where the first layer reads them."""
-    if inputs.mode == NONZERO:
-        skips_zeros = True
-        for thread in range(members.size):
-            skips_zeros &= members[thread].has_finite_weight
-        dense.gather(X, inputs, batch, rows, stride, skips_zeros)
-    elif inputs.mode == BYTES:
-        dense.gather_panels(X, batch, rows, inputs.values, stride, inputs.panels)
-    else:
-        dense.gather_panels(X, batch, rows, inputs.panels, stride, inputs.panels)
-
-
-@inlined_jit
-def _forward(net, index, inputs, scale, workspace, rows, panels):
-    """Write some rows, and panels, of a layer's output."""
-    layer, stride = net.layers[index], workspace.stride
-    scale = scale if index == 0 else net.state.dtype.type(1)
-    if index == 0 and inputs.mode == NONZERO:
-        dense.forward_nonzero(layer, inputs, net.state, workspace, rows, panels, scale)
-    elif index == 0 and inputs.mode == BYTES:
-        dense.forward_skinny(
-            layer, Matrix(inputs.values, 0 * stride, stride), net.state, workspace, rows, scale
-        )
-    else:
-        dense.forward(
-            layer, _source(net, index, inputs, workspace), net.state, workspace, rows, panels, scale
-        )
-
-
-@inlined_jit
-def _source(net, index, inputs, workspace):
-    """Return the panels that a layer reads: the output of the one before, or the examples."""
-    storage, at = inputs.panels, 0
-    if index > 0:
-        storage, at = workspace.scratch, net.layers[index - 1].output
-    return Matrix(storage, at, workspace.stride)
-
-
-@inlined_jit
-def _update_first(net, inputs, scale, workspace, count, panels, upcoming):
-    """Update the first layer's weight, a few panels of inputs at a time; prefetch examples in between."""
-    layer = net.layers[0]
-    shares = (panels[1] - panels[0]) // _PREFETCH_PANELS
-    shares = max(1, min(shares, upcoming.stop - upcoming.start))
-    for index in range(shares):
-        start, stop = share(panels[1] - panels[0], index, shares)
-        part = (panels[0] + start, panels[0] + stop)
-        if inputs.mode == BYTES:
-            source = Matrix(inputs.values, 0 * count, workspace.stride)
-            dense.backward_weight_skinny(layer, source, net.state, workspace, count, part, scale)
-        else:
-            source = _source(net, 0, inputs, workspace)
-            dense.backward_weight(layer, source, net.state, workspace, count, part, scale)
-        start, stop = share(upcoming.stop - upcoming.start, index, shares)
-        dense.prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)
-
-
 @jit
 def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
     """Run one thread's part of an epoch; the threads of a run call this at the same time.
@@ -183,29 +129,37 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
     layers, members, order, batch_size = net.layers, team.members, epoch.order, epoch.batch_size
     by_columns = epoch.by_columns
     own = Workspace(workspace.scratch, workspace.stride, workspace.own[thread])
-    num_layers, num_threads, num_inputs = layers.shape[0], members.size, layers[0].num_inputs
+    num_layers, num_threads = layers.shape[0], members.size
     panel = panel_of(workspace.scratch)
     lanes = panel // _VECTORS
-    block = max(INPUT_BLOCK, panel)
     bounds = np.empty(num_threads + 1)
-    scale = net.state.dtype.type(examples.scale)
+    one, scale = net.state.dtype.type(1), net.state.dtype.type(examples.scale)
     for step in range((order.size + batch_size - 1) // batch_size):
         first = step * batch_size
         count = min(batch_size, order.size - first)
         batch = Batch(order, first, count)
         find_bounds(members, bounds)
         own_rows = _share_of_rows(count, bounds, thread, lanes)
+        part = find_part(layers[0], inputs, by_columns, count, own_rows, bounds, thread)
+        if step == 0:
+            begin_run(net, inputs, part)
+            if inputs.mode == INTEGER and not wait(team, thread):
+                return
         started: int = read_clock()
         # 1: the batch
-        _gather(examples.X, inputs, batch, own_rows, own.stride, members)
-        if by_columns and not wait(team, thread):
+        reads_others = gather_batch(net, examples, inputs, batch, part, own.stride, members)
+        if (by_columns or reads_others) and not wait(team, thread):
             return
         # 2: forward
-        for index in range(num_layers):
+        forward_first(net, inputs, scale, own, part)
+        if (by_columns or part.by_columns) and not wait(team, thread):
+            return
+        for index in range(1, num_layers):
             rows, panels = own_rows, (0, panels_of(layers[index].num_outputs, panel))
             if by_columns and not layers[index].is_skinny:
                 rows, panels = (0, count), share(panels[1], thread, num_threads)
-            _forward(net, index, inputs, scale, own, rows, panels)
+            source = Matrix(own.scratch, layers[index - 1].output, own.stride)
+            dense.forward(layers[index], source, net.state, own, rows, panels, one)
             if by_columns and not wait(team, thread):
                 return
         # 3: loss
@@ -220,9 +174,7 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
                         return
                     rows, panels = (0, count), share(panels[1], thread, num_threads)
                 dense.backward_data(layers[index], layers[index - 1], net.state, own, count, rows, panels)
-            if inputs.mode == NONZERO:
-                grad = Matrix(own.scratch, layers[0].grad, own.stride)
-                members[thread].has_finite_grad = dense.are_finite(grad, rows, panels)
+            note_grad(net, inputs, own, rows, panels, part, members)
             ticks = read_clock() - started
             if not wait(team, thread):
                 return
@@ -239,32 +191,12 @@ def run_epoch(thread, team, net, examples, loss, epoch, inputs, workspace):
                 dense.backward_bias(layer, net.state, own, count, panels)
                 if not layer.weight.trains:
                     continue
-                if index > 0:
-                    source = _source(net, index, inputs, own)
-                    panels = part_of(panels_of(layer.num_inputs, panel), bounds, thread)
-                    dense.backward_weight(
-                        layer, source, net.state, own, count, panels, net.state.dtype.type(1)
-                    )
+                if index == 0:
+                    update_first(net, inputs, scale, own, part, members, upcoming)
                     continue
-                start, stop = part_by_work(inputs.work, bounds, thread)
-                columns = (min(start * block, num_inputs), min(stop * block, num_inputs))
-                if inputs.mode == NONZERO:
-                    transposed = inputs.transposed[thread], inputs.transposed_masks[thread]
-                    skips_zeros = True
-                    for other in range(num_threads):
-                        skips_zeros &= members[other].has_finite_grad
-                    dense.transpose_examples(
-                        inputs.values, own.stride, columns, count, transposed, skips_zeros
-                    )
-                    dense.backward_weight_nonzero(
-                        layer, transposed, net.state, own, count, columns, scale, upcoming
-                    )
-                    weight = Matrix(net.state, layer.weight.start, num_inputs)
-                    panels = (0, panels_of(layer.num_outputs, panel))
-                    members[thread].has_finite_weight = dense.are_finite(weight, columns, panels)
-                else:
-                    panels = (panels_of(columns[0], panel), panels_of(columns[1], panel))
-                    _update_first(net, inputs, scale, own, count, panels, upcoming)
+                source = Matrix(own.scratch, layers[index - 1].output, own.stride)
+                panels = part_of(panels_of(layer.num_inputs, panel), bounds, thread)
+                dense.backward_weight(layer, source, net.state, own, count, panels, one)
             if not by_columns:
                 record_speed(members, thread, bounds, ticks + read_clock() - started)
         if thread == 0:

@@ -36,18 +36,22 @@ class Tile(NamedTuple):
 _TILES = {512: Tile(64, 14, 2, 4, 5), 256: Tile(32, 6, 2, 2, 5), 128: Tile(16, 4, 2, 2, 4)}
 
 
+def cpu_features() -> set[str]:
+    """Return LLVM's names of what the CPU that Numba compiles for can do."""
+    if config.CPU_NAME == "generic":
+        return set()
+    if config.CPU_FEATURES is None:
+        return {name for name, present in binding.get_host_cpu_features().items() if present}
+    return {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+
+
 def _vector_bits():
     forced = os.environ.get("FASTDL_VECTOR_BITS")
     if forced:
         if forced not in map(str, _TILES):
             raise ValueError(f"FASTDL_VECTOR_BITS is {forced!r}; it must be one of 512, 256 and 128.")
         return int(forced)
-    if config.CPU_NAME == "generic":
-        return 128
-    if config.CPU_FEATURES is None:
-        features = {name for name, present in binding.get_host_cpu_features().items() if present}
-    else:
-        features = {name[1:] for name in config.CPU_FEATURES.split(",") if name.startswith("+")}
+    features = cpu_features()
     if "avx512f" in features:
         return 512
     return 256 if {"avx2", "fma"} <= features else 128
@@ -105,13 +109,13 @@ def write_prefetch(builder, pointer):
 
 
 class Vectors:
-    """Writes instructions on vectors of one element type."""
+    """Writes instructions on vectors of one element type, as wide as the CPU's or of a given width."""
 
-    def __init__(self, builder, element):
+    def __init__(self, builder, element, width=None):
         self.builder = builder
         self.element = element
         self.align = 4 if isinstance(element, ir.FloatType) else 8
-        self.width = TILE.vector_bytes // self.align
+        self.width = width or TILE.vector_bytes // self.align
         self.name = f"v{self.width}f{8 * self.align}"
         self.type = ir.VectorType(element, self.width)
         self.zero = ir.Constant(self.type, [0.0] * self.width)

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fastdl.kernels.cpu.integer import PAIR, PANEL, SIDE, Digits, Tiles, digits_memory, tiles_memory
 from fastdl.kernels.cpu.intrinsics import TILE
+from fastdl.kernels.cpu.memory import aligned
 from fastdl.kernels.cpu.panels import LONG_ROWS, PANEL_BYTES, WORD, panel_of
 from fastdl.kernels.options import SGDOptions
 
@@ -26,10 +28,11 @@ BLOCK_INPUTS = 64
 INPUT_BLOCK = 16
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
-# How the first layer reads its input: in the dtype of the net; skipping zeros; for a skinny layer, as bytes.
-DENSE, NONZERO, BYTES = 0, 1, 2
+# How the first layer reads its input: in the dtype of the net; skipping zeros; for a skinny layer, as bytes;
+# as bytes that are multiplied in integers.
+DENSE, NONZERO, BYTES, INTEGER = range(4)
 
-# bytes of a cache line: everything begins at the start of one
+# bytes of a cache line
 _LINE = 64
 # rows of memory between a panel's last row and the next panel
 _PANEL_GAP = 5
@@ -56,6 +59,18 @@ LAYER = np.dtype(
 )
 
 
+# What a thread knows of the first weight's digits: whether they are written; whether it has any in this step;
+# whether some had to be written when the step began.
+INTEGER_MEMBER = np.dtype(
+    {
+        "names": ["is_written", "has_digits", "has_changed"],
+        "formats": [np.bool_, np.bool_, np.bool_],
+        "itemsize": _LINE,
+    },
+    align=True,
+)
+
+
 class Net(NamedTuple):
     """The layers, (L,) of LAYER, and the flat array of parameters and momentum buffers."""
 
@@ -78,6 +93,22 @@ class Examples(NamedTuple):
     scale: float
 
 
+class Integers(NamedTuple):
+    """What INTEGER has beside the memory of NONZERO.
+
+    The digits of the first weight and of the gradient of its product; each thread's memory for tiles; what it
+    knows of the weight's digits, (num_threads,) of INTEGER_MEMBER, and of each tile column's; and whether
+    threads share the layer by its outputs, or by rows and inputs.
+    """
+
+    weight: Digits
+    grad: Digits
+    tiles: Tiles
+    members: Any
+    has_changed: Any
+    by_columns: bool
+
+
 class Inputs(NamedTuple):
     """How the first layer reads examples, and memory for a batch of them; what a way lacks is empty.
 
@@ -93,6 +124,7 @@ class Inputs(NamedTuple):
     masks: Any
     transposed: Any
     transposed_masks: Any
+    integers: Integers
 
 
 class Loss(NamedTuple):
@@ -132,14 +164,6 @@ class Batch(NamedTuple):
     size: int
 
 
-def aligned(count: int, dtype: Any) -> NDArray[Any]:
-    """Return zeros that begin at the start of a cache line."""
-    size = count * np.dtype(dtype).itemsize
-    memory = np.zeros(size + _LINE, np.uint8)
-    start = -memory.ctypes.data % _LINE
-    return memory[start : start + size].view(dtype)
-
-
 def _rounded(count: int, block: int) -> int:
     return -(-count // block) * block
 
@@ -158,7 +182,8 @@ class _Allocator:
 class Memory:
     """All memory of a run on so many threads, with batches of at most so many rows.
 
-    ``shapes`` are those of the weights, (M, K); relus say whether a ReLU follows each layer.
+    ``shapes`` are those of the weights, (M, K); relus say whether a ReLU follows each layer; takes_integers
+    says whether examples of bytes are multiplied in integers.
     """
 
     def __init__(
@@ -168,8 +193,10 @@ class Memory:
         dtype: Any,
         rows: int,
         num_threads: int,
+        takes_integers: bool = False,
     ) -> None:
         self._num_threads = num_threads
+        self._takes_integers = takes_integers
         self._panel = panel = int(panel_of(np.empty(0, dtype)))
         self._rows = _rounded(rows, 16)
         # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
@@ -178,8 +205,10 @@ class Memory:
         layers = np.zeros(len(shapes), LAYER)
         own = 0
         for index, (layer, (width, depth), has_relu) in enumerate(zip(layers, shapes, relus, strict=True)):
-            padded_depth, padded_width = _rounded(depth, panel), _rounded(width, panel)
-            is_skinny = 4 * width <= 3 * panel
+            # tiles are whole, whatever a panel has
+            columns = max(panel, SIDE) if takes_integers and index == 0 else panel
+            padded_depth, padded_width = _rounded(depth, panel), _rounded(width, columns)
+            is_skinny = 4 * width <= 3 * panel and not (takes_integers and index == 0)
             layer["num_inputs"], layer["num_outputs"] = depth, width
             layer["is_skinny"], layer["has_relu"] = is_skinny, has_relu
             size = padded_depth * width if is_skinny else padded_width * depth
@@ -214,7 +243,9 @@ class Memory:
         num_inputs = int(first["num_inputs"])
         mode = BYTES if X.dtype == np.uint8 and first["is_skinny"] else DENSE
         work = np.ones(num_inputs)
-        if first["num_outputs"] > panel:
+        if self._takes_integers and X.dtype == np.uint8:
+            mode = INTEGER
+        elif first["num_outputs"] > panel:
             # by numpy, as the threads that torch would wake spin on while the first epoch trains
             sample = X[:: max(1, len(X) // _SAMPLE)]
             shares = np.count_nonzero(sample, axis=0) / len(sample)
@@ -222,17 +253,33 @@ class Memory:
                 mode, work = NONZERO, shares + _WORK_OF_ZEROS
         sums = np.add.reduceat(work, range(0, num_inputs, max(INPUT_BLOCK, panel))).cumsum()
         if (mode, X.dtype) not in self._inputs:
+            in_words = mode in (NONZERO, INTEGER)
             padded = _rounded(num_inputs, panel)
-            words = _rounded(num_inputs, WORD) // WORD * stride * (mode == NONZERO)
+            words = _rounded(num_inputs, WORD) // WORD * stride * in_words
             # a thread may get nearly all inputs
-            own_words = (padded + 16) * _rounded(self._rows, WORD) // WORD * (mode == NONZERO)
+            own_words = ((padded + 16) * _rounded(self._rows, WORD) // WORD + PAIR) * in_words
             self._inputs[mode, X.dtype] = Inputs(
                 mode,
                 sums,
                 aligned((padded * stride + _SPARE_ROWS * panel) * (mode == DENSE), self.net.state.dtype),
-                aligned(words * WORD + padded * stride * (mode == BYTES), X.dtype),
+                aligned((words + WORD) * WORD * in_words + padded * stride * (mode == BYTES), X.dtype),
                 aligned(words, np.int64),
                 self._by_thread(own_words * WORD, X.dtype),
                 self._by_thread(own_words, np.int64),
+                self._integers(num_inputs, int(first["num_outputs"]), mode == INTEGER),
             )
         return self._inputs[mode, X.dtype]._replace(work=np.concatenate([[0.0], sums]))
+
+    def _integers(self, num_inputs: int, num_outputs: int, is_used: bool) -> Integers:
+        if not is_used:
+            num_inputs = num_outputs = 0
+        by_columns = num_outputs > max(PANEL, SIDE)
+        threads = self._num_threads if is_used else 0
+        return Integers(
+            digits_memory(num_inputs, num_outputs, threads),
+            digits_memory(self._rows, num_outputs, threads, 1 if by_columns else threads),
+            tiles_memory(threads),
+            aligned(threads, INTEGER_MEMBER),
+            np.zeros((threads, num_outputs // SIDE + 1), np.bool_),
+            by_columns,
+        )

@@ -1,11 +1,18 @@
-"""Arrays over memory that a kernel is told by its address."""
+"""Arrays that begin at a cache line, and arrays over memory that a kernel is told by its address."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from numba import carray, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from fastdl.kernels.jit import inlined_jit
+
+# bytes of a cache line
+_LINE = 64
 
 
 @intrinsic
@@ -22,3 +29,11 @@ def _pointer(typing_context, address, dtype):
 def array_at(address, shape, dtype):
     """Return the C-contiguous array of a shape and dtype whose first element is at the address."""
     return carray(_pointer(address, dtype), shape)
+
+
+def aligned(count: int, dtype: Any) -> NDArray[Any]:
+    """Return zeros that begin at the start of a cache line."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.zeros(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype)

@@ -459,6 +459,22 @@ def transpose_square(typing_context, source, target):
 
 
 @intrinsic
+def copy_word(typing_context, source, source_at, target, target_at):
+    """Copy WORD numbers."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.VectorType(context.get_value_type(source.dtype), WORD).as_pointer()
+        places = []
+        for array, values, at in ((source, *arguments[:2]), (target, *arguments[2:])):
+            data = context.make_array(array)(context, builder, values).data
+            places.append(builder.bitcast(builder.gep(data, [at]), kind))
+        builder.store(builder.load(places[0], align=1), places[1], align=1)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, target, types.intp), generate
+
+
+@intrinsic
 def copy_panel(typing_context, source, source_at, target, target_at, like):
     """Copy one row of a panel, as wide as the dtype of like makes it, to numbers of the target's type."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdl.kernels.cpu.barrier import LINE, OWN, STEPS, STOP
-from fastdl.kernels.cpu.layout import aligned
+from fastdl.kernels.cpu.memory import aligned
 
 # how often a waiting thread looks for Ctrl-C and reports progress, in seconds
 _PATIENCE = 0.05
