@@ -20,7 +20,6 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 from numba import types
-
 from numba.extending import intrinsic
 
 from fastdl.kernels.cpu.intrinsics import cpu_features
