@@ -41,16 +41,9 @@ def are_plain(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     if first is None or type(first) not in _PLAIN_TYPES:
         return False
-    dtype = first.dtype
-    if first.is_cuda:
-        device = first.get_device()
-        if dtype not in cuda_arrays.DTYPES or any(
-            t is not None and t.get_device() != device for t in tensors
-        ):
-            return False
-    elif dtype not in _DTYPES or not first.is_cpu:
+    dtype, is_cpu = first.dtype, first.is_cpu
+    if dtype not in (_DTYPES if is_cpu else cuda_arrays.DTYPES if first.is_cuda else ()):
         return False
-    is_cpu = first.is_cpu
     try:
         for tensor in tensors:
             if tensor is not None and (
@@ -61,12 +54,13 @@ def are_plain(*tensors: Tensor | None) -> bool:
                 or tensor.is_nested
                 # zeros that aren't materialised
                 or (not tensor.data_ptr() and tensor.numel() > 0)
+                or not (is_cpu or tensor.get_device() == first.get_device())
             ):
                 return False
     except RuntimeError:
         # sparse tensors, and what a transform left behind, have no memory
         return False
-    return is_cpu or cuda_arrays.usable(device)
+    return is_cpu or cuda_arrays.usable(first.get_device())
 
 
 def accepts(*tensors: Tensor | None) -> bool:

@@ -58,8 +58,10 @@ class MSELossFunction(Function):
         """Return ``2 (input - target) grad_loss``, over the number of elements for the mean."""
         need_input, need_target, _ = ctx.needs_input_grad
         input, target = ctx.saved_tensors
-        loss_shape = input.shape if ctx.reduction == "none" else ()
-        fits = input.shape == target.shape and grad_loss.shape == loss_shape
+        is_reduced = ctx.reduction != "none"
+        fits = input.shape == target.shape and (
+            grad_loss.dim() == 0 if is_reduced else grad_loss.shape == input.shape
+        )
         if not fits or not takes_kernels(grad_loss, input, target):
             forward = partial(reference.mse_loss, reduction=ctx.reduction)
             return *reference_grads(forward, (input, target), (need_input, need_target), grad_loss), None
