@@ -48,6 +48,8 @@ _ROW_DOT_COLS = min(4, TILE.dot_cols)
 _LONG_ROWS = tuple(LONG_ROWS)
 _VECTORS = TILE.vectors
 _CACHE_LINE = 64
+# so many rows are prefetched at a time, and then gathered, so that many are on their way together
+_GATHER_ROWS = 32
 # what gather marks: no numbers, all, or those that aren't 0
 UNMARKED, ALL, NOT_ZERO = range(3)
 # rows and columns of what transpose_square takes of bytes
@@ -472,6 +474,26 @@ def _mask(values, at, count, skips_zeros):
     return -1 if count == WORD else (1 << count) - 1
 
 
+class Upcoming(NamedTuple):
+    """The examples ``order[start:stop]`` of X, which are soon to be gathered."""
+
+    X: Any
+    order: Any
+    start: int
+    stop: int
+
+
+@inlined_jit
+def prefetch_examples(upcoming, start, stop):
+    """Prefetch those from start to stop, if they are upcoming: they lie anywhere in memory."""
+    X = upcoming.X
+    line = _CACHE_LINE // X.itemsize
+    for n in range(start, min(stop, upcoming.stop)):
+        example = upcoming.order[n] * X.shape[1]
+        for at in range(0, X.shape[1], line):
+            prefetch(X, example + at)
+
+
 @linked_jit
 def gather(X, inputs, batch, rows, stride, marking):
     """Copy some rows of a batch to values, WORD numbers at a time, and mark which are multiplied.
@@ -483,6 +505,9 @@ def gather(X, inputs, batch, rows, stride, marking):
     num_inputs = X.shape[1]
     whole = num_inputs // WORD
     for n in range(rows[0], rows[1]):
+        if (n - rows[0]) % _GATHER_ROWS == 0:
+            stop = batch.first + min(n + _GATHER_ROWS, rows[1])
+            prefetch_examples(Upcoming(X, batch.order, batch.first + n, stop), batch.first + n, stop)
         row = batch.order[batch.first + n]
         for word in range(whole):
             at = word * stride + n
@@ -490,10 +515,12 @@ def gather(X, inputs, batch, rows, stride, marking):
             if marking != UNMARKED:
                 inputs.masks[at] = _mask(values, at * WORD, WORD, marking == NOT_ZERO)
         if whole * WORD < num_inputs:
-            at, count = whole * stride + n, num_inputs - whole * WORD
-            for i in range(count):
-                values[at * WORD + i] = X[row, whole * WORD + i]
-            inputs.masks[at] = _mask(values, at * WORD, count, marking == NOT_ZERO)
+            at, part = whole * stride + n, X[row, whole * WORD :]
+            # target[:] = part would compile how Numba writes an error about shapes, for 5 s
+            target = values[at * WORD : at * WORD + part.size]
+            for i in range(part.size):
+                target[i] = part[i]
+            inputs.masks[at] = _mask(values, at * WORD, part.size, marking == NOT_ZERO)
 
 
 @linked_jit
@@ -508,26 +535,6 @@ def gather_panels(X, batch, rows, panels, stride, like):
             copy_panel(X, row * num_inputs + j * panel, panels, (j * stride + n) * panel, like)
         for i in range(whole * panel, num_inputs):
             panels[(whole * stride + n) * panel + i - whole * panel] = X[row, i]
-
-
-class Upcoming(NamedTuple):
-    """The examples ``order[start:stop]`` of X, which are soon to be gathered."""
-
-    X: Any
-    order: Any
-    start: int
-    stop: int
-
-
-@inlined_jit
-def prefetch_examples(upcoming, start, stop):
-    """Prefetch those from start to stop, if they are upcoming: they lie anywhere in memory."""
-    X = upcoming.X
-    bytes_of_one = X.shape[1] * X.itemsize
-    for n in range(start, min(stop, upcoming.stop)):
-        example = upcoming.order[n] * X.shape[1]
-        for at in range(0, bytes_of_one, _CACHE_LINE):
-            prefetch(X, example + at // X.itemsize)
 
 
 @linked_jit

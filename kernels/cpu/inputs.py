@@ -140,7 +140,7 @@ def update_first(net, inputs, scale, workspace, part, members, upcoming):
     if _has_digits(inputs, part.thread):
         integer_layer.find_grad_scales(net.state, layer, inputs, part, scale)
     if _has_digits(inputs, part.thread):
-        integer_layer.update(net.state, layer, inputs, workspace, part, upcoming)
+        integer_layer.update(net.state, layer, inputs, workspace, part)
     elif inputs.mode == NONZERO or inputs.mode == INTEGER:
         panels = 0, panels_of(layer.num_outputs, panel)
         transposed = inputs.transposed[part.thread], inputs.transposed_masks[part.thread]

@@ -13,7 +13,7 @@ from typing import Any
 
 from numba import types
 
-from fastdl.kernels.cpu.dense import prefetch_examples, update_part
+from fastdl.kernels.cpu.dense import update_part
 from fastdl.kernels.cpu.integer import (
     PANEL,
     SIDE,
@@ -28,8 +28,6 @@ from fastdl.kernels.cpu.integer import (
     write_columns,
 )
 from fastdl.kernels.cpu.intrinsics import FROM_BIAS, FROM_ZERO, Epilogue, Matrix
-from fastdl.kernels.cpu.panels import panels_of
-from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.cpu.tiles import USES_INTEGERS, tile_begin, tile_end
 from fastdl.kernels.jit import inlined_jit, linked_jit
 
@@ -140,10 +138,10 @@ def find_grad_scales(state, layer, inputs, part, scale):
 
 
 @linked_jit(applies=_in_integers)
-def update(state, layer, inputs, workspace, part, upcoming):
+def update(state, layer, inputs, workspace, part):
     """Update the thread's part of the weight, and write its digits by the scales that the weight has had.
 
-    The gradient's scales are found. The examples of the next batch are prefetched on the way.
+    The gradient's scales have been found.
     """
     integers, own, thread = inputs.integers, workspace.own, part.thread
     grad, weight = digits_of(integers.grad, thread), digits_of(integers.weight, thread)
@@ -161,8 +159,6 @@ def update(state, layer, inputs, workspace, part, upcoming):
     own_stride = _INPUTS * PANEL
     own[: GROUP_PANELS * own_stride] = 0
     start, stop = part.inputs
-    num_parts = panels_of(stop - start, _INPUTS) * panels_of(part.panels[1] - part.panels[0], GROUP_PANELS)
-    index = 0
     tile_begin(tiles.registers)
     for panel in range(part.panels[0], part.panels[1], GROUP_PANELS):
         columns = _tiles_of(layer, (panel, panel + GROUP_PANELS))
@@ -177,7 +173,4 @@ def update(state, layer, inputs, workspace, part, upcoming):
                 update_part(layer.weight, state, at, (own, p * own_stride), count, state.dtype.type(1))
             note_largest(_weight(layer, state), rows, columns, largest)
             write_columns(weight, _weight(layer, state), rows, size, columns)
-            begin, end = share(upcoming.stop - upcoming.start, index, num_parts)
-            prefetch_examples(upcoming, upcoming.start + begin, upcoming.start + end)
-            index += 1
     tile_end()
