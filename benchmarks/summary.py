@@ -290,11 +290,19 @@ FIGURES: Mapping[str, Callable[[Results], str]] = {
 }
 
 
+# those of `docs/`, where the picture stands beside the table
+_PICTURES = {"epochs": "epochs", "products": "products", "cublas": "products", "grid": "grid"}
+
+
 def figure(name: str, found: Mapping[str, Results]) -> str:
     """Return a generated figure by its name."""
-    device = "cuda" if name.startswith("gpu-") else "cpu"
-    make = FIGURES[name.removeprefix("gpu-")]
-    return make(found[device]) if device in found else _NONE
+    prefix, name = ("gpu-", name[4:]) if name.startswith("gpu-") else ("", name)
+    device, make = "cuda" if prefix else "cpu", FIGURES[name]
+    text = make(found[device]) if device in found else _NONE
+    picture = (
+        f"![{name}](images/{prefix}{_PICTURES[name]}.png)\n\n" if name in _PICTURES and text != _NONE else ""
+    )
+    return picture + text
 
 
 def documents(root: Path, found: Mapping[str, Results]) -> dict[Path, str]:

@@ -112,6 +112,7 @@ def test_every_figure_is_made_where_it_is_marked_and_check_finds_what_differs(wr
     for words in ("2.00 ms, 2.00 x | 3.00 ms, 3.00 x", "80 % | 10 % | 1 % | arithmetic", "**0.51"):
         assert words in page
     assert "200 | 50 % | 25 % |" in page
+    assert "![cublas](images/gpu-products.png)" in page
     (tmp_path / "README.md").write_text(readme.replace("500 x", "501 x"))
     assert summary.main([*written, "--check"]) == 1
     pictures = {path.name for path in (tmp_path / "docs" / "images").iterdir()}
