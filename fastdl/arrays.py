@@ -94,9 +94,13 @@ def are_labels(target: Any, shape: tuple[int, ...], device: torch.device) -> boo
         and target.dtype is torch.int64
         and target.shape == shape
         and target.device == device
-        and target.layout is torch.strided
         and (
-            is_dynamo_compiling() or (not target.is_neg() and (target.data_ptr() != 0 or target.numel() == 0))
+            is_dynamo_compiling()
+            or (
+                target.layout is torch.strided
+                and not target.is_neg()
+                and (target.data_ptr() != 0 or target.numel() == 0)
+            )
         )
     )
 
