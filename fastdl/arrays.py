@@ -72,10 +72,30 @@ def accepts(*tensors: Tensor | None) -> bool:
     """
     if is_dynamo_compiling():
         return _traced_are_plain(*tensors)
-    return are_plain(*tensors) and not (
-        (autocasts_anywhere() and is_autocast_enabled("cpu" if tensors[0].is_cpu else "cuda"))  # type: ignore[union-attr]
-        or has_torch_function(tensors)
-        or is_watched()
+    # a function mode sees each attribute that is read, so it is asked for first
+    return (
+        not has_torch_function(tensors)
+        and are_plain(*tensors)
+        and not (autocasts_anywhere() and is_autocast_enabled("cpu" if tensors[0].is_cpu else "cuda"))  # type: ignore[union-attr]
+        and not is_watched()
+    )
+
+
+def are_labels(target: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Return whether the kernels can read a tensor as class indices of this shape and device."""
+    return (
+        type(target) is Tensor
+        and target.dtype is torch.int64
+        and target.shape == shape
+        and target.device == device
+        and (
+            is_dynamo_compiling()
+            or (
+                target.layout is torch.strided
+                and not target.is_neg()
+                and (target.data_ptr() != 0 or target.numel() == 0)
+            )
+        )
     )
 
 

@@ -224,6 +224,13 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
     own = getattr(type(self), "__deepcopy__", None)
     if own is not None:
         return own(self, memo)
+    if type(self).__reduce_ex__ is not object.__reduce_ex__ or type(self).__reduce__ is not object.__reduce__:
+        # as the class says, by a state without what is bound: the copy runs torch's forward
+        bound = vars(self).pop("__deepcopy__")
+        try:
+            return copy.deepcopy(self, memo)
+        finally:
+            vars(self)["__deepcopy__"] = bound
     twin = memo[id(self)] = type(self).__new__(type(self))
     twin.__setstate__(copy.deepcopy(type(self).__getstate__(self), memo))
     return twin

@@ -5,7 +5,7 @@ Importing this imports torch, and neither its compiler nor CUDA.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -167,6 +167,16 @@ def init_group(
     """Append a group's parameters, gradients and momentum buffers; return whether a gradient is sparse."""
     has_sparse_grad: bool = optimizer._init_group(group, params, grads, buffers)
     return has_sparse_grad
+
+
+def in_shape(output: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return an op's result in another shape; outside of a graph it is no view, as results of torch's ops.
+
+    In a graph it may be saved, and only a view counts the changes in place of what was saved.
+    """
+    if output.requires_grad:
+        return output.reshape(shape)
+    return torch.ops.aten._unsafe_view.default(output, shape)  # type: ignore[no-any-return]
 
 
 def is_profiled() -> bool:

@@ -690,6 +690,29 @@ def test_a_copy_computes_with_its_own_parameters():
     torch.testing.assert_close(net(input), before)
 
 
+class Reduced(nn.Linear):
+    """A layer that says itself how it is copied."""
+
+    scale = 1
+
+    def __reduce_ex__(self, protocol):
+        make, arguments, state, *rest = super().__reduce_ex__(protocol)
+        return make, arguments, {**state, "scale": self.scale + 1}, *rest
+
+
+def test_a_class_that_says_how_it_is_copied_is_copied_so():
+    net = nn.Sequential(Reduced(3, 3), nn.ReLU())
+    net.append(net[0])
+    x, expected = torch.randn(2, 3), net(torch.ones(2, 3))
+    twin = copy.deepcopy(accelerate(net))
+    assert twin[0].scale == 2
+    assert twin[0] is twin[2]
+    torch.testing.assert_close(twin(torch.ones(2, 3)), expected)
+    twin[0].weight.data.zero_()
+    assert not torch.equal(twin(x), net(x))
+    assert "__deepcopy__" in vars(net[0])
+
+
 def test_a_pickle_holds_nothing_of_fastdl():
     data = pickle.dumps(accelerate(mlp()))
     assert b"fastdl" not in data

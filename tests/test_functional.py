@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from fastdl import functional
 from tests.parity import assert_as_accurate_as_torch
@@ -346,6 +347,108 @@ def test_a_lazily_negated_input_is_not_read_as_its_memory():
     torch.testing.assert_close(
         functional.linear(negated, torch.ones(2, 3)), F.linear(negated, torch.ones(2, 3))
     )
+
+
+LABELS = {
+    "negated": lambda target: torch._neg_view(-target),
+    "zeros without memory": lambda target: torch._efficientzerotensor(target.shape, dtype=torch.int64),
+    "expanded": lambda target: target[1:2].expand(target.shape),
+    "every second": lambda target: torch.stack([target, target + 9], 1)[:, 0],
+    "sparse": lambda target: target.to_sparse(),
+    "meta": lambda target: target.to("meta"),
+    "parameter": lambda target: torch.nn.Parameter(target, requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_of_any_kind_do_what_they_do_in_torch(name):
+    logits, target = torch.randn(4, 3, requires_grad=True), LABELS[name](torch.tensor([0, 2, 1, 2]))
+    results = []
+    for op in (functional.cross_entropy, F.cross_entropy):
+        try:
+            loss = op(logits, target)
+            results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+        except (RuntimeError, NotImplementedError) as error:
+            results.append(type(error))
+    if isinstance(results[1], type) or results[1][0].is_meta:
+        assert str(results[0]) == str(results[1])
+    else:
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["negated", "zeros without memory"])
+def test_labels_that_a_hook_has_unpacked_are_not_read_as_their_memory(name):
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 0, 0, 0])
+    expected = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved, lambda saved: saved if saved.is_floating_point() else LABELS[name](saved)
+    ):
+        loss = functional.cross_entropy(logits, target)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3), (2, 0, 3)])
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "cross_entropy"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_result_is_no_view_that_forbids_changes_in_place(op, shape, mode):
+    """A view that was made without grad mode can't take part in a graph by an operation in place."""
+    input, weight = torch.randn(shape), torch.randn(5, 3)
+    scale = torch.tensor(3.0, requires_grad=True)
+    with mode():
+        if op == "cross_entropy":
+            logits = input.movedim(-1, min(1, input.dim() - 1))
+            target = torch.zeros(shape[:-1], dtype=torch.int64)
+            output = functional.cross_entropy(logits, target, reduction="none")
+        else:
+            output = getattr(functional, op)(input, weight)
+    expected = output.clone() * 3
+    if mode is torch.inference_mode:
+        with pytest.raises(RuntimeError, match="Inference"):
+            output.mul_(scale)
+        return
+    output.mul_(scale).sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(scale.grad, expected.sum() / 3)
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_the_mask_of_a_relu_that_was_changed_in_place_is_an_error(change):
+    input, weight = torch.randn(2, 4, 3), torch.randn(5, 3, requires_grad=True)
+    output = functional.linear_relu(input, weight)
+    if change:
+        with torch.no_grad():
+            output.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            output.sum().backward()
+    else:
+        output.sum().backward()
+
+
+class _Seen(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(getattr(function, "__name__", None))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "mse_loss", "cross_entropy", "linear_cross_entropy"])
+def test_a_function_mode_sees_what_it_sees_in_torch(name):
+    if not hasattr(F, name):
+        pytest.skip("this torch doesn't have it")
+    x, square, target = torch.randn(4, 3), torch.randn(3, 3), torch.tensor([0, 1, 2, 0])
+    arguments = {
+        "linear": (x, square), "relu": (x,), "mse_loss": (x, x + 1), "cross_entropy": (x, target),
+        "linear_cross_entropy": (x, square, target),
+    }[name]  # fmt: skip
+    seen = []
+    for home in (functional, F):
+        with _Seen() as mode:
+            getattr(home, name)(*arguments)
+        seen.append(mode.names)
+    assert seen[0] == seen[1]
 
 
 def test_a_parameter_that_was_stepped_since_the_forward_is_an_error():

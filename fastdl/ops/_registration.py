@@ -24,10 +24,10 @@ def register(
 ) -> Callable[[Callable[..., R]], Callable[..., R]]:
     """Make ``torch.ops.fastdl.<name>`` of a function that only allocates the outputs.
 
-    Its signature is the op's schema, and the function itself is the op's fake. The function that comes back
-    runs the op. In eager mode it doesn't ask the dispatcher, which saves 3 us; a compiler sees the op. That
-    is right only where :func:`fastdl.arrays.accepts` has said that nothing else watches, and where the shapes
-    are known to fit: what comes through the dispatcher is checked, an eager call isn't.
+    Its signature is the op's schema, and the function itself, on one device, is the op's fake. The function
+    that comes back runs the op. In eager mode it doesn't ask the dispatcher, which saves 3 us; a compiler
+    sees the op. That is right only where :func:`fastdl.arrays.accepts` has said that nothing else watches,
+    and where the shapes are known to fit: what comes through the dispatcher is checked, an eager call isn't.
 
     Parameters
     ----------
@@ -57,10 +57,19 @@ def register(
 
             return run
 
+        def fake(*args: Any) -> Any:
+            members = (each for arg in args for each in (arg if isinstance(arg, (list, tuple)) else (arg,)))
+            devices = {each.device for each in members if isinstance(each, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(
+                    f"fastdl::{name}: all tensors must be on one device, not {sorted(map(str, devices))}"
+                )
+            return allocate(*args)
+
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, checked(cpu), "CPU")
         _LIBRARY.impl(name, checked(cuda), "CUDA")
-        torch.library.register_fake(f"fastdl::{name}", allocate, lib=_LIBRARY)
+        torch.library.register_fake(f"fastdl::{name}", fake, lib=_LIBRARY)
         registered = getattr(torch.ops.fastdl, name).default
 
         @wraps(allocate)

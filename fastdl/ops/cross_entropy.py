@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import address, cpu_kernels, like, num_threads
+from fastdl.arrays import address, are_labels, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
 from fastdl.ops._autograd import apply_of, reference_grads, takes_kernels
 from fastdl.ops._registration import register
@@ -72,9 +71,7 @@ def _grad_logits(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_
     if (
         not takes_kernels(grad_loss, grad_logits)
         or grad_logits.dim() != 2
-        or target.dtype != torch.int64
-        or target.device != grad_logits.device
-        or target.shape != grad_logits.shape[:1]
+        or not are_labels(target, grad_logits.shape[:1], grad_logits.device)
         or (grad_loss.dim() != 0 and grad_loss.shape != target.shape)
     ):
         return None

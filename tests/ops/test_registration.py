@@ -182,3 +182,15 @@ def test_a_schema_is_made_of_the_signature_that_allocates():
     assert "Tensor(a0!)[] params, Tensor[] grads, Tensor(a2!)[] momentum_buffers" in str(
         torch.ops.fastdl.sgd.default._schema
     )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_call_on_several_devices_is_refused_by_the_fake_too(which):
+    """The fake allocates alone: where the dispatcher prefers it, the result would be memory as it was."""
+    tensors = [torch.randn(4, 3), torch.randn(4, 3)]
+    tensors[which] = tensors[which].to("meta")
+    param, grad = tensors
+    with pytest.raises(RuntimeError, match="on one device"):
+        torch.ops.fastdl.linear_forward(*tensors, None, False)
+    with pytest.raises(RuntimeError, match="on one device"):
+        torch.ops.fastdl.sgd([param], [grad], [], [False], 0.1, 0.0, 0.0, 0.0, False, False)
