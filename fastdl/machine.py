@@ -45,6 +45,13 @@ def vector_bits() -> int:
     return int(TILE.vector_bytes) * 8
 
 
+def integer_units() -> str:
+    """Return what multiplies bytes in integers, "off" where nothing does; imports Numba."""
+    from fastdl.kernels.cpu.tiles import integer_units
+
+    return integer_units()
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what computes."""
     packages = {name: version(name) for name in ("torch", "numba", "numpy")}
@@ -58,6 +65,7 @@ def describe() -> dict[str, str | int]:
         "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "vector bits": vector_bits(),
+        "integer units": integer_units(),
         "gpu": gpu(),
         **versions(),
     }
