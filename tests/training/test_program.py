@@ -238,7 +238,7 @@ def test_train_and_test_sets_of_different_dtypes(widths, kinds, zeros, input_sca
         X, y = torch.randint(1, 256, (90, widths[0]), dtype=torch.uint8), torch.randint(widths[-1], (90,))
         if has_zeros:
             X *= torch.rand(X.shape) < 0.5
-        sets.append((X if kind == "bytes" else X.to(dtype) / 100, y))
+        sets.append((X if kind == "bytes" else X.to(dtype) / 1000, y))
     results = both(mlp(*widths).to(dtype), *sets[0], test=sets[1], input_scale=input_scale)
     figures = [history.figures() for _, history, _, _ in results]
     # sums of some hundred products of size 1, over 12 steps
@@ -305,6 +305,14 @@ def test_a_gradient_that_is_not_finite(widths, value, options, batch_size, seed)
     for examples in (X, X.double() / 255):
         results = both(net, examples, y, loss=nn.MSELoss(), options=options, batch_size=batch_size)
         assert_the_loops(results, **FLOAT64)
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (3, 1), (61, 3), (61, 40, 3), (784, 64, 5)], ids=str)
+@pytest.mark.parametrize("value", BAD)
+def test_an_example_that_is_not_finite(widths, value, seed):
+    X, y = images(60, widths[0])[0].double() / 255, torch.randn(60, widths[-1], dtype=torch.float64)
+    X[31, 0] = value
+    assert_the_loops(both(mlp(*widths).double(), X, y, loss=nn.MSELoss(), epochs=1), **FLOAT64)
 
 
 @pytest.mark.parametrize("widths", [(784, 64, 5), (784, 64), (61, 3)], ids=str)
