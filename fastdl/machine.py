@@ -45,6 +45,17 @@ def vector_bits() -> int:
     return int(TILE.vector_bytes) * 8
 
 
+def integer_units() -> str:
+    """Return which integer units the CPU has, and which of them the kernels use; imports Numba."""
+    from fastdl.kernels.cpu.intrinsics import cpu_features
+    from fastdl.kernels.cpu.tiles import integer_units
+
+    features = cpu_features()
+    names = {"AMX": {"amx-tile", "amx-int8"}, "AVX-512 VNNI": {"avx512vnni"}, "AVX-VNNI": {"avxvnni"}}
+    found = ", ".join(name for name, needed in names.items() if needed <= features) or "none"
+    return f"{found} (used: {integer_units()})"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what computes."""
     packages = {name: version(name) for name in ("torch", "numba", "numpy")}
@@ -58,6 +69,7 @@ def describe() -> dict[str, str | int]:
         "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "vector bits": vector_bits(),
+        "integer units": integer_units(),
         "gpu": gpu(),
         **versions(),
     }

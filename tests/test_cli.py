@@ -222,7 +222,17 @@ def test_without_a_gpu_the_command_line_ends_with_that_sentence(tmp_path):
 def test_env_names_what_a_bug_report_needs():
     result = invoke("env")
     assert result.exit_code == 0
-    for name in ("cpu", "cores", "threads", "vector bits", "gpu", "torch", "numba", "kernel cache"):
+    for name in (
+        "cpu",
+        "cores",
+        "threads",
+        "vector bits",
+        "integer units",
+        "gpu",
+        "torch",
+        "numba",
+        "kernel cache",
+    ):
         assert name in result.stdout
     assert torch.__version__.partition("+")[0] in result.stdout
 
