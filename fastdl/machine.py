@@ -46,10 +46,14 @@ def vector_bits() -> int:
 
 
 def integer_units() -> str:
-    """Return what multiplies bytes in integers, "off" where nothing does; imports Numba."""
+    """Return which integer units the CPU has, and which of them the kernels use; imports Numba."""
+    from fastdl.kernels.cpu.intrinsics import cpu_features
     from fastdl.kernels.cpu.tiles import integer_units
 
-    return integer_units()
+    features = cpu_features()
+    names = {"AMX": {"amx-tile", "amx-int8"}, "AVX-512 VNNI": {"avx512vnni"}, "AVX-VNNI": {"avxvnni"}}
+    found = ", ".join(name for name, needed in names.items() if needed <= features) or "none"
+    return f"{found} (used: {integer_units()})"
 
 
 def versions() -> dict[str, str]:

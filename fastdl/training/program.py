@@ -32,6 +32,16 @@ _MIN_NUMBERS_TO_SHARE = 1 << 20
 _FEW_ROWS = 16
 # In smaller batches, writing a weight's digits takes longer than multiplying in integers saves.
 _MIN_INTEGER_ROWS = 32
+# Where an output's greatest weight is more times the mean of those that aren't 0, digits of 24 bits for all may be
+# worse than float32. Training reaches 14.
+_MOST_TIMES_MEAN = 32
+
+
+def _is_even(weight: NDArray[Any]) -> bool:
+    """Return whether no output's greatest weight is so much greater than the others that they lose digits to it."""
+    magnitudes = np.abs(weight)
+    counts = np.count_nonzero(weight, axis=1)
+    return bool((magnitudes.max(axis=1) * counts <= _MOST_TIMES_MEAN * magnitudes.sum(axis=1)).all())
 
 
 class _Parameter(NamedTuple):
@@ -95,7 +105,7 @@ class Program:
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
         rows = max(batch_size, evaluation_rows)
-        takes_integers = (
+        self._takes_integers = self._fits_integers = (
             kernels.tiles.integer_units() != "off"
             and X.dtype == torch.uint8
             and lowered.dtype == torch.float32
@@ -103,7 +113,7 @@ class Program:
             and not self._by_columns
         )
         self._memory = kernels.layout.Memory(
-            shapes, relus, self._dtype, rows, self._num_threads, takes_integers
+            shapes, relus, self._dtype, rows, self._num_threads, self._takes_integers
         )
         self._loss_sums = np.zeros(rows)
         self._team = kernels.team.Team(self._num_threads)
@@ -168,6 +178,7 @@ class Program:
         arrays = [array(part.tensor) for part in parts]
         self._copy(parts, arrays, to_state=True)
         self._team.members["has_finite_weight"] = np.isfinite(arrays[0]).all()
+        self._fits_integers = self._takes_integers and _is_even(arrays[0])
         self._is_valid = True
 
     def _check(self, parts: list[_Part]) -> None:
@@ -254,6 +265,8 @@ class Program:
         kernels, memory, team = self._kernels, self._memory, self._team
         batch_size = self._batch_size if trains else self._evaluation_rows
         examples, loss, inputs = data
+        if inputs.mode == kernels.layout.INTEGER and not self._fits_integers:
+            inputs = inputs._replace(mode=kernels.layout.NONZERO)
         self._loss_sums[:] = 0
         if self._is_small:
             kernels.small.run_small_epoch(

@@ -33,8 +33,9 @@ from fastdl.kernels.jit import inlined_jit, linked_jit
 
 # Threads share columns in groups, which are whole panels and whole tiles.
 GROUP_PANELS = max(1, SIDE // PANEL)
-# so many inputs of a group are updated at a time: gradient, weight and digits stay in L1
-_INPUTS = 64
+# So many inputs of a group are updated at a time: more, and their gradient isn't in L1 when it is used; fewer,
+# and what is used in between drives the digits of the layer's gradient from there.
+_INPUTS = 256
 
 
 def _in_integers(argument_types: tuple[Any, ...]) -> bool:

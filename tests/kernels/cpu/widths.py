@@ -14,6 +14,11 @@ from fastdl.kernels.cpu.intrinsics import TILE
 OTHERS = {
     str(bits): {"FASTDL_VECTOR_BITS": str(bits)} for bits in (512, 256, 128) if bits != 8 * TILE.vector_bytes
 } | {"generic": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}}
+# integers on a CPU that has the units, and on others
+EMULATED = {
+    "emulated": {"FASTDL_INTEGER_UNITS": "emulated"},
+    "emulated, 128 bits": {"FASTDL_INTEGER_UNITS": "emulated", "FASTDL_VECTOR_BITS": "128"},
+}
 
 
 def run(width: str, file: str, expression: str) -> subprocess.CompletedProcess[str]:
@@ -21,7 +26,7 @@ def run(width: str, file: str, expression: str) -> subprocess.CompletedProcess[s
     with tempfile.TemporaryDirectory() as cache:
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", expression, file],
-            env=os.environ | OTHERS[width] | {"FASTDL_CACHE_DIR": cache},
+            env=os.environ | (OTHERS | EMULATED)[width] | {"FASTDL_CACHE_DIR": cache},
             cwd=Path(__file__).parents[3],
             capture_output=True,
             text=True,
