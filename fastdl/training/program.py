@@ -32,13 +32,13 @@ _MIN_NUMBERS_TO_SHARE = 1 << 20
 _FEW_ROWS = 16
 # In smaller batches, writing a weight's digits takes longer than multiplying in integers saves.
 _MIN_INTEGER_ROWS = 32
-# Where an output's greatest weight is more times the mean of those that aren't 0, digits of 24 bits for all may be
-# worse than float32. Training reaches 14.
+# Where an output's greatest weight is more times the mean of those that aren't 0, digits of 24 bits for all
+# may be worse than float32. Training reaches 14.
 _MOST_TIMES_MEAN = 32
 
 
 def _is_even(weight: NDArray[Any]) -> bool:
-    """Return whether no output's greatest weight is so much greater than the others that they lose digits to it."""
+    """Return whether no output's greatest weight is so great that the others lose digits to it."""
     magnitudes = np.abs(weight)
     counts = np.count_nonzero(weight, axis=1)
     return bool((magnitudes.max(axis=1) * counts <= _MOST_TIMES_MEAN * magnitudes.sum(axis=1)).all())

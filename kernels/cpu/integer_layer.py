@@ -33,8 +33,8 @@ from fastdl.kernels.jit import inlined_jit, linked_jit
 
 # Threads share columns in groups, which are whole panels and whole tiles.
 GROUP_PANELS = max(1, SIDE // PANEL)
-# So many inputs of a group are updated at a time: more, and their gradient isn't in L1 when it is used; fewer,
-# and what is used in between drives the digits of the layer's gradient from there.
+# So many inputs of a group are updated at a time: more, and their gradient isn't in L1 when it is used;
+# fewer, and what is used in between drives the digits of the layer's gradient from there.
 _INPUTS = 256
 
 
