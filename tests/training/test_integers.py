@@ -14,11 +14,11 @@ import fastdl
 from fastdl.arrays import cpu_kernels
 from fastdl.training.lower import lower
 from fastdl.training.program import Program
-from tests.kernels.cpu import widths
 from tests.training.test_compiled import images, mlp, optimizer_of
 
 needs_units = pytest.mark.skipif(
-    cpu_kernels().tiles.integer_units() == "off", reason="no integer units: see the emulation"
+    cpu_kernels().tiles.integer_units() == "off",
+    reason="integers are off: FASTDL_INTEGER_UNITS=amx or emulated runs these",
 )
 # by the rule of fastdl.reference.parity
 TIMES_TORCH, OF_STARTING_SCALE = 4.0, 1e-6
@@ -296,14 +296,3 @@ def test_small_batches_and_other_dtypes_are_read_in_other_ways(seed):
     ):
         lowered = lower(net, nn.CrossEntropyLoss(), optimizer_of(net), (784,))
         assert Program(lowered, examples, y, batch_size, 1 / 255)._data[2].mode != layout.INTEGER
-
-
-def run_in(environment):
-    return widths.run(environment, __file__, "not pass_in")
-
-
-@pytest.mark.ahead(run_in, "environment")
-@pytest.mark.parametrize("environment", widths.EMULATED)
-def test_these_tests_pass_in_the_emulation(environment, ahead):
-    run = ahead(run_in, environment).result()
-    assert run.returncode == 0, run.stdout + run.stderr
