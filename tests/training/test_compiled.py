@@ -453,15 +453,19 @@ def test_ctrl_c_answers_soon_and_leaves_the_last_finished_epoch(compiled, seed):
     net = mlp(784, 256, 256, 10)
     finished = [copy.deepcopy(net.state_dict())]
     interrupted = []
+    # held while the callback runs: an epoch can end sooner than the timer does
+    calling_back = threading.Lock()
 
     def interrupt():
-        interrupted.append(time.perf_counter())
-        signal.raise_signal(signal.SIGINT)
+        with calling_back:
+            interrupted.append(time.perf_counter())
+            signal.raise_signal(signal.SIGINT)
 
     def on_epoch(history):
-        finished.append(copy.deepcopy(net.state_dict()))
-        if len(history) == 2:
-            threading.Timer(0.03, interrupt).start()
+        with calling_back:
+            finished.append(copy.deepcopy(net.state_dict()))
+            if len(history) == 2:
+                threading.Timer(0.03, interrupt).start()
 
     # compile first: a compilation doesn't listen
     fastdl.fit(
