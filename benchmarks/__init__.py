@@ -1,1 +1,1 @@
-"""What fastdl costs beside its peers: ``pytest benchmarks --benchmark-enable``."""
+"""Speed beside peers: ``pytest benchmarks --benchmark-enable``, ``python -m benchmarks.summary``."""

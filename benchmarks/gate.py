@@ -1,28 +1,29 @@
-"""The parity gate: a whole program's losses and parameters, epoch by epoch, held to torch's.
+"""The parity gate: no figure of a program whose numbers aren't torch's, but an AssertionError.
 
-The rule is that of ``fastdl.reference.parity``, applied after every epoch instead of every step, as a program
-that runs an epoch at a time shows nothing in between.
+A whole program is held to the rule of ``fastdl.reference.parity``, applied after every epoch instead of every
+step, as it shows nothing in between; an op to the rule of the ops' tests.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from benchmarks.device import FLOAT32, Precision
 from benchmarks.peers.problem import Problem, Trainer
 from benchmarks.peers.torch_epochs import EagerTrainer
 from fastdl.reference import parity
-from fastdl.reference.parity import Check, Errors
+from fastdl.reference.parity import Check, Errors, assert_as_accurate_as_torch
 
 Make = Callable[[Problem, torch.dtype], Trainer]
+Epochs = list[tuple[float, Tensor]]
 # of a step in a Python loop
 COMPARED_STEPS = 20
-Epochs = list[tuple[float, Tensor]]
 
 
 def _epochs(trainer: Trainer, num_epochs: int) -> Epochs:
@@ -58,21 +59,7 @@ class Gate:
         return [_errors(_epochs(run, 1), self._truth) for run in runs]
 
     def checks(self, make: Make, *, has_float64: bool = True, num_epochs: int | None = None) -> list[Check]:
-        """Train a program anew and compare it.
-
-        Parameters
-        ----------
-        make : callable
-            Makes the program's Trainer.
-        has_float64 : bool
-            Whether the program can run in float64.
-        num_epochs : int, optional
-            Of the float32 run, if not the problem's.
-
-        Returns
-        -------
-        list of Check
-        """
+        """Train a program anew, in float64 where it can, and compare it; so many epochs of it in float32."""
         checks = []
         if has_float64:
             exact = _errors(_epochs(make(self.problem, torch.float64), len(self._truth)), self._truth)
@@ -90,24 +77,73 @@ class Gate:
         checks.append(Check("float32, loss of any epoch", worst, parity.EPOCH_LOSS))
         return checks
 
+    def error(self, make: Make) -> dict[str, float]:
+        """Return how far a program without parity is from float64 after an epoch, and torch's worst run."""
+        own = _errors(_epochs(make(self.problem, torch.float32), 1), self._truth)
+        worst = max(run.parameter_rms for run in self._torchs)
+        return {"error": own.parameter_rms, "float32's error": worst}
 
-def differing_steps(
+
+def _figure(error: float) -> str:
+    return f"{error:.0e}" if error else "0"
+
+
+def passed(checks: Sequence[Check]) -> str:
+    """Return what stands in the tables: the largest difference in float64, else in float32."""
+    failed = [str(check) for check in checks if not check.passes]
+    assert not failed, f"no parity: {'; '.join(failed)}"
+    exact = [check.error for check in checks if check.name.startswith("float64")]
+    return _figure(max(exact)) if exact else f"{_figure(max(check.error for check in checks))} (float32)"
+
+
+def same_steps(
     ours: Callable[[], Tensor], torchs: Callable[[], Tensor], allowed: float = parity.EPOCH_LOSS
-) -> list[int]:
-    """Take the first steps of two programs; return the numbers, from 1, of those whose losses differ."""
-    pairs = [(ours().item(), torchs().item()) for _ in range(COMPARED_STEPS)]
+) -> str:
+    """Take the first steps of two programs; return the largest difference of their losses."""
+    worst = 0.0
+    for number in range(1, COMPARED_STEPS + 1):
+        loss, expected = ours().item(), torchs().item()
+        # a NaN compares as False
+        assert abs(loss - expected) <= allowed, f"no parity: step {number}: {loss:.6g} beside {expected:.6g}"
+        worst = max(worst, abs(loss - expected))
+    return _figure(worst)
+
+
+def same_loss(loss: float, expected: float) -> str:
+    """Return the difference of an epoch's loss from torch's: the rule's last part, for what is large."""
     # a NaN compares as False
-    return [number for number, (a, b) in enumerate(pairs, 1) if not abs(a - b) <= allowed]
+    same = math.isfinite(loss) and abs(loss - expected) <= parity.EPOCH_LOSS
+    assert same, f"no parity: an epoch's loss is {loss:.6g}, torch's {expected:.6g}"
+    return _figure(abs(loss - expected))
 
 
-def same_epoch_loss(losses: dict[str, float], reference: str) -> dict[str, bool]:
-    """Return for each program whether its first epoch's loss is the reference's, by the rule's last part.
+def same_results(
+    ours: Sequence[Tensor], torchs: Sequence[Tensor], truths: Sequence[Tensor], precision: Precision = FLOAT32
+) -> str:
+    """Hold each result of an op to torch's own error against float64; return the worst relative error."""
+    worst = 0.0
+    for number, (actual, expected, truth) in enumerate(zip(ours, torchs, truths, strict=True)):
+        size = truth.double().abs().max()
+        # where torch rounds the operands of a product, fastdl may, and the other way round
+        scale = size * precision.eps / torch.finfo(precision.dtype).eps
+        name = "output" if number == 0 else f"gradient {number}"
+        assert_as_accurate_as_torch(actual, expected, truth, scale=scale, name=name)
+        worst = max(worst, float((actual.double() - truth.double()).abs().max() / size) if size else 0.0)
+    return _figure(worst)
 
-    For a problem that is too large to be trained in float64.
-    """
-    expected = losses[reference]
+
+def same_norm(actual: Tensor, expected: Tensor, precision: Precision) -> str:
+    """Hold a large product to torch's by ``norm(actual - expected) / norm(expected)``, and return that."""
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
     # a NaN compares as False
-    return {
-        name: math.isfinite(loss) and abs(loss - expected) <= parity.EPOCH_LOSS
-        for name, loss in losses.items()
-    }
+    assert error <= precision.error, f"no parity: it differs from torch's by {error:.1e}"
+    return _figure(error)
+
+
+def results(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """Return an op's output and the gradients of its inputs, from inputs converted to a dtype."""
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(dtype))]

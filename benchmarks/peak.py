@@ -7,9 +7,8 @@ several are tried, and the fastest is the peak.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -17,6 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from benchmarks.turns import timed
 from fastdl import machine
 
 # An addition to a sum waits 4 or 5 cycles for the last one, and a core begins one or two in a cycle: it takes
@@ -27,14 +27,15 @@ _FLOPS_PER_MULTIPLY_ADD = 2
 _TRIAL_SECONDS, _TRIALS = 0.01, 3
 # Factors at which the sums stay away from infinity and from the subnormal numbers, which take longer.
 _FACTOR, _SMALL_FACTOR = 0.5, 1e-4
+_Loop = Callable[[int, float, float], float]
 
 
 def _lanes() -> int:
     return machine.vector_bits() // 32
 
 
-def _intrinsic(num_sums: int, scales_the_sum: bool) -> Any:
-    """Return a function of Numba's that does ``count * _UNROLLED`` multiply-adds on each of the sums.
+def _loop(num_sums: int, scales_the_sum: bool) -> _Loop:
+    """Return a loop of ``count * _UNROLLED`` multiply-adds on each of the sums.
 
     They are ``sum * factor + factor`` where it scales the sum, else ``factor * small + sum``.
     """
@@ -76,40 +77,34 @@ def _intrinsic(num_sums: int, scales_the_sum: bool) -> Any:
             result = builder.fadd(result, other)
         return builder.extract_element(result, ir.IntType(32)(0))
 
+    @intrinsic
     def multiply_adds(typing_context: Any, count: Any, factor: Any, small: Any) -> Any:
         return types.float32(types.intp, types.float32, types.float32), generate
 
-    return intrinsic(multiply_adds)
-
-
-def _loop(num_sums: int, scales_the_sum: bool) -> Callable[[int, float, float], float]:
-    multiply_adds = _intrinsic(num_sums, scales_the_sum)
+    # Numba passes the typing context itself
+    fused: Any = multiply_adds
 
     @numba.njit(nogil=True)
     def loop(count: int, factor: float, small: float) -> float:
-        total: float = multiply_adds(count, numba.float32(factor), numba.float32(small))
+        total: float = fused(count, numba.float32(factor), numba.float32(small))
         return total
 
-    compiled: Callable[[int, float, float], float] = loop
+    compiled: _Loop = loop
     return compiled
 
 
-def _seconds(loop: Callable[[int, float, float], float], count: int) -> float:
-    started = time.perf_counter()
-    loop(count, _FACTOR, _SMALL_FACTOR)
-    return time.perf_counter() - started
-
-
 @cache
-def _fastest_loop() -> tuple[Callable[[int, float, float], float], int, float]:
-    """Return the fastest loop, the multiply-adds of vectors in a round of it, and the rounds in a second."""
+def _fastest_loop() -> tuple[_Loop, int, float]:
+    """Return the fastest loop, its multiply-adds of vectors in a round, and the rounds in a second."""
     found = []
     for num_sums in _SUMS:
         for scales_the_sum in (True, False):
             loop = _loop(num_sums, scales_the_sum)
-            _seconds(loop, 1)
-            count = round(1000 * _TRIAL_SECONDS / _seconds(loop, 1000))
-            rounds = count / min(_seconds(loop, count) for _ in range(_TRIALS))
+            run = partial(loop, 1000, _FACTOR, _SMALL_FACTOR)
+            run()
+            count = round(1000 * _TRIAL_SECONDS / timed(run))
+            run = partial(loop, count, _FACTOR, _SMALL_FACTOR)
+            rounds = count / min(timed(run) for _ in range(_TRIALS))
             found.append((rounds * num_sums, loop, num_sums * _UNROLLED, rounds))
     return max(found, key=lambda entry: entry[0])[1:]
 
@@ -130,20 +125,7 @@ def _in_parallel() -> Callable[[int, int, float, float], float]:
 
 
 def peak_program(num_threads: int, seconds: float = 0.005) -> tuple[Callable[[], object], float]:
-    """Return a program of pure multiply-adds on so many cores, and how many FLOPs it does.
-
-    Parameters
-    ----------
-    num_threads : int
-    seconds : float
-        About how long it takes.
-
-    Returns
-    -------
-    program : callable
-    num_flops : float
-        Of all threads together; a multiply-add is two.
-    """
+    """Return a program of pure multiply-adds on so many cores, which takes about so long, and its FLOPs."""
     loop, vectors, rounds_per_second = _fastest_loop()
     count = max(1, round(rounds_per_second * seconds))
     num_flops = float(num_threads * count * vectors * _lanes() * _FLOPS_PER_MULTIPLY_ADD)

@@ -1,24 +1,51 @@
-"""A whole training step of each model, in a Python loop, beside torch eager and torch.compile."""
+"""A whole training step of each model in a Python loop: fastdl's modules, loss and SGD beside torch's."""
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.peers.steps import Model, all_models, steps
+from benchmarks.conftest import SETUP, Turns
+from benchmarks.device import FLOAT32, PRECISIONS
+from benchmarks.gate import same_steps
+from benchmarks.peers import names, steps
+from benchmarks.setup import Setup
+from benchmarks.turns import Work
+from fastdl.programs import RECIPES, Model
+from fastdl.reference.parity import EPOCH_LOSS
 
-MODELS = all_models()
+_PRECISIONS = ("float32", "TF32", "bfloat16")
+_WARM_UP_STEPS = 3
 
 
-@pytest.mark.parametrize("peer", ["torch_eager", "torch_eager_fused_sgd", "torch_compile", "fastdl"])
-@pytest.mark.parametrize("model", MODELS, ids=[model.name for model in MODELS])
-def test_step(benchmark: BenchmarkFixture, model: Model, peer: str) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    setup = metafunc.config.stash[SETUP]
+    programs = [names.MODULES, names.ACCELERATED, names.EAGER, names.FUSED]
+    programs += [names.CAPTURED, names.TORCH_CAPTURED] if setup.cuda else [names.COMPILE] * (not setup.small)
+    # the CPU's kernels, in a rehearsal, have no half precision
+    precisions = _PRECISIONS[: 2 if setup.rehearse else None] if setup.cuda else ("float32",)
+    metafunc.parametrize("program", programs)
+    metafunc.parametrize("model", get_args(Model))
+    metafunc.parametrize("precision", precisions)
+
+
+def test_step(turns: Turns, setup: Setup, precision: str, model: Model) -> None:
     """Time one training step, once its first losses are torch's."""
-    by_peer = steps(model)
-    for _ in range(5):
-        assert by_peer["fastdl"]().item() == pytest.approx(by_peer["torch_eager"]().item(), rel=1e-4)
-    benchmark.group = model.name
-    step = by_peer[peer]
-    for _ in range(3):
-        step()
-    benchmark(step)
+    block = PRECISIONS[precision]
+    found = steps.model(model, setup.device.name, block.dtype)
+
+    def make(program: str) -> Work:
+        # what roundings of products come to in a loss, at most, after some steps
+        allowed = EPOCH_LOSS if block is FLOAT32 else 2 * block.error
+        parity = same_steps(steps.step(found, program), steps.step(found, names.EAGER), allowed)
+        step = steps.step(found, program)
+        if program in (names.CAPTURED, names.TORCH_CAPTURED):
+            step = setup.device.captured(step)
+        for _ in range(_WARM_UP_STEPS):
+            step()
+        return Work(step, timer=setup.device.timed, info={"parity": parity})
+
+    with block.active():
+        title = f"step of {RECIPES[model].title.lower()}, batch {len(found.batch[0])}"
+        turns(title + f", {precision}" * setup.cuda, make)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastdl import data, functional, models, nn, optim, reference
     from fastdl.nn import accelerate
-    from fastdl.training.fit import evaluate, fit, predict
+    from fastdl.training.evaluation import evaluate, predict
+    from fastdl.training.fit import fit
     from fastdl.training.history import History
 
 __version__ = "0.1.0"

@@ -1,30 +1,34 @@
 """The only door from a tensor to an array: dtype, layout, device and threads are settled here.
 
 :mod:`fastdl.ops` asks :func:`accepts` whether the kernels may take a call, and if so hands each tensor's
-memory over by its :func:`address`, and the kernels make the arrays; a CUDA tensor goes through
+memory over by its address, and the kernels make the arrays; a CUDA tensor goes through
 :mod:`fastdl.cuda_arrays`. Whatever the kernels can't see through (a functorch transform, a tensor subclass,
 autocast, a dispatch mode) goes to torch instead.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 from fastdl import cuda_arrays
 from fastdl.kernels.garbage import collector_paused
+from fastdl.torch_private import autocasts_anywhere, is_watched
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float64})
+_IMPORTED_BY = os.getpid()
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
@@ -37,47 +41,26 @@ def are_plain(*tensors: Tensor | None) -> bool:
     first = tensors[0]
     if first is None or type(first) not in _PLAIN_TYPES:
         return False
-    dtype = first.dtype
-    if dtype not in _DTYPES or not first.is_cpu:
-        return _are_plain_on_cuda(*tensors)
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES
-            or tensor.dtype is not dtype
-            or not tensor.is_cpu
-            or tensor.is_neg()
-            or tensor.is_nested
-        ):
-            return False
-    return _have_memory(*tensors)
-
-
-def _have_memory(*tensors: Tensor | None) -> bool:
-    """Return False for sparse tensors, zeros that aren't materialised, and what a transform left behind."""
+    dtype, is_cpu = first.dtype, first.is_cpu
+    if dtype not in (_DTYPES if is_cpu else cuda_arrays.DTYPES if first.is_cuda else ()):
+        return False
     try:
         for tensor in tensors:
-            if tensor is not None and not tensor.data_ptr() and tensor.numel() > 0:
+            if tensor is not None and (
+                type(tensor) not in _PLAIN_TYPES
+                or tensor.dtype is not dtype
+                or tensor.is_cpu is not is_cpu
+                or tensor.is_neg()
+                or tensor.is_nested
+                # zeros that aren't materialised
+                or (not tensor.data_ptr() and tensor.numel() > 0)
+                or not (is_cpu or tensor.get_device() == first.get_device())
+            ):
                 return False
     except RuntimeError:
+        # sparse tensors, and what a transform left behind, have no memory
         return False
-    return True
-
-
-def _are_plain_on_cuda(*tensors: Tensor | None) -> bool:
-    first = tensors[0]
-    if first is None or not first.is_cuda or first.dtype not in cuda_arrays.DTYPES:
-        return False
-    device = first.get_device()
-    for tensor in tensors:
-        if tensor is not None and (
-            type(tensor) not in _PLAIN_TYPES
-            or tensor.dtype is not first.dtype
-            or tensor.get_device() != device
-            or tensor.is_neg()
-            or tensor.is_nested
-        ):
-            return False
-    return _have_memory(*tensors) and cuda_arrays.usable(device)
+    return is_cpu or cuda_arrays.usable(first.get_device())
 
 
 def accepts(*tensors: Tensor | None) -> bool:
@@ -87,15 +70,32 @@ def accepts(*tensors: Tensor | None) -> bool:
     functorch transform, forward-mode differentiation, a dispatch or function mode, a ``torch.jit.trace``.
     None stands for an argument left out.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return _traced_are_plain(*tensors)
-    return are_plain(*tensors) and not (
-        torch.is_autocast_enabled("cpu" if tensors[0].is_cpu else "cuda")  # type: ignore[union-attr]
-        or has_torch_function(tensors)
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+    # a function mode sees each attribute that is read, so it is asked for first
+    return (
+        not has_torch_function(tensors)
+        and are_plain(*tensors)
+        and not (autocasts_anywhere() and is_autocast_enabled("cpu" if tensors[0].is_cpu else "cuda"))  # type: ignore[union-attr]
+        and not is_watched()
+    )
+
+
+def are_labels(target: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Return whether the kernels can read a tensor as class indices of this shape and device."""
+    return (
+        type(target) is Tensor
+        and target.dtype is torch.int64
+        and target.shape == shape
+        and target.device == device
+        and (
+            is_dynamo_compiling()
+            or (
+                target.layout is torch.strided
+                and not target.is_neg()
+                and (target.data_ptr() != 0 or target.numel() == 0)
+            )
+        )
     )
 
 
@@ -115,7 +115,7 @@ def _traced_are_plain(*tensors: Tensor | None) -> bool:
             or tensor.layout is not torch.strided
         ):
             return False
-    if torch.is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
+    if is_autocast_enabled("cuda" if first.is_cuda else "cpu"):
         return False
     return cuda_arrays.usable(device) if first.is_cuda else first.is_cpu
 
@@ -128,7 +128,7 @@ def cpu_kernels() -> ModuleType:
         from fastdl.kernels import cpu
 
     # Numba's first threads may set the thread count of an OpenMP library that torch shares.
-    cpu.threads.start()
+    cpu.threads.start(is_forked=os.getpid() != _IMPORTED_BY)
     if torch.get_num_threads() != num_threads:
         torch.set_num_threads(num_threads)
     return cpu
@@ -136,13 +136,18 @@ def cpu_kernels() -> ModuleType:
 
 def num_threads() -> int:
     """Return how many threads a kernel may use: torch's count, or 1 where Numba's pool can't be entered."""
-    return cpu_kernels().threads.usable(torch.get_num_threads())  # type: ignore[no-any-return]
+    return _usable_threads()(get_num_threads())
+
+
+@cache
+def _usable_threads() -> Callable[[int], int]:
+    return cpu_kernels().threads.usable  # type: ignore[no-any-return]
 
 
 @cache
 def like(dtype: torch.dtype) -> NDArray[Any]:
     """Return the empty array that tells a kernel the dtype of the memory at its addresses."""
-    return torch.empty(0, dtype=dtype).numpy()
+    return torch.empty(0, dtype=dtype, device="cpu").numpy()
 
 
 def address(tensor: Tensor | None) -> int:

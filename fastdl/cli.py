@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from enum import StrEnum
+from dataclasses import dataclass
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save
 from torch import Tensor
 
-from fastdl import data, machine
+from fastdl import data, machine, plots
 from fastdl.cuda_arrays import DeviceUnavailableError, find_device
-from fastdl.files import replacing
+from fastdl.files import make_folder, replacing
+from fastdl.kernels import CompilerDisabledError
 from fastdl.programs import RECIPES, Impl, Model, build, check_update, run
-from fastdl.reproduce import Examples, draw_predictions, image_examples, linear_examples, reproduce
+from fastdl.reproduce import draw_predictions, image_examples, linear_examples, reproduce
 from fastdl.training.history import History
 
 _INTERRUPTED = 130
@@ -41,51 +44,17 @@ console = Console(markup=False)
 _notes = Console(stderr=True, markup=False)
 
 
-class _Impl(StrEnum):
-    """Which program trains."""
-
-    SCRATCH = "scratch"
-    CONCISE = "concise"
-    FUSED = "fused"
-    COMPILED = "compiled"
-
-
-class _Data(StrEnum):
-    """Which images."""
-
-    AUTO = "auto"
-    FASHION_MNIST = "fashion-mnist"
-    GARMENTS = "garments"
-
-
-class _Device(StrEnum):
-    """Where to train."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-    AUTO = "auto"
-
-
-class _Model(StrEnum):
-    """Which model."""
-
-    LINEAR = "linear"
-    SOFTMAX = "softmax"
-    MLP = "mlp"
-
-
-_ImplOption = Annotated[
-    _Impl,
-    typer.Option(
-        "--impl", help="From the formulas; with torch.nn; with fastdl's ops; fastdl's compiled epochs."
-    ),
-]
-
-
 def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
+
+
+def _known(models: list[str] | None) -> list[str] | None:
+    for model in models or ():
+        if model not in RECIPES:
+            raise typer.BadParameter(f"{model!r} is none of {', '.join(RECIPES)}")
+    return models
 
 
 def _seed(value: int) -> int:
@@ -96,40 +65,85 @@ def _seed(value: int) -> int:
     return value
 
 
-_Epochs = Annotated[int, typer.Option("--epochs", min=1, help="Passes over the data.")]
-_Lr = Annotated[float, typer.Option("--lr", min=0.0, callback=_finite, help="Learning rate.")]
-_BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a mini-batch.")]
-_Hiddens = Annotated[int, typer.Option("--hidden-units", min=1, help="Width of the hidden layer.")]
-_Momentum = Annotated[float, typer.Option("--momentum", min=0.0, callback=_finite, help="Momentum of SGD.")]
-_WeightDecay = Annotated[
-    float, typer.Option("--weight-decay", min=0.0, callback=_finite, help="L2 penalty of SGD.")
-]
-_Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed", callback=_seed, help="Of the start and the order, the same in every implementation."
-    ),
-]
-_Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, max=1024, help="CPU threads; torch's default without.")
-]
-_DeviceOption = Annotated[
-    _Device, typer.Option("--device", help="auto: a GPU where fastdl can use one, else the CPU.")
-]
-_DataOption = Annotated[
-    _Data, typer.Option("--data", help="auto: Fashion-MNIST where it is or can be had, else garments.")
+_Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="CPU threads; torch's default without.")]
+_DataName = Annotated[
+    Literal["auto", "fashion-mnist", "garments"],
+    typer.Option("--data", help="auto: Fashion-MNIST where it is or can be had, else garments."),
 ]
 _DataRoot = Annotated[
-    Path | None,
-    typer.Option("--data-root", help="Folder of Fashion-MNIST; FASTDL_DATA or a cache folder without."),
+    Path | None, typer.Option(help="Folder of Fashion-MNIST; FASTDL_DATA or a cache folder without.")
 ]
-_Out = Annotated[
-    Path | None, typer.Option("--out", help="Output folder; runs/MODEL-IMPL without.", show_default=False)
+_Examples = Annotated[
+    int | None, typer.Option(min=1, help="How many points; the first images of both parts.")
 ]
-_Points = Annotated[int, typer.Option("--examples", min=1, help="How many points to draw.")]
-_Images = Annotated[
-    int | None, typer.Option("--examples", min=1, help="Only the first images of both parts.")
-]
+# the options that not every model has
+_MODELS_WITH: Mapping[str, tuple[Model, ...]] = {
+    "data_name": ("softmax", "mlp"),
+    "data_root": ("softmax", "mlp"),
+    "hidden_units": ("mlp",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """The options of ``train``; the textbook's values are the defaults of those that have none here."""
+
+    impl: Annotated[
+        Impl,
+        typer.Option(help="From the formulas; with torch.nn; with fastdl's ops; fastdl's compiled epochs."),
+    ] = "compiled"
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")]
+    lr: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Learning rate.")]
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a mini-batch.")]
+    hidden_units: Annotated[int, typer.Option(min=1, help="Width of the hidden layer.")] = 256
+    momentum: Annotated[float, typer.Option(min=0.0, callback=_finite, help="Momentum of SGD.")] = 0.0
+    weight_decay: Annotated[float, typer.Option(min=0.0, callback=_finite, help="L2 penalty of SGD.")] = 0.0
+    seed: Annotated[
+        int,
+        typer.Option(callback=_seed, help="Of the start and the order, the same in every implementation."),
+    ] = 0
+    device: Annotated[
+        Literal["cpu", "cuda", "auto"],
+        typer.Option(help="auto: a GPU where fastdl can use one, else the CPU."),
+    ] = "cpu"
+    threads: _Threads = None
+    data_name: _DataName = "auto"
+    data_root: _DataRoot = None
+    examples: _Examples
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; runs/MODEL-IMPL without.", show_default=False)
+    ] = None
+
+
+def _add_command(model: Model, about: str) -> None:
+    """Add a ``train`` command, whose options are the fields of a record."""
+    recipe = RECIPES[model]
+    defaults: dict[str, Any] = {"epochs": recipe.num_epochs, "lr": recipe.lr, "batch_size": recipe.batch_size}
+    defaults["examples"] = 1000 if model == "linear" else None
+    parameters = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, annotation in get_type_hints(_Options, include_extras=True).items()
+        if model in _MODELS_WITH.get(name, (model,))
+        for default in [defaults.get(name, getattr(_Options, name, None))]
+    ]
+
+    def command(**options: Any) -> None:
+        _train(model, _Options(**options))
+
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    train_app.command(model, help=about)(command)
+
+
+_add_command(
+    "linear",
+    """Train linear regression on points that are drawn from a plane, with noise.
+
+    From scratch the loss is (y_hat - y)^2 / 2, half of the others' mean squared error: the same learning
+    rate takes steps of half the size.
+    """,
+)
+_add_command("softmax", "Train softmax regression on images of garments.")
+_add_command("mlp", "Train a multilayer perceptron with one hidden layer on images of garments.")
 
 
 def _version(wanted: bool) -> None:
@@ -147,182 +161,82 @@ def _root(
     pass
 
 
-@train_app.command()
-def linear(
-    impl: _ImplOption = _Impl.COMPILED,
-    epochs: _Epochs = RECIPES["linear"].num_epochs,
-    lr: _Lr = RECIPES["linear"].lr,
-    batch_size: _BatchSize = RECIPES["linear"].batch_size,
-    momentum: _Momentum = 0.0,
-    weight_decay: _WeightDecay = 0.0,
-    seed: _Seed = 0,
-    device: _DeviceOption = _Device.CPU,
-    threads: _Threads = None,
-    examples: _Points = 1000,
-    out: _Out = None,
-) -> None:
-    """Train linear regression on points that are drawn from a plane, with noise.
-
-    From scratch the loss is (y_hat - y)^2 / 2, half of the others' mean squared error: the same learning
-    rate takes steps of half the size.
-    """
-    place = _prepare("linear", impl, momentum, weight_decay, device, threads)
-    generator = torch.Generator().manual_seed(seed)
-    points = data.regression(examples, generator=generator)
-    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
-    settings |= {"momentum": momentum, "weight_decay": weight_decay}
-    state = _train("linear", impl, linear_examples(points), settings, generator, place, out)
-    errors = (points.true_w - state["0.weight"].reshape(-1)).tolist()
-    console.print(f"true_w - w: [{', '.join(f'{error:.3e}' for error in errors)}]", highlight=False)
-    console.print(f"true_b - b: {points.true_b - float(state['0.bias']):.3e}", highlight=False)
-
-
-@train_app.command()
-def softmax(
-    impl: _ImplOption = _Impl.COMPILED,
-    epochs: _Epochs = RECIPES["softmax"].num_epochs,
-    lr: _Lr = RECIPES["softmax"].lr,
-    batch_size: _BatchSize = RECIPES["softmax"].batch_size,
-    momentum: _Momentum = 0.0,
-    weight_decay: _WeightDecay = 0.0,
-    seed: _Seed = 0,
-    device: _DeviceOption = _Device.CPU,
-    threads: _Threads = None,
-    data_name: _DataOption = _Data.AUTO,
-    data_root: _DataRoot = None,
-    examples: _Images = None,
-    out: _Out = None,
-) -> None:
-    """Train softmax regression on images of garments."""
-    place = _prepare("softmax", impl, momentum, weight_decay, device, threads)
-    images = _load(data_name, data_root, examples)
-    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
-    settings |= {"momentum": momentum, "weight_decay": weight_decay}
-    _train("softmax", impl, images, settings, torch.Generator().manual_seed(seed), place, out)
-
-
-@train_app.command()
-def mlp(
-    impl: _ImplOption = _Impl.COMPILED,
-    epochs: _Epochs = RECIPES["mlp"].num_epochs,
-    lr: _Lr = RECIPES["mlp"].lr,
-    batch_size: _BatchSize = RECIPES["mlp"].batch_size,
-    hidden_units: _Hiddens = 256,
-    momentum: _Momentum = 0.0,
-    weight_decay: _WeightDecay = 0.0,
-    seed: _Seed = 0,
-    device: _DeviceOption = _Device.CPU,
-    threads: _Threads = None,
-    data_name: _DataOption = _Data.AUTO,
-    data_root: _DataRoot = None,
-    examples: _Images = None,
-    out: _Out = None,
-) -> None:
-    """Train a multilayer perceptron with one hidden layer on images of garments."""
-    place = _prepare("mlp", impl, momentum, weight_decay, device, threads)
-    images = _load(data_name, data_root, examples)
-    settings = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "examples": examples}
-    settings |= {"momentum": momentum, "weight_decay": weight_decay, "num_hiddens": hidden_units}
-    _train("mlp", impl, images, settings, torch.Generator().manual_seed(seed), place, out)
-
-
 def _note(line: str) -> None:
     _notes.print(line, highlight=False, soft_wrap=True)
 
 
-def _prepare(
-    model: Model,
-    impl: _Impl,
-    momentum: float,
-    weight_decay: float,
-    device: _Device,
-    threads: int | None,
-) -> torch.device:
-    """Check what was asked for, and return the device to train on."""
+def _train(model: Model, options: _Options) -> None:
+    """Train, fill the output folder, print the table, also after Ctrl-C."""
+    impl, title = options.impl, RECIPES[model].title
     try:
-        check_update(model, impl.value, momentum, weight_decay)
+        check_update(model, impl, options.momentum, options.weight_decay)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    _use_threads(threads)
-    return find_device(device.value, _note)
-
-
-def _use_threads(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-def _load(name: _Data, root: Path | None, num_examples: int | None) -> Examples:
-    return image_examples(data.load(name.value, root, notify=_note), num_examples)
-
-
-def _train(
-    model: Model,
-    impl: _Impl,
-    examples: Examples,
-    settings: Mapping[str, Any],
-    generator: torch.Generator,
-    device: torch.device,
-    out: Path | None,
-) -> dict[str, Tensor]:
-    """Train, print the table, fill the output folder, also after Ctrl-C; return the weights."""
-    name: Impl = impl.value
-    folder = out or Path("runs", f"{model}-{name}")
-    options = {
-        key: settings[key] for key in ("lr", "momentum", "weight_decay", "num_hiddens") if key in settings
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = find_device(options.device, _note)
+    start, order = (torch.Generator().manual_seed(options.seed) for _ in range(2))
+    if model == "linear":
+        points = data.regression(options.examples or 0, generator=start)
+        examples = linear_examples(points)
+    else:
+        images = data.load(options.data_name, options.data_root, notify=_note)
+        examples = image_examples(images, options.examples)
+    update: dict[str, Any] = {
+        "lr": options.lr,
+        "momentum": options.momentum,
+        "weight_decay": options.weight_decay,
     }
-    program = build(model, name, **options, generator=generator, device=device)
+    if model == "mlp":
+        update["num_hiddens"] = options.hidden_units
+    program = build(model, impl, **update, generator=start, device=device)
+    folder = options.out or Path("runs", f"{model}-{impl}")
     # a folder that can't be written is better found before the training than after it
-    folder.mkdir(parents=True, exist_ok=True)
-    finished = History()
-    weights: dict[str, Tensor] = {}
+    make_folder(folder)
+    X, y, test = examples.X, examples.y, (examples.X_test, examples.y_test)
+    settings: dict[str, Any] = {"num_epochs": options.epochs, "batch_size": options.batch_size}
+    finished: tuple[dict[str, Tensor], History] | None = None
 
     def keep(history: History) -> None:
-        nonlocal finished, weights
-        weights = {key: tensor.to("cpu", copy=True) for key, tensor in program.state.items()}
-        # a copy, that an interrupt can't leave half appended to
-        finished = deepcopy(history)
+        nonlocal finished
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in program.state.items()}
+        finished = weights, deepcopy(history)
 
     started = time.perf_counter()
     interrupted = False
     try:
-        run(
-            program,
-            name,
-            examples.X,
-            examples.y,
-            num_epochs=settings["epochs"],
-            batch_size=settings["batch_size"],
-            test=(examples.X_test, examples.y_test),
-            generator=torch.Generator().manual_seed(settings["seed"]),
-            progress=True,
-            on_epoch=keep,
-        )
+        run(program, impl, X, y, **settings, test=test, generator=order, progress=True, on_epoch=keep)
     except KeyboardInterrupt:
         interrupted = True
-    title = f"{RECIPES[model].title}, {name}, {examples.name} data, {time.perf_counter() - started:.1f} s"
-    if interrupted:
-        _note(f"Interrupted after {len(finished)} of {settings['epochs']} epochs.")
-    if weights:
-        finished_program = build(model, name, **options, start=weights)
-        _print_history(finished, title)
-        about = {
-            "model": model,
-            "impl": name,
-            "data": examples.name,
-            "device": str(device),
-            **settings,
-            "machine": machine.describe(),
+    seconds = time.perf_counter() - started
+    failures: dict[str, str] = {}
+    if finished is not None:
+        weights, history = finished
+        with replacing(folder / "weights.safetensors") as temporary:
+            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
+        about = {"model": model, "impl": impl, "data": examples.name, "device": str(device), **update}
+        about |= {name: getattr(options, name) for name in ("epochs", "batch_size", "seed", "examples")}
+        about["machine"] = machine.describe()
+        history.save(folder / "history.json", about)
+        _print_history(history, f"{title}, {impl}, {examples.name} data, {seconds:.1f} s")
+        if model == "linear":
+            errors = (points.true_w - weights["0.weight"].reshape(-1)).tolist()
+            console.print(f"true_w - w: [{', '.join(f'{error:.3e}' for error in errors)}]", highlight=False)
+            console.print(f"true_b - b: {points.true_b - float(weights['0.bias']):.3e}", highlight=False)
+        net = build(model, impl, **update, start=weights)
+        pictures: dict[str, Callable[[Path], None]] = {
+            "curves.png": lambda path: history.plot(path, title),
+            "predictions.png": lambda path: draw_predictions(net, examples, path),
         }
-        finished.save(folder / "history.json", about)
-        finished.plot(folder / "curves.png", RECIPES[model].title)
-        draw_predictions(finished_program, examples, folder / "predictions.png")
-        _save_weights(weights, folder / "weights.safetensors")
-        names = "history.json, curves.png, predictions.png, weights.safetensors"
+        failures = plots.draw(folder, pictures)
+        drawn = [name for name in pictures if name not in failures]
+        names = ", ".join(["history.json", *drawn, "weights.safetensors"])
         console.print(f"Saved to {folder}: {names}", highlight=False, soft_wrap=True)
     if interrupted:
-        raise typer.Exit(_INTERRUPTED)
-    return weights
+        _note(f"Interrupted after {len(history) if finished else 0} of {options.epochs} epochs.")
+    _warn_of(failures)
+    if interrupted or failures:
+        raise typer.Exit(_INTERRUPTED if interrupted else 1)
 
 
 def _print_history(history: History, title: str) -> None:
@@ -336,41 +250,39 @@ def _print_history(history: History, title: str) -> None:
     console.print(table)
 
 
-def _save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+def _warn_of(failures: Mapping[str, str]) -> None:
+    for name, reason in failures.items():
+        _note(f"warning: {name} can't be drawn: {reason}")
 
 
 @app.command("reproduce")
 def reproduce_command(
     models: Annotated[
-        list[_Model] | None, typer.Argument(help="Which models; all three without.", show_default=False)
+        list[str] | None,
+        typer.Argument(callback=_known, metavar="|".join(RECIPES), help="Which models; all three without."),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Passes over the data; 3 or 10, as in the textbook.")
+        int | None, typer.Option(min=1, help="Passes over the data; 3 or 10, as in the textbook.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option("--seed", callback=_seed, help="Of the data, the start and the order.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(callback=_seed, help="Of the data, the start and the order.")] = 0,
     threads: _Threads = None,
-    data_name: _DataOption = _Data.AUTO,
+    data_name: _DataName = "auto",
     data_root: _DataRoot = None,
-    examples: _Images = None,
-    out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("runs", "reproduce"),
+    examples: _Examples = None,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs", "reproduce"),
 ) -> None:
     """Train all models in all implementations, and compare their numbers and their time.
 
     The exit code is 1 where an implementation's numbers are not torch's, or a model has not learnt what the
     textbook's does.
     """
-    _use_threads(threads)
+    if threads:
+        torch.set_num_threads(threads)
+    make_folder(out)
     started = time.perf_counter()
     report = reproduce(
-        [model.value for model in models or _Model],
-        out,
-        data_name=data_name.value,
+        [model for model in RECIPES if not models or model in models],
+        data_name=data_name,
         data_root=data_root,
         num_examples=examples,
         num_epochs=epochs,
@@ -378,13 +290,15 @@ def reproduce_command(
         say=_note,
     )
     Console(width=max(console.width, _TABLE_WIDTH)).print(report.table())
-    console.print(
-        f"Saved to {out} after {time.perf_counter() - started:.0f} s: results.json and the pictures"
-    )
+    report.save(out / "results.json")
+    undrawn = plots.draw(out, report.pictures)
+    seconds = time.perf_counter() - started
+    console.print(f"Saved to {out} after {seconds:.0f} s: results.json and the pictures")
+    _warn_of(undrawn)
     failures = report.failures()
     for failure in failures:
         _note(f"failed: {failure}")
-    if failures:
+    if failures or undrawn:
         raise typer.Exit(1)
 
 
@@ -404,6 +318,6 @@ def main() -> None:
     """Run the command line; what can go wrong outside the program is one sentence."""
     try:
         app()
-    except (data.DataUnavailableError, DeviceUnavailableError, OSError) as error:
+    except (CompilerDisabledError, data.DataUnavailableError, DeviceUnavailableError, OSError) as error:
         _note(f"fastdl: {error}")
         raise SystemExit(1) from error

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdl.torch_private import constant_for_compilers, current_cuda_device, current_cuda_stream
+
 
 class DeviceUnavailableError(RuntimeError):
     """The CUDA kernels can't be used here; the message says which link is missing, and what to do."""
@@ -77,13 +79,10 @@ def find_device(name: str, notify: Callable[[str], object]) -> torch.device:
     return torch.device("cpu")
 
 
+@constant_for_compilers
 def usable(device: int) -> bool:
     """Return whether the CUDA kernels can be used on a GPU; where they can't, warn once, with the reason."""
     return _usable(device)
-
-
-# what torch.compiler.assume_constant_result sets; calling it would import the whole compiler, for a second
-usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -97,7 +96,7 @@ def _usable(device: int) -> bool:
 def run(like: Tensor, kernel: Callable[..., None], *arguments: Any) -> None:
     """Call a kernel's function for the tensor's GPU, on the stream that is torch's current one there."""
     device = like.get_device()
-    if device == torch._C._cuda_getDevice():
+    if device == current_cuda_device():
         kernel(*arguments, _current_stream(device))
     else:
         with torch.cuda.device(device):
@@ -105,4 +104,4 @@ def run(like: Tensor, kernel: Callable[..., None], *arguments: Any) -> None:
 
 
 def _current_stream(device: int) -> Any:
-    return cuda_kernels().launch.stream(device, torch._C._cuda_getCurrentRawStream(device))
+    return cuda_kernels().launch.stream(device, current_cuda_stream(device))

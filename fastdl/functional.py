@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdl.arrays import accepts
+from fastdl.arrays import accepts, are_labels
 from fastdl.ops.cross_entropy import apply_cross_entropy, apply_linear_cross_entropy
 from fastdl.ops.linear import apply_linear
 from fastdl.ops.mse_loss import apply_mse_loss
 from fastdl.ops.relu import apply_relu
+from fastdl.torch_private import in_shape
 
 __all__ = ["cross_entropy", "linear", "linear_cross_entropy", "linear_relu", "mse_loss", "relu"]
 
@@ -46,7 +47,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> T
     output: Tensor = apply_linear(
         rows.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous(), relu
     )
-    return output if len(shape) == 2 else output.reshape(*shape[:-1], num_outputs)
+    return output if len(shape) == 2 else in_shape(output, (*shape[:-1], num_outputs))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -116,6 +117,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 def _takes_class_indices(
     logits_shape: tuple[int, ...],
+    device: torch.device,
     target: Tensor,
     weight: Tensor | None,
     ignore_index: int,
@@ -123,13 +125,13 @@ def _takes_class_indices(
     label_smoothing: float,
 ) -> bool:
     """Return whether the loss is of the form the kernel knows; torch has the rest, and the errors."""
-    if not logits_shape or type(target) is not Tensor or target.dtype != torch.int64:
+    if not logits_shape:
         return False
     class_dimension = 0 if len(logits_shape) == 1 else 1
     num_classes = logits_shape[class_dimension]
     return (
         num_classes > 0
-        and tuple(target.shape) == logits_shape[:class_dimension] + logits_shape[class_dimension + 1 :]
+        and are_labels(target, logits_shape[:class_dimension] + logits_shape[class_dimension + 1 :], device)
         and (weight is None or (weight.shape == (num_classes,) and not weight.requires_grad))
         and reduction in _REDUCTIONS
         and type(ignore_index) is int
@@ -191,9 +193,8 @@ def cross_entropy(
         or reduce is not None
         or not accepts(input, weight)
         or not _takes_class_indices(
-            tuple(input.shape), target, weight, ignore_index, reduction, label_smoothing
+            tuple(input.shape), input.device, target, weight, ignore_index, reduction, label_smoothing
         )
-        or target.device != input.device
     ):
         return F.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -212,7 +213,7 @@ def cross_entropy(
         reduction,
         _wants_grad(input),
     )
-    return loss.reshape(target.shape) if reduction == "none" and target.dim() != 1 else loss
+    return in_shape(loss, target.shape) if reduction == "none" and target.dim() != 1 else loss
 
 
 def linear_cross_entropy(
@@ -298,8 +299,9 @@ def linear_cross_entropy(
         input.dim() == 2
         and not out_features
         and is_accepted
-        and _takes_class_indices(logits_shape, target, weight, ignore_index, reduction, label_smoothing)
-        and target.device == input.device
+        and _takes_class_indices(
+            logits_shape, input.device, target, weight, ignore_index, reduction, label_smoothing
+        )
     ):
         loss: Tensor
         loss, _ = apply_linear_cross_entropy(

@@ -1,20 +1,27 @@
-"""Drop-in modules on the kernels, and :func:`accelerate`, which swaps them into a model that stands.
+"""Drop-in modules on the kernels, and :func:`accelerate`, which lends their forward to an existing model.
 
 Each is a subclass of torch's module of the same name: the same constructor, parameters and state_dict.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeVar
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+# torch.jit.script compiles the forward that a bound one wraps, with the names of this file
+import torch.nn.functional as F  # noqa: F401
 from torch import Tensor, nn
 
-from fastdl import functional
+from fastdl import functional, torch_private
+from fastdl.overrides import BOUND, global_hooks, is_accelerated, is_bound, is_untouched, overridden, replaced
 
 __all__ = [
     "Acceleration",
@@ -84,30 +91,8 @@ else:
 class LinearCrossEntropyLoss(_TorchsLinearCrossEntropyLoss):
     """The last linear layer and the loss as one op; see :func:`fastdl.functional.linear_cross_entropy`.
 
-    Signature, parameters and state_dict are those of ``torch.nn.LinearCrossEntropyLoss``. It is a subclass of
-    it where torch has it, from 2.13 on, and is defined on older ones too.
-
-    Parameters
-    ----------
-    in_features, num_classes : int
-    out_features : tuple of int
-        The further dimensions (d1, ...) of a K-dimensional loss.
-    bias : bool
-        Whether the linear layer has a bias.
-    device, dtype
-        Of the parameters.
-    reduction : {"mean", "sum", "none"}
-    weight : Tensor, (num_classes,), optional
-        A weight for each class.
-    ignore_index : int, optional
-    label_smoothing : float
-    options
-        torch's options of its chunked algorithm, handed to it.
-
-    Raises
-    ------
-    RuntimeError
-        If weight has another shape or label_smoothing is not in [0, 1], as torch does.
+    Arguments, errors, parameters and state_dict are those of ``torch.nn.LinearCrossEntropyLoss``. It is a
+    subclass of it where torch has it, from 2.13 on, and is defined on older ones too.
     """
 
     weight: Tensor | None
@@ -146,12 +131,11 @@ class LinearCrossEntropyLoss(_TorchsLinearCrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss of input (N, in_features) and class indices (N,)."""
-        linear_weight: Tensor = self.linear.weight
-        linear_bias: Tensor | None = self.linear.bias
+        linear_weight, linear_bias = self.linear.weight, self.linear.bias
         if self.out_features:
-            row_shape = (self.num_classes, *self.out_features)
-            linear_weight = linear_weight.reshape(*row_shape, self.linear.in_features)
-            linear_bias = None if linear_bias is None else linear_bias.reshape(row_shape)
+            linear_weight = linear_weight.unflatten(0, (self.num_classes, *self.out_features))
+            if linear_bias is not None:
+                linear_bias = linear_bias.unflatten(0, (self.num_classes, *self.out_features))
         return functional.linear_cross_entropy(
             input,
             linear_weight,
@@ -176,66 +160,150 @@ class LinearCrossEntropyLoss(_TorchsLinearCrossEntropyLoss):
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_SWAPS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: Linear,
-    nn.ReLU: ReLU,
-    nn.CrossEntropyLoss: CrossEntropyLoss,
-    nn.MSELoss: MSELoss,
+
+# the classes of a pair that is fused, with their forward
+_PAIR: dict[type[nn.Module], Callable[..., Any]] = {nn.Linear: nn.Linear.forward, nn.ReLU: nn.ReLU.forward}
+
+
+def _run_in_turn(self: nn.Sequential, input: Any) -> Any:
+    """Run the children in turn; a plain Linear and the plain ReLU behind it are one op.
+
+    Each call asks anew what is plain, so that every edit of the net holds.
+    """
+    if torch_private.is_tracing() or not torch_private.calls_are_torchs(_PAIR) or global_hooks():
+        return nn.Sequential.forward(self, input)  # type: ignore[no-untyped-call]
+    linear: Any = None
+    for module in self:
+        if linear is not None:
+            if type(module) is nn.ReLU and is_untouched(module):
+                input, linear = functional.linear_relu(input, linear.weight, linear.bias), None
+                continue
+            input, linear = linear(input), None
+        if type(module) is nn.Linear and is_untouched(module):
+            linear = module
+        else:
+            input = module(input)
+    return input if linear is None else linear(input)
+
+
+# what runs in place of the forward of a class of torch's
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.Linear: Linear.forward,
+    nn.ReLU: ReLU.forward,
+    nn.CrossEntropyLoss: CrossEntropyLoss.forward,
+    nn.MSELoss: MSELoss.forward,
+    nn.Sequential: _run_in_turn,
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):
-    _SWAPS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+    _FORWARDS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss.forward
+_OURS = (Linear, LinearReLU, ReLU, CrossEntropyLoss, MSELoss, LinearCrossEntropyLoss)
 
 
-@dataclass
+def _forward_for(kind: type[nn.Module], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what to bind as the forward of a module whose class has the forward of `kind`."""
+    torchs = kind.forward
+
+    @functools.wraps(torchs)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # the class may be another by then: adapters and parametrizations assign to __class__
+        own = type(self).forward
+        is_ours = own is torchs and not torch_private.has_node_hooks(self)
+        return (run if is_ours else own)(self, *args, **kwargs)
+
+    return forward
+
+
+def _getstate(self: nn.Module) -> Any:
+    """Leave out what is bound to this one object: in a pickle or a shallow copy torch's forward runs."""
+    state = type(self).__getstate__(self)
+    return {k: v for k, v in state.items() if not is_bound(v)} if isinstance(state, dict) else state
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
+    """Copy what is bound too; Python binds the copy of a method to the copy of its object."""
+    own = getattr(type(self), "__deepcopy__", None)
+    if own is not None:
+        return own(self, memo)
+    if type(self).__reduce_ex__ is not object.__reduce_ex__ or type(self).__reduce__ is not object.__reduce__:
+        # as the class says, by a state without what is bound: the copy runs torch's forward
+        bound = vars(self).pop("__deepcopy__")
+        try:
+            return copy.deepcopy(self, memo)
+        finally:
+            vars(self)["__deepcopy__"] = bound
+    twin = memo[id(self)] = type(self).__new__(type(self))
+    twin.__setstate__(copy.deepcopy(type(self).__getstate__(self), memo))
+    return twin
+
+
+def _replicate(self: nn.Module) -> Any:
+    """Leave out what is bound to this one object: a replica on another GPU has its own parameters."""
+    replica = getattr(type(self), torch_private.REPLICATE)(self)
+    _unbind(replica)
+    return replica
+
+
+_COPYING: dict[str, Callable[..., Any]] = {
+    "__getstate__": _getstate,
+    "__deepcopy__": _deepcopy,
+    torch_private.REPLICATE: _replicate,
+}
+_BOUND_FORWARDS = {kind: _forward_for(kind, run) for kind, run in _FORWARDS.items()}
+BOUND.update(_BOUND_FORWARDS.values(), _COPYING.values())
+
+
+def _unbind(module: nn.Module) -> None:
+    for name in [name for name, value in vars(module).items() if is_bound(value)]:
+        del vars(module)[name]
+
+
+@dataclass(frozen=True)
 class Acceleration:
-    """What :func:`accelerate` did: pairs of a module's name and what became of it, or why it was left."""
+    """What runs on the kernels after :func:`accelerate`; modules go by their names, "" is the net itself.
 
-    swapped: list[tuple[str, str]] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
+    Attributes
+    ----------
+    on_kernels : dict of str to str
+        The class of each module that runs on a kernel.
+    fused : list of (str, str)
+        Each Linear and the ReLU behind it that run as one op.
+    left : dict of str to str
+        Why a module runs as torch's that might have run on a kernel.
+    """
+
+    on_kernels: dict[str, str] = field(default_factory=dict)
+    fused: list[tuple[str, str]] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Return a line for each module."""
-        lines = [f"swapped {name or 'the module itself'}: {what}" for name, what in self.swapped]
-        lines += [f"left {name or 'the module itself'}: {why}" for name, why in self.left]
-        return "\n".join(lines) or "nothing to swap"
+        """Return a line for each module and each pair."""
+        lines = [
+            f"{name or 'the module itself'}: {kind} on a kernel" for name, kind in self.on_kernels.items()
+        ]
+        lines += [f"{linear} and {relu}: fused" for linear, relu in self.fused]
+        lines += [f"{name or 'the module itself'}: left, as {reason}" for name, reason in self.left.items()]
+        return "\n".join(lines) or "nothing is accelerated"
 
 
-def _why_left(module: nn.Module, num_places: int) -> str | None:
-    """Return why a module that could be swapped has to stay as it is, or None."""
-    if type(module) not in _SWAPS:
-        base = next(base for base in _SWAPS if isinstance(module, base))
-        return f"{type(module).__name__} is a subclass of {base.__name__}"
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
-        return "it has hooks"
-    if "forward" in vars(module):
-        return "its forward is replaced on the instance"
-    if num_places > 1:
-        return f"it is shared: it stands in {num_places} places"
-    return None
+def accelerate(
+    module: ModuleT, *, report: Callable[[Acceleration], object] | None = print, undo: bool = False
+) -> ModuleT:
+    """Run an existing model on the kernels; its modules keep their types, places, names and parameters.
 
-
-def accelerate(module: ModuleT, *, report: Callable[[Acceleration], object] | None = print) -> ModuleT:
-    """Swap the kernels into a model that stands, in place.
-
-    ``nn.Linear``, ``nn.ReLU``, ``nn.MSELoss``, ``nn.CrossEntropyLoss`` and ``nn.LinearCrossEntropyLoss``
-    become their counterparts here. They stay the same objects with the same parameters, so optimizers and
-    state_dict keys stay valid. A Linear with a ReLU right behind it in an ``nn.Sequential`` becomes a
-    :class:`LinearReLU`, and an ``nn.Identity`` takes the ReLU's place; whoever runs such layers one by one
-    meets the ReLU's result behind the Linear already. What is hooked, shared (it stands in more than one
-    place) or of a subclass is left as it is.
+    Each ``nn.Linear``, ``nn.ReLU``, ``nn.MSELoss``, ``nn.CrossEntropyLoss`` and ``nn.LinearCrossEntropyLoss``
+    gets the forward of its counterpart here as an attribute of the instance. So does an ``nn.Sequential``
+    with a ReLU right behind a Linear: it runs the two as one op where nobody can tell. Hooks, adapters,
+    parametrizations and every later edit of the net mean what they mean in torch. A deep copy runs on the
+    kernels too; after unpickling torch's forward runs, until `accelerate` is called again.
 
     Parameters
     ----------
     module : nn.Module
         The model, or a single layer or loss.
     report : callable, optional
-        Takes the :class:`Acceleration` that says what was swapped and what was left; None for silence.
+        Takes the :class:`Acceleration` that says what runs on the kernels; None for silence.
+    undo : bool
+        Whether to take everything back instead.
 
     Returns
     -------
@@ -251,53 +319,56 @@ def accelerate(module: ModuleT, *, report: Callable[[Acceleration], object] | No
     --------
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
     >>> net = accelerate(net)
-    swapped 1: Linear -> LinearReLU, with the ReLU at 2
-    swapped 2: ReLU -> Identity, merged into 1
-    swapped 3: Linear -> Linear of fastdl
+    1: Linear on a kernel
+    2: ReLU on a kernel
+    3: Linear on a kernel
+    1 and 2: fused
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate takes an nn.Module, not a {type(module).__name__}: {module!r}")
     acceleration = Acceleration()
-    places: dict[nn.Module, int] = {}
-    for _, found in module.named_modules(remove_duplicate=False):
-        places[found] = places.get(found, 0) + 1
-    reasons = {
-        found: _why_left(found, count)
-        for found, count in places.items()
-        if isinstance(found, tuple(_SWAPS)) and not type(found).__module__.startswith("fastdl")
-    }
-    for name, found in list(module.named_modules()):
-        # a subclass may run its children in another order
-        if type(found) is nn.Sequential and places[found] == 1:
-            _merge_pairs(name, found, reasons, acceleration)
-        if found not in reasons:
+    for name, found in module.named_modules():
+        _unbind(found)
+        kind = _kind(found)
+        if undo or kind is None:
             continue
-        why_left = reasons.pop(found)
-        if why_left is not None:
-            acceleration.left.append((name, why_left))
-        else:
-            swap = _SWAPS[type(found)]
-            found.__class__ = swap
-            acceleration.swapped.append((name, f"{swap.__name__} -> {swap.__name__} of fastdl"))
+        reason = replaced(found)
+        if type(found).forward is not kind.forward:
+            reason = f"is a subclass of {kind.__name__} with a forward of its own"
+        if reason is not None:
+            acceleration.left[name] = f"it {reason}"
+            continue
+        for attribute, function in {"forward": _BOUND_FORWARDS[kind], **_COPYING}.items():
+            vars(found).setdefault(attribute, MethodType(function, found))
+        if kind is not nn.Sequential:
+            acceleration.on_kernels[name] = type(found).__name__
+    for name, found in module.named_modules():
+        for pair in _pairs(found) if is_accelerated(found) else ():
+            linear, relu = (f"{name}.{child}" if name else child for child in pair)
+            if all(type(child) in _PAIR and is_untouched(child) for child in pair.values()):
+                acceleration.fused.append((linear, relu))
+            elif all(map(is_accelerated, pair.values())):
+                reason = next(filter(None, map(overridden, pair.values())), "is of a subclass")
+                acceleration.left[f"{linear} and {relu}"] = f"one of them {reason}"
     if report is not None:
         report(acceleration)
     return module
 
 
-def _merge_pairs(
-    name: str, sequential: nn.Sequential, reasons: dict[nn.Module, str | None], acceleration: Acceleration
-) -> None:
-    """Merge each Linear with the ReLU right behind it; both must be free to swap."""
-    children = list(sequential.named_children())
-    prefix = f"{name}." if name else ""
-    for (linear_name, linear), (relu_name, relu) in pairwise(children):
-        is_pair = type(linear) is nn.Linear and type(relu) is nn.ReLU
-        if not is_pair or reasons.get(linear, "") is not None or reasons.get(relu, "") is not None:
-            continue
-        linear.__class__ = LinearReLU
-        sequential._modules[relu_name] = nn.Identity().train(relu.training)
-        del reasons[linear], reasons[relu]
-        acceleration.swapped += [
-            (prefix + linear_name, f"Linear -> LinearReLU, with the ReLU at {prefix + relu_name}"),
-            (prefix + relu_name, f"ReLU -> Identity, merged into {prefix + linear_name}"),
-        ]
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class whose forward the module would have from here; a Sequential needs a pair for it."""
+    if isinstance(module, _OURS) or (isinstance(module, nn.Sequential) and not _pairs(module)):
+        return None
+    return next((kind for kind in _FORWARDS if isinstance(module, kind)), None)
+
+
+def _pairs(module: nn.Module) -> list[dict[str, nn.Module]]:
+    """Return each Linear and the ReLU behind it in a Sequential, by name."""
+    if not isinstance(module, nn.Sequential):
+        return []
+    neighbours = pairwise(torch_private.children(module).items())
+    return [
+        dict(pair)
+        for pair in neighbours
+        if all(map(isinstance, (pair[0][1], pair[1][1]), (nn.Linear, nn.ReLU)))
+    ]

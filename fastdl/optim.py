@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import optimizer
-from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+from torch.optim.optimizer import Optimizer
 from torch.optim.sgd import sgd as torch_sgd
 
-from fastdl.ops.sgd import can_update, sgd
+from fastdl.kernels.options import SGDOptions
+from fastdl.ops.sgd import update
+from fastdl.torch_private import (
+    has_step_hooks,
+    init_group,
+    is_profiled,
+    use_grad_for_differentiable,
+)
 
 __all__ = ["SGD"]
+
+_options_of = itemgetter(*SGDOptions._fields)
+_NUMBERS = frozenset({float, int})
+# numbers beyond these aren't finite in float32, where torch raises, or round to 0, which takes no part
+_LEAST, _GREATEST = 1e-37, 1e38
 
 
 class SGD(torch.optim.SGD):
     """Stochastic gradient descent, as ``torch.optim.SGD`` in every option, with one kernel call per step.
 
-    A parameter group goes to torch's own update where the kernel doesn't apply: parameters or gradients
-    that are not dense contiguous tensors of one dtype, float32 or float64 (float16 and bfloat16 too on an
-    NVIDIA GPU), and one device, a learning rate on the GPU, ``foreach=True``, ``fused=True`` or
-    ``differentiable=True`` asked for by name, and under ``torch.compile``. A state_dict can be loaded from
-    and into ``torch.optim.SGD``.
+    A parameter group goes to torch's own update where the kernel doesn't apply: parameters, gradients or
+    momentum buffers that are not dense contiguous tensors of one shape, of one dtype, float32 or float64
+    (float16 and bfloat16 too on an NVIDIA GPU), and one device; a parameter that stands twice in the group,
+    or shares memory with another one; an option that is no finite Python number, such as a learning rate in
+    a tensor; ``foreach=True``, ``fused=True`` or ``differentiable=True`` asked for by name; and under
+    ``torch.compile``. A state_dict can be loaded from and into ``torch.optim.SGD``.
 
     Parameters
     ----------
@@ -63,9 +77,8 @@ class SGD(torch.optim.SGD):
         -------
         The closure's loss, or None.
         """
-        # a subclass's own step is wrapped by torch, which then has run the hooks
-        if type(self).step is SGD.step and self._is_watched():
-            return _step_with_hooks(self, closure)
+        if (has_step_hooks(self) or is_profiled()) and not _runs_hooks(type(self).step):
+            return _step_with_hooks(self, closure) if closure is not None else _step_with_hooks(self)
         return self._step(closure)
 
     # torch wraps the step of every class that isn't marked so; that costs 15 us where nothing watches
@@ -73,21 +86,12 @@ class SGD(torch.optim.SGD):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as torch does."""
-        if not set_to_none or _is_profiled_or_compiled():
+        if not set_to_none or torch.compiler.is_compiling() or is_profiled():
             super().zero_grad(set_to_none)
             return
         for group in self.param_groups:
             for param in group["params"]:
                 param.grad = None
-
-    def _is_watched(self) -> bool:
-        return bool(
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or optimizer._global_optimizer_pre_hooks
-            or optimizer._global_optimizer_post_hooks
-            or _is_profiled_or_compiled()
-        )
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
@@ -95,84 +99,63 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if not self._update_by_kernel(group):
-                self._update_by_torch(group)
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            buffers: list[Tensor | None] = []
+            has_sparse_grad = init_group(self, group, params, grads, buffers)
+            started = [i for i, buffer in enumerate(buffers) if buffer is None]
+            options = self._kernel_options(group)
+            if options is None or not params or not update(params, grads, buffers, options):
+                self._update_by_torch(group, has_sparse_grad, params, grads, buffers)
+            # no sooner than they are written: who is interrupted leaves no buffer that holds nothing
+            for i in started:
+                self.state[params[i]]["momentum_buffer"] = buffers[i]
         return loss
 
-    def _update_by_kernel(self, group: dict[str, Any]) -> bool:
-        """Update a group's parameters; return False, with nothing done, where the kernel can't."""
-        if group["foreach"] or group["fused"] or group["differentiable"] or torch.compiler.is_compiling():
-            return False
-        lr = group["lr"]
-        # to read a learning rate on the GPU is to wait for it
-        if type(lr) is not float and isinstance(lr, Tensor) and lr.is_cuda:
-            return False
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        for param in group["params"]:
-            grad = param.grad
-            if grad is not None:
-                params.append(param)
-                grads.append(grad)
-        if not params:
-            return True
-        momentum = group["momentum"]
-        buffers: list[Tensor] = []
-        first_step = [False] * len(params)
-        if momentum != 0:
-            found = [self.state[param].get("momentum_buffer") for param in params]
-            first_step = [buffer is None for buffer in found]
-            buffers = [
-                torch.empty_like(param, requires_grad=False) if buffer is None else buffer
-                for param, buffer in zip(params, found, strict=True)
-            ]
-        if not can_update(params, grads, buffers):
-            return False
-        for param, buffer in zip(params, buffers, strict=False):
-            self.state[param]["momentum_buffer"] = buffer
-        sgd(
-            params,
-            grads,
-            buffers,
-            first_step,
-            float(lr),
-            float(momentum),
-            float(group["dampening"]),
-            float(group["weight_decay"]),
-            group["nesterov"],
-            group["maximize"],
-        )
-        return True
+    def _kernel_options(self, group: dict[str, Any]) -> SGDOptions | None:
+        """Return a group's options as the kernel takes them, or None where the update is torch's."""
+        if (
+            group["foreach"]
+            or group["fused"]
+            or self.defaults["differentiable"]
+            or torch.compiler.is_compiling()
+            # what GradScaler leaves for fused updates is an error for others
+            or "found_inf" in vars(self)
+            or "grad_scale" in vars(self)
+        ):
+            return None
+        try:
+            return _options(*_options_of(group))
+        except TypeError:
+            # an array can't be looked up
+            return None
 
-    @_use_grad_for_differentiable
-    def _update_by_torch(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Tensor | None] = []
-        has_sparse_grad = self._init_group(group, params, grads, buffers)  # type: ignore[no-untyped-call]
-        torch_sgd(
-            params,
-            grads,
-            buffers,
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            has_sparse_grad=has_sparse_grad,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            grad_scale=getattr(self, "grad_scale", None),
-            found_inf=getattr(self, "found_inf", None),
-        )
-        if group["momentum"] != 0:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+    @use_grad_for_differentiable
+    def _update_by_torch(
+        self,
+        group: dict[str, Any],
+        has_sparse_grad: bool,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor | None],
+    ) -> None:
+        options: dict[str, Any] = {key: group[key] for key in (*SGDOptions._fields, "foreach", "fused")}
+        options |= {key: getattr(self, key, None) for key in ("grad_scale", "found_inf")}
+        torch_sgd(params, grads, buffers, has_sparse_grad=has_sparse_grad, **options)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _options(*options: Any) -> SGDOptions | None:
+    *numbers, nesterov, maximize = options
+    for number in numbers:
+        if type(number) not in _NUMBERS or not (number == 0 or _LEAST < abs(number) < _GREATEST):
+            return None
+    return SGDOptions(*map(float, numbers), bool(nesterov), bool(maximize))  # type: ignore[call-arg, arg-type]
 
 
 _step_with_hooks = Optimizer.profile_hook_step(SGD._step)
 
 
-def _is_profiled_or_compiled() -> bool:
-    return torch.compiler.is_compiling() or torch.autograd.profiler._is_profiler_enabled
+def _runs_hooks(step: Callable[..., Any]) -> bool:
+    """Return whether torch has wrapped a step so that it runs the hooks, as it does for a subclass's own."""
+    return getattr(step, "__code__", None) is _step_with_hooks.__code__

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 from torch import Tensor
 
 from fastdl.files import replacing
-from fastdl.training.history import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#666666"
@@ -43,18 +44,57 @@ _STYLE: dict[Any, Any] = {
 _DOTS_PER_INCH = 150
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=_DOTS_PER_INCH)
+def draw(folder: Path, pictures: Mapping[str, Callable[[Path], None]]) -> dict[str, str]:
+    """Draw pictures, by their files' names; return for each that can't be drawn why."""
+    failures = {}
+    for name, draw_one in pictures.items():
+        try:
+            draw_one(folder / name)
+        except Exception as error:
+            failures[name] = str(error) or type(error).__name__
+    return failures
 
 
-def curves(histories: Mapping[str, History], path: str | os.PathLike[str], *, title: str = "") -> None:
+@contextmanager
+def _picture(
+    path: str | os.PathLike[str],
+    width: float,
+    height: float,
+    style: dict[Any, Any] = _STYLE,
+    **options: Any,
+) -> Iterator[Figure]:
+    """Give a figure, of so many inches, which is written when the block ends well; it needs no backend."""
+    _import_matplotlib()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), **options)
+        yield figure
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=_DOTS_PER_INCH)
+
+
+def _import_matplotlib() -> None:
+    """Import matplotlib, which raises where MPLBACKEND names a backend that it doesn't know."""
+    if "matplotlib" in sys.modules or not os.environ.get("MPLBACKEND"):
+        return
+    backend = os.environ.pop("MPLBACKEND")
+    try:
+        import matplotlib
+    finally:
+        os.environ["MPLBACKEND"] = backend
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
+
+
+def curves(histories: Mapping[str, Any], path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw train loss, train accuracy and test accuracy over epochs; of a regression the losses.
 
     Parameters
     ----------
     histories : mapping of str to History
-        By the run's name, up to four: the first is drawn as lines, the others as marks.
+        By the run's name, up to four: what has `figures`; the first is drawn as lines, the others as marks.
     path : path
         Its suffix chooses the format.
     title : str
@@ -65,20 +105,22 @@ def curves(histories: Mapping[str, History], path: str | os.PathLike[str], *, ti
     ValueError
         If no epoch is finished.
     """
-    if not any(len(history) for history in histories.values()):
+    measured = [history.figures() for history in histories.values()]
+    if not any(measured):
         raise ValueError("there is no finished epoch to draw")
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
+    with _picture(path, 7, 4.2, layout="constrained") as figure:
+        from matplotlib.lines import Line2D
+        from matplotlib.ticker import MaxNLocator
+
         axes = figure.add_subplot()
-        classifies = any(history.train_accuracy for history in histories.values())
+        classifies = any("train_accuracy" in figures for figures in measured)
         names = ["train_loss", *(["train_accuracy", "test_accuracy"] if classifies else ["test_loss"])]
-        drawn = [name for name in names if any(getattr(history, name) for history in histories.values())]
-        for history, marks in zip(histories.values(), _MARKS, strict=False):
-            epochs = range(1, len(history) + 1)
+        drawn = [name for name in names if any(name in figures for figures in measured)]
+        for figures, marks in zip(measured, _MARKS, strict=False):
             for name in drawn:
                 # a run has no epoch to show, or no test data, where another has
-                values = getattr(history, name)
-                axes.plot(epochs[: len(values)], values, color=_CURVES[name][1], **marks)
+                values = figures.get(name, [])
+                axes.plot(range(1, len(values) + 1), values, color=_CURVES[name][1], **marks)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if classifies:
@@ -93,7 +135,6 @@ def curves(histories: Mapping[str, History], path: str | os.PathLike[str], *, ti
         if len(histories) > 1:
             keys = [Line2D([], [], color="black", **marks) for marks in _MARKS[: len(histories)]]
             axes.legend(keys, list(histories), loc="best")
-        _save(figure, path)
 
 
 def predictions(
@@ -113,12 +154,10 @@ def predictions(
     path : path
         Its suffix chooses the format.
     """
-    with rc_context(_STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(1.4 * len(images) + 1, 2))
+    width = 1.4 * len(images) + 1
+    with _picture(path, width, 2, _STYLE | {"axes.grid": False}) as figure:
         panels = figure.subplots(1, len(images), squeeze=False)[0]
-        figure.subplots_adjust(
-            left=1 / (1.4 * len(images) + 1), right=0.99, bottom=0.03, top=0.72, wspace=0.1
-        )
+        figure.subplots_adjust(left=1 / width, right=0.99, bottom=0.03, top=0.72, wspace=0.1)
         for axes, image, label, prediction in zip(panels, images, labels, predicted, strict=True):
             axes.imshow(image.numpy(), cmap="gray_r")
             axes.set_axis_off()
@@ -127,7 +166,6 @@ def predictions(
             axes.text(0.5, 1.08, prediction, transform=axes.transAxes, ha="center", color=color)
         for height, text in ((1.25, "true"), (1.08, "predicted")):
             panels[0].text(-0.15, height, text, transform=panels[0].transAxes, ha="right", color=_GREY)
-        _save(figure, path)
 
 
 def residuals(y: Tensor, y_hat: Tensor, path: str | os.PathLike[str]) -> None:
@@ -140,15 +178,13 @@ def residuals(y: Tensor, y_hat: Tensor, path: str | os.PathLike[str]) -> None:
     path : path
         Its suffix chooses the format.
     """
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(7, 3.5), layout="constrained")
+    with _picture(path, 7, 3.5, layout="constrained") as figure:
         axes = figure.add_subplot()
         labels = y.reshape(-1)
         axes.axhline(0, color=_GREY, linewidth=1)
         axes.scatter(labels.numpy(), (y_hat.reshape(-1) - labels).numpy(), s=8, color=_BLUE, alpha=0.6)
         axes.set_xlabel("label y")
         axes.set_ylabel("prediction - label")
-        _save(figure, path)
 
 
 def speedup(
@@ -166,20 +202,21 @@ def speedup(
         Under the picture: what it was measured on.
     """
     colors = (_GREY, _ORANGE, _BLUE, _GREEN, _RED)
-    with rc_context(_STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(8, 0.5 + 1.9 * len(seconds)), layout="constrained")
+    height = 0.5 + 1.9 * len(seconds)
+    with _picture(path, 8, height, _STYLE | {"axes.grid.axis": "x"}, layout="constrained") as figure:
+        from matplotlib.ticker import FuncFormatter
+
         panels = figure.subplots(len(seconds), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, programs) in zip(panels, seconds.items(), strict=True):
             _bars(axes, title, programs, colors)
         values = [value for programs in seconds.values() for value in programs.values()]
         panels[0].set_xscale("log")
-        # room for the numbers on the right; bars on a log axis have no natural start
+        # space for the numbers on the right; bars on a log axis have no natural start
         panels[0].set_xlim(min(values) / 3, max(values) * (max(values) / min(values) * 3) ** 0.35)
         panels[-1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: _duration(value)))
         panels[-1].set_xlabel("time of an epoch (log scale); x: times faster than the textbook loop")
         if note:
             figure.supxlabel(note, fontsize=8, color=_GREY)
-        _save(figure, path)
 
 
 def _bars(axes: Axes, title: str, programs: Mapping[str, float], colors: Sequence[str]) -> None:

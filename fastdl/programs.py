@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastdl.reference import concise, scratch
 from fastdl.reference.parity import Run
 from fastdl.reference.textbook import Batches, Program, train
-from fastdl.training.fit import EVALUATION_ROWS, fit
+from fastdl.training.evaluation import EVALUATION_ROWS
+from fastdl.training.fit import fit
 from fastdl.training.history import History
 from fastdl.training.progress import EpochProgress
 

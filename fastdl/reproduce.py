@@ -104,11 +104,13 @@ class Report:
     machine : dict
         What it was measured on.
     settings : dict
-        What it was asked for.
+        The options of `reproduce`.
     outcomes : dict
         For each model and implementation.
     baseline_seconds : dict of str to float
         For each model, seconds of an epoch of the textbook's loop with its DataLoader.
+    pictures : dict of str to callable
+        What draws each picture, for ``plots.draw``, by the file's name.
     """
 
     data_name: str
@@ -116,6 +118,7 @@ class Report:
     settings: dict[str, Any]
     outcomes: dict[Model, dict[Impl, Outcome]] = field(default_factory=dict)
     baseline_seconds: dict[Model, float] = field(default_factory=dict)
+    pictures: dict[str, Callable[[Path], None]] = field(default_factory=dict)
 
     def failures(self) -> list[str]:
         """Return what is wrong, one sentence each; nothing where all holds."""
@@ -177,15 +180,11 @@ class Report:
         if baseline is None:
             return [*cells, "", "", ""]
         memory = self.outcomes[model]["concise"].seconds
-        return [
-            *cells,
-            f"{outcome.seconds:.3g}",
-            plots.times(baseline / outcome.seconds),
-            plots.times(memory / outcome.seconds),
-        ]
+        ratios = (plots.times(seconds / outcome.seconds) for seconds in (baseline, memory))
+        return [*cells, f"{outcome.seconds:.3g}", *ratios]
 
-    def save(self, folder: Path) -> None:
-        """Write ``results.json`` and ``speedup.png``, the latter where speed was measured."""
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
         content = {
             "machine": self.machine,
             "settings": self.settings,
@@ -193,23 +192,22 @@ class Report:
             "failures": self.failures(),
             "models": {model: self._as_json(model) for model in self.outcomes},
         }
-        with replacing(folder / "results.json") as temporary:
+        with replacing(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
-        if self.baseline_seconds:
-            found = self.machine
-            plots.speedup(
-                {
-                    RECIPES[model].title: {"textbook loop, DataLoader": baseline}
-                    | {
-                        f"{impl}, in memory": self.outcomes[model][impl].seconds
-                        for impl in self.outcomes[model]
-                    }
-                    for model, baseline in self.baseline_seconds.items()
-                },
-                folder / "speedup.png",
-                note=f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}, "
-                f"numba {found['numba']}; images: {self.data_name}",
-            )
+
+    def draw_speedup(self, path: Path) -> None:
+        """Draw how long an epoch of each program takes."""
+        found = self.machine
+        plots.speedup(
+            {
+                RECIPES[model].title: {"textbook loop, DataLoader": baseline}
+                | {f"{impl}, in memory": outcome.seconds for impl, outcome in self.outcomes[model].items()}
+                for model, baseline in self.baseline_seconds.items()
+            },
+            path,
+            note=f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}, "
+            f"numba {found['numba']}; images: {self.data_name}",
+        )
 
     def _as_json(self, model: Model) -> dict[str, Any]:
         baseline = self.baseline_seconds.get(model)
@@ -234,7 +232,6 @@ class Report:
 
 def reproduce(
     models: Sequence[Model],
-    folder: Path,
     *,
     data_name: str = "auto",
     data_root: Path | None = None,
@@ -248,8 +245,6 @@ def reproduce(
     Parameters
     ----------
     models : sequence of {'linear', 'softmax', 'mlp'}
-    folder : Path
-        Where the pictures and ``results.json`` go.
     data_name, data_root
         The images, as for ``data.load``.
     num_examples : int, optional
@@ -284,13 +279,15 @@ def reproduce(
             examples = linear_examples(data.regression(num_examples or 1000, generator=generator))
         bench = _Bench(model, examples, num_epochs or RECIPES[model].num_epochs, seed, generator)
         say(f"{RECIPES[model].title}: comparing with torch.nn in float64, step by step")
-        outcomes = report.outcomes[model] = bench.outcomes(folder)
+        outcomes = report.outcomes[model] = bench.outcomes()
+        report.pictures |= bench.pictures(outcomes)
         if all(outcome.parity for outcome in outcomes.values()):
             say(f"{RECIPES[model].title}: timing")
             report.baseline_seconds[model] = bench.time(outcomes)
     # a threaded kernel's first call is over: these are the threads that were timed
     report.machine = machine.describe()
-    report.save(folder)
+    if report.baseline_seconds:
+        report.pictures["speedup.png"] = report.draw_speedup
     return report
 
 
@@ -322,23 +319,14 @@ class _Bench:
             yield from data.batches(examples.X, examples.y, self.recipe.batch_size, order)
 
     def run(self, program: Program, impl: Impl) -> History:
-        examples = self.examples
-        X, y, X_test, y_test = (
-            tensor.to(program.dtype) if tensor.is_floating_point() else tensor
-            for tensor in (examples.X, examples.y, examples.X_test, examples.y_test)
+        tensors = (self.examples.X, self.examples.y, self.examples.X_test, self.examples.y_test)
+        X, y, *test = (
+            tensor.to(program.dtype) if tensor.is_floating_point() else tensor for tensor in tensors
         )
-        return run(
-            program,
-            impl,
-            X,
-            y,
-            num_epochs=self.num_epochs,
-            batch_size=self.recipe.batch_size,
-            test=(X_test, y_test),
-            generator=self.order(),
-        )
+        settings: dict[str, Any] = {"num_epochs": self.num_epochs, "batch_size": self.recipe.batch_size}
+        return run(program, impl, X, y, **settings, test=(test[0], test[1]), generator=self.order())
 
-    def outcomes(self, folder: Path) -> dict[Impl, Outcome]:
+    def outcomes(self) -> dict[Impl, Outcome]:
         def make_runs(dtype: torch.dtype) -> dict[str, Run]:
             return {
                 impl: parity_run(self.build(impl, dtype), impl, _factor(self.model, impl)) for impl in IMPLS
@@ -352,20 +340,22 @@ class _Bench:
             self.run(whole, "compiled"), Run(whole), truth, Run(true_program)
         )
         programs = {impl: self.build(impl) for impl in IMPLS}
+        self.trained = programs["compiled"]
         outcomes = {}
         for impl, program in programs.items():
             history = self.run(program, impl)
             found = checks[impl] + parity.check_epochs(history.scaled(_factor(self.model, impl)), truth)
             outcomes[impl] = Outcome(history, found, _broken_bounds(history))
-        self.draw(folder, programs["compiled"], outcomes)
         return outcomes
 
-    def draw(self, folder: Path, program: Program, outcomes: Mapping[Impl, Outcome]) -> None:
+    def pictures(self, outcomes: Mapping[Impl, Outcome]) -> dict[str, Callable[[Path], None]]:
         histories: dict[str, History] = {
             impl: outcomes[impl].history.scaled(_factor(self.model, impl)) for impl in reversed(IMPLS)
         }
-        plots.curves(histories, folder / f"{self.model}-curves.png", title=self.recipe.title)
-        draw_predictions(program, self.examples, folder / f"{self.model}-predictions.png")
+        return {
+            f"{self.model}-curves.png": lambda path: plots.curves(histories, path, title=self.recipe.title),
+            f"{self.model}-predictions.png": lambda path: draw_predictions(self.trained, self.examples, path),
+        }
 
     def time(self, outcomes: Mapping[Impl, Outcome]) -> float:
         """Time all programs in turn, so that a busy moment of the machine meets them all."""
@@ -388,20 +378,9 @@ class _Bench:
         return statistics.median(seconds[_DATA_LOADER])
 
     def _epoch(self, impl: Impl) -> Callable[[], History]:
-        program, order, examples = self.build(impl), self.order(), self.examples
-
-        def epoch() -> History:
-            return run(
-                program,
-                impl,
-                examples.X,
-                examples.y,
-                num_epochs=1,
-                batch_size=self.recipe.batch_size,
-                generator=order,
-            )
-
-        return epoch
+        program, order, X, y = self.build(impl), self.order(), self.examples.X, self.examples.y
+        batch_size = self.recipe.batch_size
+        return lambda: run(program, impl, X, y, num_epochs=1, batch_size=batch_size, generator=order)
 
 
 def draw_predictions(program: Program, examples: Examples, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How every kernel is compiled, and where its machine code is kept between runs.
+"""How every kernel is compiled, and what of it is kept between runs.
 
 Numba's own disk cache checks only the file that defines a function. A kernel here is built of helpers in
 other files, so an edit of a helper would go on running the old machine code. This cache is keyed by the
@@ -8,28 +8,24 @@ text of every file under ``kernels/``.
 from __future__ import annotations
 
 import hashlib
-import os
-import pickle
-import shutil
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from functools import cache, cached_property, wraps
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from functools import cached_property, wraps
 from typing import Any
 
-import llvmlite.binding
 import numba
 from numba import types
-from numba.core import cgutils
-from numba.core.compiler import CompileResult
-from numba.core.runtime import rtsys
-from numba.core.serialize import dumps
-from numba.core.typing import signature
-from numba.core.typing.templates import AbstractTemplate, infer_global
 from numba.extending import lower_builtin, register_jitable
 
+from fastdl.kernels import CompilerDisabledError, disk, numba_private
+from fastdl.kernels.disk import cache_folder as cache_folder
 from fastdl.kernels.garbage import collector_paused
+from fastdl.kernels.numba_private import AbstractTemplate, cgutils, infer_global, signature
+
+if numba_private.is_compiler_disabled():
+    raise CompilerDisabledError(
+        "NUMBA_DISABLE_JIT=1 switches off the compiler that fastdl's kernels need: unset it, or use torch's "
+        "own modules"
+    )
 
 # reassoc lets sums vectorise, contract allows fused multiply-add, nsz drops the sign of zero. NaN and inf
 # keep their meaning: the flags that would lose them (nnan, ninf) stay off.
@@ -43,61 +39,6 @@ _OPTIONS: dict[str, Any] = {
     "no_cfunc_wrapper": True,
 }
 
-_PACKAGE = Path(__file__).resolve().parent
-_KEPT_VERSIONS = 4
-
-
-@cache
-def source_digest() -> str:
-    """Return a digest of every source file under ``kernels/`` and of what else machine code depends on."""
-    forced = [os.environ.get(f"FASTDL_{name}", "") for name in ("VECTOR_BITS", "INTEGER_UNITS")]
-    versions = f"{numba.__version__} {llvmlite.__version__} {sys.implementation.cache_tag}"
-    digest = hashlib.sha256(f"{versions} {forced}".encode())
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(_PACKAGE).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:20]
-
-
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return False
-    return True
-
-
-def _cache_roots() -> Iterator[Path]:
-    chosen = os.environ.get("FASTDL_CACHE_DIR")
-    if chosen:
-        yield Path(chosen)
-    yield _PACKAGE / "__pycache__"
-    from platformdirs import user_cache_path
-
-    yield user_cache_path("fastdl", appauthor=False)
-
-
-@cache
-def cache_folder() -> Path | None:
-    """Return the folder that holds the machine code of this version of the kernels.
-
-    The first that can be written of: the variable ``FASTDL_CACHE_DIR``, the package's own ``__pycache__``,
-    the user's cache folder. None where none can be: then every process compiles anew.
-    """
-    for root in _cache_roots():
-        folder = root / f"kernels-{source_digest()}"
-        if _is_writable(folder):
-            _drop_old_versions(root)
-            return folder
-    return None
-
-
-def _drop_old_versions(root: Path) -> None:
-    folders = sorted(root.glob("kernels-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
-    for folder in folders[_KEPT_VERSIONS:]:
-        shutil.rmtree(folder, ignore_errors=True)
-
 
 def _name(function: Callable[..., Any]) -> str:
     return f"{function.__module__.rpartition('kernels.')[2]}.{function.__qualname__}"
@@ -108,57 +49,42 @@ def _digest(*key: object) -> str:
 
 
 class _Cache:
-    """Keeps one kernel's machine code on disk; stands in a dispatcher for Numba's own cache.
+    """Keeps one kernel's machine code on disk, in place of Numba's own cache.
 
-    There is a file for each signature, renamed into place, so that processes can start together: Numba's own
-    index file maps signatures to numbered files, and two processes that compile different signatures at once
-    can each take the same number.
+    There is a file for each signature, so that processes can start together: Numba's own index file maps
+    signatures to numbered files, and two processes that compile different signatures at once can each take
+    the same number.
     """
 
-    def __init__(self, name: str, folder: Path, *, is_linked: bool):
+    def __init__(self, name: str, *, is_linked: bool):
         self._name = name
-        self._folder = folder
         self._is_linked = is_linked
 
     @collector_paused()
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        try:
-            links, compiled = pickle.loads(self._path(sig, target_context).read_bytes())
-        except (OSError, EOFError, pickle.UnpicklingError):
+        content = disk.read(self._file(sig, target_context))
+        if content is None:
             return None
-        # all that machine code needs of Numba; what Numba would load here as well, to compile, takes 0.4 s
-        rtsys.initialize(target_context)
-        for name, argument_types in links:
-            _linked[name].symbol(argument_types)
-        return CompileResult._rebuild(target_context, *compiled)
+        # what can't be loaded, for whatever reason, is compiled
+        try:
+            return numba_private.unpacked(target_context, content, _link)
+        except Exception:
+            return None
 
     def save_overload(self, sig: Any, compiled: Any) -> None:
-        if compiled.library.has_dynamic_globals:
-            raise RuntimeError(f"{self._name} holds an address, which means nothing to another process")
-        declared = {function.name for function in compiled.library._final_module.functions}
-        links = [link for symbol, link in _symbols.items() if symbol in declared]
-        (library, kind, (machine_code, bitcode)), *others = compiled._reduce()
-        if self._is_linked:
-            # nobody inlines it, and to read it at each start takes longer than to load the machine code
-            empty = compiled.library.codegen._create_empty_module(library)
-            bitcode = llvmlite.binding.parse_assembly(str(empty)).as_bitcode()
-        path = self._path(sig, compiled.target_context)
-        handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(dumps((links, ((library, kind, (machine_code, bitcode)), *others))))
-        os.replace(temporary, path)
+        content = numba_private.packed(compiled, _links, is_linked=self._is_linked)
+        disk.write(self._file(sig, compiled.target_context), content)
 
-    def _path(self, sig: Any, target_context: Any) -> Path:
-        return self._folder / f"{self._name}-{_digest(sig, target_context.codegen().magic_tuple())}.nbc"
+    def _file(self, sig: Any, target_context: Any) -> str:
+        return f"{self._name}-{_digest(sig, target_context.codegen().magic_tuple())}.nbc"
 
 
 def _dispatcher(function: Callable[..., Any], options: dict[str, Any], *, is_linked: bool = False) -> Any:
     dispatcher = numba.njit(**(_OPTIONS | options))(function)
-    folder = cache_folder()
     # an edit of a function from elsewhere, such as a test's, would not be noticed
-    if folder is not None and function.__module__.startswith(f"{__package__}."):
+    if function.__module__.startswith(f"{__package__}."):
         name = f"{_name(function)}.linked" if is_linked else _name(function)
-        dispatcher._cache = _Cache(name, folder, is_linked=is_linked)
+        numba_private.set_cache(dispatcher, _Cache(name, is_linked=is_linked))
     return dispatcher
 
 
@@ -210,15 +136,22 @@ class _Linked:
         if symbol not in _symbols:
             self._dispatcher.compile(argument_types)
             compiled = self._dispatcher.overloads[argument_types]
-            engine = compiled.library.codegen._engine
-            address = engine.get_function_address(compiled.fndesc.llvm_func_name)
-            llvmlite.binding.add_symbol(symbol, address)
+            numba_private.add_symbol(symbol, compiled)
             _symbols[symbol] = self.name, argument_types
         return symbol
 
 
 _linked: dict[str, _Linked] = {}
 _symbols: dict[str, tuple[str, tuple[Any, ...]]] = {}
+
+
+def _links(symbols: set[str]) -> list[tuple[str, tuple[Any, ...]]]:
+    return [link for symbol, link in _symbols.items() if symbol in symbols]
+
+
+def _link(links: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
+    for name, argument_types in links:
+        _linked[name].symbol(argument_types)
 
 
 def linked_jit(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
-from benchmarks.compile_report import num_processes
+from tests.compile_report import num_processes
 
 _LOWEST_PRIORITY = 19
 

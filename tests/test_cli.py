@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fastdl import data, models, programs
+from fastdl import data, models, plots, programs
 from fastdl.cli import app
 from fastdl.cuda_arrays import DeviceUnavailableError
+from fastdl.files import make_folder
 from fastdl.training import evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +188,133 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence_before_the_trainin
     assert len(result.stderr.splitlines()) == 1
 
 
+def run_command(*arguments, limit=None, **variables):
+    """Run the command line in a process of its own, in which no file may be longer than `limit`."""
+
+    def forbid():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env=ENVIRONMENT | variables,
+        preexec_fn=None if limit is None else forbid,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize("command", [["train", "linear"], ["reproduce", "linear"]])
+@pytest.mark.parametrize("kind", ["a file", "in a file", "a link that leads nowhere"])
+def test_an_output_folder_that_is_none_is_named_before_the_training(command, kind, tmp_path):
+    path = tmp_path / "taken"
+    if kind == "a link that leads nowhere":
+        path.symlink_to(tmp_path / "absent" / "deeper")
+    else:
+        path.write_text("mine")
+    result = invoke(*command, "--out", path / "out" if kind == "in a file" else path)
+    assert isinstance(result.exception, OSError)
+    assert result.exception.filename.startswith(str(path))
+    assert result.stderr == "", "nothing was trained"
+    assert path.is_symlink() or path.read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_without_permission_is_named_before_anything_is_written(tmp_path):
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setresuid(65534, 65534, 65534)
+            make_folder(Path("/"))
+        except PermissionError as error:
+            os._exit(error.filename == "/")
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+@pytest.mark.parametrize("limit", [10, 40])
+def test_a_full_disk_is_one_sentence_and_leaves_no_part_of_a_file(limit, tmp_path):
+    result = run_command("train", "linear", "--impl", "concise", "--out", tmp_path, limit=limit)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("fastdl: ")
+    assert str(tmp_path / "weights.safetensors") in last
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_has_no_place_for_pictures_keeps_all_else(tmp_path):
+    # room for the weights and the history, which are short
+    result = run_command("train", "linear", "--impl", "concise", "--out", tmp_path, limit=8000)
+    assert result.returncode == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"history.json", "weights.safetensors"}
+    assert "true_w - w: [" in result.stdout
+    assert "Saved to" in result.stdout
+    warnings = result.stderr.splitlines()[-2:]
+    assert [line.split(":")[0] for line in warnings] == ["warning", "warning"]
+    assert "curves.png" in warnings[0]
+    assert "predictions.png" in warnings[1]
+
+
+def _block_by_a_folder(monkeypatch, folder, name):
+    (folder / name).mkdir(parents=True)
+
+
+def _raise(error):
+    def block(monkeypatch, folder, name):
+        function = "curves" if "curves" in name else "speedup" if name == "speedup.png" else "residuals"
+
+        def draw(*arguments, **options):
+            raise error
+
+        monkeypatch.setattr(plots, function, draw)
+
+    return block
+
+
+BLOCKS = [
+    _block_by_a_folder,
+    _raise(OSError(28, "No space left on device")),
+    _raise(ValueError("no such format")),
+    _raise(ImportError("no matplotlib")),
+    _raise(MemoryError()),
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", ["curves.png", "predictions.png"])
+def test_a_picture_that_cannot_be_drawn_is_a_warning_after_all_else(name, block, monkeypatch, tmp_path):
+    block(monkeypatch, tmp_path, name)
+    result = invoke("train", "linear", "--impl", "concise", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == FILES - {name}
+    assert "true_w - w: [" in result.stdout
+    assert f"warning: {name} can't be drawn: " in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("warning: ")
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "tkagg"])
+def test_no_backend_of_matplotlib_ends_a_command(backend, tmp_path):
+    variables = {"MPLBACKEND": backend, "DISPLAY": ""}
+    result = run_command("train", "linear", "--impl", "concise", "--out", tmp_path, **variables)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert pictures_are_drawn(tmp_path)
+
+
+def test_a_broken_backend_ends_no_other_command():
+    assert run_command("env", MPLBACKEND="nonsense").returncode == 0
+    assert run_command("--version", MPLBACKEND="nonsense").stdout.strip() == "0.1.0"
+
+
+def test_without_numbas_compiler_a_command_ends_with_a_sentence(tmp_path):
+    result = run_command("train", "linear", "--out", tmp_path, NUMBA_DISABLE_JIT="1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("fastdl: NUMBA_DISABLE_JIT=1 ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_data_that_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     command = [*COMMAND, "train", "softmax", "--data", "fashion-mnist"]
@@ -222,17 +351,7 @@ def test_without_a_gpu_the_command_line_ends_with_that_sentence(tmp_path):
 def test_env_names_what_a_bug_report_needs():
     result = invoke("env")
     assert result.exit_code == 0
-    for name in (
-        "cpu",
-        "cores",
-        "threads",
-        "vector bits",
-        "integer units",
-        "gpu",
-        "torch",
-        "numba",
-        "kernel cache",
-    ):
+    for name in ("cpu", "threads", "vector bits", "integer units", "gpu", "torch", "numba", "kernel cache"):
         assert name in result.stdout
     assert torch.__version__.partition("+")[0] in result.stdout
 
@@ -305,6 +424,21 @@ def test_reproduce_fails_and_shows_no_speed_where_the_numbers_differ(brief_timin
     assert results["models"]["linear"]["programs"]["fused"]["parity"] is False
     assert "seconds_per_epoch" not in results["models"]["linear"]["programs"]["scratch"]
     assert not (tmp_path / "speedup.png").exists()
+
+
+@pytest.mark.parametrize("block", BLOCKS[:2])
+@pytest.mark.parametrize("name", ["linear-curves.png", "linear-predictions.png", "speedup.png"])
+def test_a_picture_of_reproduce_that_cannot_be_drawn_is_a_warning_after_all_else(
+    name, block, brief_timing, monkeypatch, tmp_path
+):
+    block(monkeypatch, tmp_path, name)
+    result = invoke("reproduce", "linear", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert json.loads((tmp_path / "results.json").read_text())["failures"] == []
+    assert "compiled (fastdl.fit)" in result.stdout
+    files = {"results.json", "speedup.png", "linear-curves.png", "linear-predictions.png"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == files - {name}
+    assert result.stderr.splitlines()[-1].startswith(f"warning: {name} can't be drawn: ")
 
 
 def test_reproduce_gives_the_same_numbers_twice(brief_timing, tmp_path):

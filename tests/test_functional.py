@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from fastdl import functional
 from tests.parity import assert_as_accurate_as_torch
@@ -348,6 +349,108 @@ def test_a_lazily_negated_input_is_not_read_as_its_memory():
     )
 
 
+LABELS = {
+    "negated": lambda target: torch._neg_view(-target),
+    "zeros without memory": lambda target: torch._efficientzerotensor(target.shape, dtype=torch.int64),
+    "expanded": lambda target: target[1:2].expand(target.shape),
+    "every second": lambda target: torch.stack([target, target + 9], 1)[:, 0],
+    "sparse": lambda target: target.to_sparse(),
+    "meta": lambda target: target.to("meta"),
+    "parameter": lambda target: torch.nn.Parameter(target, requires_grad=False),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_of_any_kind_do_what_they_do_in_torch(name):
+    logits, target = torch.randn(4, 3, requires_grad=True), LABELS[name](torch.tensor([0, 2, 1, 2]))
+    results = []
+    for op in (functional.cross_entropy, F.cross_entropy):
+        try:
+            loss = op(logits, target)
+            results.append((loss.detach(), *torch.autograd.grad(loss, logits)))
+        except (RuntimeError, NotImplementedError) as error:
+            results.append(type(error))
+    if isinstance(results[1], type) or results[1][0].is_meta:
+        assert str(results[0]) == str(results[1])
+    else:
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["negated", "zeros without memory"])
+def test_labels_that_a_hook_has_unpacked_are_not_read_as_their_memory(name):
+    logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 0, 0, 0])
+    expected = torch.autograd.grad(F.cross_entropy(logits, target), logits)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved, lambda saved: saved if saved.is_floating_point() else LABELS[name](saved)
+    ):
+        loss = functional.cross_entropy(logits, target)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3), (2, 0, 3)])
+@pytest.mark.parametrize("op", ["linear", "linear_relu", "cross_entropy"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_a_result_is_no_view_that_forbids_changes_in_place(op, shape, mode):
+    """A view that was made without grad mode can't take part in a graph by an operation in place."""
+    input, weight = torch.randn(shape), torch.randn(5, 3)
+    scale = torch.tensor(3.0, requires_grad=True)
+    with mode():
+        if op == "cross_entropy":
+            logits = input.movedim(-1, min(1, input.dim() - 1))
+            target = torch.zeros(shape[:-1], dtype=torch.int64)
+            output = functional.cross_entropy(logits, target, reduction="none")
+        else:
+            output = getattr(functional, op)(input, weight)
+    expected = output.clone() * 3
+    if mode is torch.inference_mode:
+        with pytest.raises(RuntimeError, match="Inference"):
+            output.mul_(scale)
+        return
+    output.mul_(scale).sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(scale.grad, expected.sum() / 3)
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_the_mask_of_a_relu_that_was_changed_in_place_is_an_error(change):
+    input, weight = torch.randn(2, 4, 3), torch.randn(5, 3, requires_grad=True)
+    output = functional.linear_relu(input, weight)
+    if change:
+        with torch.no_grad():
+            output.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace"):
+            output.sum().backward()
+    else:
+        output.sum().backward()
+
+
+class _Seen(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(getattr(function, "__name__", None))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "mse_loss", "cross_entropy", "linear_cross_entropy"])
+def test_a_function_mode_sees_what_it_sees_in_torch(name):
+    if not hasattr(F, name):
+        pytest.skip("this torch doesn't have it")
+    x, square, target = torch.randn(4, 3), torch.randn(3, 3), torch.tensor([0, 1, 2, 0])
+    arguments = {
+        "linear": (x, square), "relu": (x,), "mse_loss": (x, x + 1), "cross_entropy": (x, target),
+        "linear_cross_entropy": (x, square, target),
+    }[name]  # fmt: skip
+    seen = []
+    for home in (functional, F):
+        with _Seen() as mode:
+            getattr(home, name)(*arguments)
+        seen.append(mode.names)
+    assert seen[0] == seen[1]
+
+
 def test_a_parameter_that_was_stepped_since_the_forward_is_an_error():
     weight = torch.nn.Parameter(torch.randn(2, 3))
     input = torch.randn(4, 3, requires_grad=True)
@@ -418,3 +521,100 @@ def test_elementwise_results_keep_the_memory_format_as_torchs_do():
         assert functional.relu(input).stride() == F.relu(input).stride()
         ours, theirs = (f(input, input + 1, reduction="none") for f in (functional.mse_loss, F.mse_loss))
         assert ours.stride() == theirs.stride()
+
+
+@each_dtype
+@pytest.mark.parametrize("num_elements", [1, 2, 3, 7, 8, 15, 16, 17, 33, 100, 100_003])
+def test_relu_of_negative_zero_is_torchs_in_every_lane(num_elements, dtype):
+    input = torch.full((num_elements,), -0.0, dtype=dtype)
+    input[::3] = 0.0
+    input[1::5] = -1.0
+    ours, theirs = functional.relu(input), F.relu(input)
+    assert torch.equal(ours.signbit(), theirs.signbit())
+    leaf = input.clone().requires_grad_()
+    for function in (functional.relu, F.relu):
+        assert not torch.autograd.grad(function(leaf).sum(), leaf)[0].any()
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 17), (9, 33), (70, 40)])
+@pytest.mark.parametrize("num_inputs", [1, 3, 784])
+def test_linear_relu_keeps_the_sign_of_zero_that_the_linear_layer_gives(shape, num_inputs, dtype):
+    num_rows, num_outputs = shape
+    # a product of 0 and a bias of -0.0: whatever the linear layer makes of it
+    input, weight = torch.full((num_rows, num_inputs), -0.0, dtype=dtype), torch.ones(num_outputs, num_inputs)
+    weight, bias = weight.to(dtype), torch.full((num_outputs,), -0.0, dtype=dtype)
+    expected = F.relu(functional.linear(input, weight, bias))
+    output = functional.linear_relu(input, weight, bias)
+    assert torch.equal(output, expected)
+    assert torch.equal(output.signbit(), expected.signbit())
+
+
+@each_dtype
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0, -100, 1], [-100] * 3, []], ids=str)
+@pytest.mark.parametrize("class_weight", [[0, 0, 0, 0], [0, 0, 0, 2], [0, 1, 0, 0]], ids=str)
+def test_class_weights_of_zero_give_torchs_nan(class_weight, labels, label_smoothing, reduction, dtype):
+    logits = torch.randn(len(labels), 4, dtype=dtype, requires_grad=True)
+    input = torch.randn(len(labels), 5, dtype=dtype)
+    layer = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    target, weight = torch.tensor(labels, dtype=torch.int64), torch.tensor(class_weight, dtype=dtype)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "weight": weight}
+    results = [
+        (loss.detach(), *torch.autograd.grad(loss.sum(), inputs))
+        for loss, inputs in (
+            (functional.cross_entropy(logits, target, **options), logits),
+            (F.cross_entropy(logits, target, **options), logits),
+            (functional.linear_cross_entropy(input, layer, target, **options), layer),
+            (F.cross_entropy(input @ layer.t(), target, **options), layer),
+        )
+    ]
+    torch.testing.assert_close(results[0], results[1], equal_nan=True)
+    torch.testing.assert_close(results[2], results[3], equal_nan=True)
+
+
+MODES = {
+    "default device": lambda: torch.device("meta"),
+    "inference": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "anomaly": torch.autograd.detect_anomaly,
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.filterwarnings("ignore:Anomaly")
+def test_every_mode_does_what_it_does_in_torch(name):
+    def outcome(module):
+        with MODES[name]():
+            hidden = module.relu(module.linear(input, weight, bias))
+            loss = module.cross_entropy(hidden, target) + module.mse_loss(hidden, hidden.detach() + 1)
+            if loss.requires_grad:
+                loss.backward()
+        grads = [tensor.grad for tensor in (weight, bias)]
+        weight.grad = bias.grad = None
+        return loss.detach().clone(), loss.is_inference(), *grads
+
+    input, target = torch.randn(6, 4), torch.randint(3, (6,))
+    weight, bias = torch.randn(3, 4, requires_grad=True), torch.randn(3, requires_grad=True)
+    torch.testing.assert_close(outcome(functional), outcome(F))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly")
+def test_anomaly_mode_finds_nan_in_a_backward_pass():
+    logits = torch.zeros(2, 3, requires_grad=True)
+    with torch.autograd.detect_anomaly():
+        loss = functional.cross_entropy(logits, torch.tensor([0, 1]), torch.zeros(3))
+        with pytest.raises(RuntimeError, match="nan values"):
+            loss.backward()
+
+
+def test_tensors_of_inference_mode_can_be_read_but_not_saved():
+    with torch.inference_mode():
+        input = torch.randn(2, 3)
+    weight = torch.randn(4, 3, requires_grad=True)
+    torch.testing.assert_close(functional.linear(input, weight.detach()), F.linear(input, weight.detach()))
+    for module in (functional, F):
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            module.linear(input, weight)

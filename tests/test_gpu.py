@@ -18,7 +18,7 @@ from tests.parity import assert_as_accurate_as_torch
 DEVICE = "cuda"
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("seed")]
 
-# around the edges of the tiles, thin products, and products that are torch's own
+# around the edges of the tiles, skinny products, and products that are torch's own
 SIZES = [
     (1, 1, 1),
     (10, 2, 1),
@@ -229,6 +229,29 @@ def test_autocast_is_torchs():
     x, w, b = _layer(8, 8, 8, torch.float32)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert functional.linear(x, w, b).dtype == F.linear(x, w, b).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_zeros_have_the_sign_that_torch_gives_them(dtype):
+    x = torch.tensor([-0.0, 0.0, -1.0, 1.0, -0.0], dtype=dtype, device=DEVICE)
+    assert torch.equal(functional.relu(x).signbit(), F.relu(x).signbit())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("last", [0.0, 1.0])
+@pytest.mark.parametrize("num_rows", [3, 70000])
+def test_class_weights_of_zero_give_nan_as_in_torch(num_rows, last, smoothing):
+    target = torch.zeros(num_rows, dtype=torch.int64, device=DEVICE)
+    # no row of the class that has a weight: the mean divides by 0
+    weight = torch.tensor([0.0, 0.0, last], device=DEVICE)
+    results = []
+    for function in (functional.cross_entropy, F.cross_entropy):
+        logits = torch.linspace(-1, 1, 3 * num_rows, device=DEVICE).reshape(num_rows, 3).requires_grad_()
+        loss = function(logits, target, weight, label_smoothing=smoothing)
+        results.append([loss.detach(), *torch.autograd.grad(loss, logits)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.isnan().all()
+        assert theirs.isnan().all()
 
 
 def test_an_invalid_label_gives_nan_and_a_zero_row_and_leaves_the_gpu_usable():

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from matplotlib.image import imread
 
 from fastdl import plots
 from fastdl.training import History, Scores
+
+ROOT = Path(__file__).parent.parent
 
 
 def history(num_epochs=3, accuracy=0.5, test=True):
@@ -80,6 +87,36 @@ def test_an_unknown_format_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="bmpx"):
         history().plot(tmp_path / "curves.bmpx")
     assert not list(tmp_path.iterdir())
+
+
+_PLOT = """
+import sys
+import fastdl.plots
+print("fastdl.training.history" in sys.modules, "matplotlib" in sys.modules)
+from fastdl.training import History, Scores
+history = History()
+history.append(1.0, Scores(0.5))
+for name in sys.argv[1:]:
+    history.plot(name)
+"""
+
+
+@pytest.mark.parametrize("backend", ["nonsense", "tkagg", "module://nowhere"])
+def test_a_picture_needs_no_backend_and_plots_need_no_history(backend, tmp_path):
+    paths = [tmp_path / f"curves.{suffix}" for suffix in ("png", "svg", "pdf")]
+    environment = os.environ | {"MPLBACKEND": backend, "DISPLAY": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _PLOT, *map(str, paths)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+    assert [path.read_bytes()[:4] for path in paths] == [b"\x89PNG", b"<?xm", b"%PDF"]
+
+
+def test_a_backend_that_matplotlib_knows_is_still_the_users():
+    program = "from fastdl import plots; plots._import_matplotlib(); import matplotlib as m, os; "
+    program += "print(m.rcParams['backend'].lower(), os.environ['MPLBACKEND'])"
+    environment = os.environ | {"MPLBACKEND": "svg", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["svg", "svg"], done.stderr
 
 
 @pytest.mark.parametrize(

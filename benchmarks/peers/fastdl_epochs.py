@@ -1,32 +1,25 @@
-"""fastdl's own programs for a whole run."""
+"""The programs of this repository for a whole run: fastdl's, and the textbook's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.peers.problem import Problem, vector
 from benchmarks.peers.torch_epochs import EagerTrainer
-from fastdl import accelerate, data, fit
+from fastdl import accelerate, fit
 from fastdl import nn as fastdl_nn
 from fastdl.optim import SGD
-from fastdl.training.lower import lower
-from fastdl.training.program import Program
+from fastdl.programs import RECIPES, Impl, Model, build, run
+from fastdl.reproduce import LINEAR_SCRATCH_FACTOR
 
 
 class FitTrainer:
     """``fit`` as a user calls it, on a net of plain torch modules with torch's own SGD.
 
-    Parameters
-    ----------
-    problem : Problem
-    dtype : torch.dtype
-    compiled : bool
-        The compiled program, or the readable loop.
-    floats : bool
-        Hold images as floating point, as the peers do; they stay uint8 otherwise.
+    With `floats` images are held as floating point, as the peers do; they stay uint8 otherwise.
     """
 
     def __init__(
@@ -35,12 +28,14 @@ class FitTrainer:
         as_floats = floats or problem.X.is_floating_point()
         self.X = problem.rows(dtype) if as_floats else problem.X
         self.y = problem.labels(dtype)
-        self.batch_size = problem.batch_size
         self.net = problem.net(dtype)
         self.loss = problem.loss()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr)
-        self.order = problem.order()
-        self.compiled = compiled
+        self.options: Any = {
+            "batch_size": problem.batch_size,
+            "generator": problem.order(),
+            "compiled": compiled,
+        }
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
@@ -51,10 +46,8 @@ class FitTrainer:
             self.X,
             self.y,
             epochs=num_epochs,
-            batch_size=self.batch_size,
-            generator=self.order,
             progress=False,
-            compiled=self.compiled,
+            **self.options,
         ).train_loss
 
     def parameters(self) -> Tensor:
@@ -63,13 +56,7 @@ class FitTrainer:
 
 
 class DropInTrainer(EagerTrainer):
-    """Torch's eager loop with fastdl's modules, loss and SGD in it.
-
-    Parameters
-    ----------
-    problem : Problem
-    dtype : torch.dtype
-    """
+    """Torch's eager loop with fastdl's modules, loss and SGD in it."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         super().__init__(problem, dtype)
@@ -78,18 +65,29 @@ class DropInTrainer(EagerTrainer):
         self.optimizer = SGD(self.net.parameters(), lr=problem.lr)
 
 
-def compiled_epoch_alone(problem: Problem) -> Callable[[int], None]:
-    """Return what runs so many epochs of the compiled program in an order that lies ready, none drawn."""
-    net = problem.net(torch.float32)
-    optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
-    lowered = lower(net, problem.loss(), optimizer, tuple(problem.X.shape[1:]))
-    X = problem.X.flatten(1)
-    program = Program(lowered, X, problem.y, problem.batch_size, 1.0 if X.is_floating_point() else 1 / 255)
-    program.read()
-    order = data.order(len(X), problem.order())
+class ProgramTrainer:
+    """A program of the textbook, from scratch or concise with torch.nn, on batches from memory."""
 
-    def run(num_epochs: int) -> None:
-        for _ in range(num_epochs):
-            program.epoch(order)
+    def __init__(self, problem: Problem, dtype: torch.dtype, *, impl: Impl) -> None:
+        model: Model = next(model for model in RECIPES if model == problem.name)
+        self.factor = LINEAR_SCRATCH_FACTOR if (model, impl) == ("linear", "scratch") else 1.0
+        # the textbook's net counts its layers without a Flatten where it has none
+        start = dict(zip(build(model, "concise", lr=0.0).state, problem.start.values(), strict=True))
+        device, lr = problem.X.device, problem.lr * self.factor
+        self.program = build(model, impl, lr=lr, start=start, dtype=dtype, device=device)
+        self.data = problem.X, problem.labels(dtype)
+        self.impl = impl
+        self.batch_size = problem.batch_size
+        self.order = problem.order()
 
-    return run
+    def train(self, num_epochs: int) -> list[float]:
+        """Train on; return each epoch's mean loss."""
+        size, order = self.batch_size, self.order
+        history = run(
+            self.program, self.impl, *self.data, num_epochs=num_epochs, batch_size=size, generator=order
+        )
+        return [loss * self.factor for loss in history.train_loss]
+
+    def parameters(self) -> Tensor:
+        """Return all parameters in one float64 vector."""
+        return vector(self.program.state)

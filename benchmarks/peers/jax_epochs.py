@@ -16,23 +16,11 @@ from fastdl import data
 
 
 class JaxTrainer:
-    """``jit`` of a ``scan`` over the epoch, the parameters donated.
+    """``jit`` of a ``scan`` over the epoch, the parameters donated, products in full float32.
 
     The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s,
-    drawn by torch: JAX's own permutation sorts, which takes longer.
-
-    Parameters
-    ----------
-    problem : Problem
-    dtype : torch.dtype
-    gather_first : bool
-        Gather the whole epoch before the scan, else each batch within it.
-    pixels : bool
-        Hold images as uint8 and convert each batch, else as floating point.
-    unroll : int
-        Steps in the body of the scan's loop.
-    precision : str
-        Of the products: "highest" is full float32, and "high" is TF32 on a GPU.
+    drawn by torch: JAX's own permutation sorts, which takes longer. The epoch is gathered before the scan, or
+    each batch within it; images are floats, or uint8 pixels that each batch converts.
     """
 
     def __init__(
@@ -40,14 +28,12 @@ class JaxTrainer:
         problem: Problem,
         dtype: torch.dtype,
         *,
-        gather_first: bool = False,
+        gather_first: bool,
         pixels: bool = False,
         unroll: int = 1,
-        precision: str = "highest",
     ) -> None:
         self.x64 = dtype == torch.float64
         self.order = problem.order()
-        self.num_examples = len(problem.X)
         with jax.enable_x64(self.x64):
             X = problem.X.flatten(1) if pixels else problem.rows(dtype)
             labels = problem.labels(dtype)
@@ -56,26 +42,30 @@ class JaxTrainer:
             start = [jnp.asarray(tensor.to(dtype).numpy()) for tensor in problem.start.values()]
             # a copy, as donated memory must not be torch's
             self.params = [(jnp.array(w), jnp.array(b)) for w, b in zip(start[::2], start[1::2], strict=True)]
-            self.epoch = jax.jit(_epoch(problem, gather_first, unroll, precision), donate_argnums=0)
-            self.one_order = jnp.asarray(data.order(self.num_examples, problem.order()).int().numpy())
+            self.epoch = jax.jit(_epoch(problem, gather_first, unroll), donate_argnums=0)
+
+    def _order(self) -> Any:
+        return data.order(len(self.X), self.order).int().numpy()
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
         with jax.enable_x64(self.x64):
             means = []
             for _ in range(num_epochs):
-                order = data.order(self.num_examples, self.order).int().numpy()
-                self.params, mean = self.epoch(self.params, self.X, self.y, order)
+                self.params, mean = self.epoch(self.params, self.X, self.y, self._order())
                 means.append(mean)
             # nothing is read before the last epoch is on its way
             return [float(mean) for mean in means]
 
-    def train_in_one_order(self, num_epochs: int) -> None:
-        """Train on in an order that lies in memory already: the scan alone."""
-        mean: Any = None
-        for _ in range(num_epochs):
-            self.params, mean = self.epoch(self.params, self.X, self.y, self.one_order)
-        mean.block_until_ready()
+    def in_one_order(self) -> Callable[[], float]:
+        """Return what trains an epoch in an order that lies in memory, the scan alone, for its loss."""
+        order = jnp.asarray(self._order())
+
+        def epoch() -> float:
+            self.params, mean = self.epoch(self.params, self.X, self.y, order)
+            return float(mean)
+
+        return epoch
 
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""
@@ -83,20 +73,19 @@ class JaxTrainer:
         return torch.cat([array.reshape(-1).double() for array in arrays])
 
 
-def _epoch(problem: Problem, gather_first: bool, unroll: int, precision: str) -> Callable[..., Any]:
+def _epoch(problem: Problem, gather_first: bool, unroll: int) -> Callable[..., Any]:
     num_examples, batch_size, lr = len(problem.X), problem.batch_size, problem.lr
     num_layers = len(list(pairwise(problem.widths)))
-    num_outputs = problem.widths[-1]
     whole = num_examples // batch_size * batch_size
 
     def loss(params: Any, X: Any, y: Any) -> Any:
         for layer, (weight, bias) in enumerate(params):
-            X = jnp.dot(X, weight.T, precision=precision) + bias
+            X = jnp.dot(X, weight.T, precision="highest") + bias
             if layer < num_layers - 1:
                 X = jax.nn.relu(X)
         if not problem.classifies:
             return jnp.mean((X - y) ** 2)
-        log_probabilities = jax.nn.log_softmax(X) * jax.nn.one_hot(y, num_outputs, dtype=X.dtype)
+        log_probabilities = jax.nn.log_softmax(X) * jax.nn.one_hot(y, problem.widths[-1], dtype=X.dtype)
         return -jnp.mean(jnp.sum(log_probabilities, axis=1))
 
     def step(params: Any, batch: Any) -> Any:

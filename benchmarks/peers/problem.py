@@ -14,8 +14,19 @@ from torch.utils.data import DataLoader
 
 from fastdl import data
 from fastdl.programs import RECIPES, Model
+from fastdl.reproduce import Examples
 
-Loader = Callable[[int, torch.Generator], DataLoader[object]]
+
+class Trainer(Protocol):
+    """One program that trains one problem in one dtype, from its start on."""
+
+    def train(self, num_epochs: int) -> list[float]:
+        """Train on, each epoch in the order that ``data.order`` draws next; return each epoch's mean loss."""
+        ...
+
+    def parameters(self) -> Tensor:
+        """Return all parameters in one float64 vector on the CPU, in the order of the net's state_dict."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,16 +35,14 @@ class Problem:
 
     Attributes
     ----------
-    name, title : str
+    name : str
     widths : tuple of int
         Inputs, the units of each hidden layer, outputs. A ReLU stands between two layers.
     X, y : Tensor
         Examples, (N, ...) uint8 pixels or float32, and labels: classes (N,) or values (N, outputs). The
         programs train on the device that these are on.
-    batch_size, num_epochs : int
-    lr : float
-    seed : int
-        Of the order.
+    batch_size, num_epochs, lr, seed
+        As the recipe's; the seed is that of the order.
     start : mapping of str to Tensor
         The parameters to start from, in the names of `net`'s state_dict.
     loader : callable, optional
@@ -41,7 +50,6 @@ class Problem:
     """
 
     name: str
-    title: str
     widths: tuple[int, ...]
     X: Tensor
     y: Tensor
@@ -50,7 +58,7 @@ class Problem:
     lr: float
     seed: int
     start: Mapping[str, Tensor]
-    loader: Loader | None = None
+    loader: Callable[[int, torch.Generator], DataLoader[object]] | None = None
 
     @property
     def classifies(self) -> bool:
@@ -69,9 +77,7 @@ class Problem:
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         """Return the examples as floating point, (N, inputs), what the peers hold in memory."""
-        if dtype == torch.float32:
-            return self._floats
-        return data.to_float(self.X.flatten(1), dtype)
+        return self._floats if dtype == torch.float32 else data.to_float(self.X.flatten(1), dtype)
 
     def labels(self, dtype: torch.dtype) -> Tensor:
         """Return the labels, values in the dtype."""
@@ -96,34 +102,6 @@ class Problem:
         return torch.Generator().manual_seed(self.seed)
 
 
-class Examples(Protocol):
-    """What a model trains on."""
-
-    @property
-    def X(self) -> Tensor:
-        """The examples."""
-
-    @property
-    def y(self) -> Tensor:
-        """The labels."""
-
-    @property
-    def loader(self) -> Loader | None:
-        """What makes the textbook's DataLoader of the same, if anything does."""
-
-
-class Trainer(Protocol):
-    """One program that trains one problem, from its start on."""
-
-    def train(self, num_epochs: int) -> list[float]:
-        """Train on, each epoch in the order that ``data.order`` draws next; return each epoch's mean loss."""
-        ...
-
-    def parameters(self) -> Tensor:
-        """Return all parameters in one float64 vector on the CPU, in the order of the net's state_dict."""
-        ...
-
-
 def plain_net(widths: Sequence[int]) -> nn.Sequential:
     """Return a Flatten, and linear layers with a ReLU between two."""
     layers: list[nn.Module] = [nn.Flatten()]
@@ -144,51 +122,20 @@ def textbook_problem(
     recipe = RECIPES[model]
     widths = {"linear": (2, 1), "softmax": (784, 10), "mlp": (784, 256, 10)}[model]
     generator = torch.Generator().manual_seed(seed)
-    net = plain_net(widths)
-    for name, parameter in net.named_parameters():
-        if name.endswith("weight"):
-            nn.init.normal_(parameter, std=0.01, generator=generator)
-        else:
-            nn.init.zeros_(parameter)
+    start = plain_net(widths).state_dict()
+    for name, tensor in start.items():
+        tensor.normal_(std=0.01, generator=generator) if name.endswith("weight") else tensor.zero_()
+    X, y, epochs = examples.X, examples.y, num_epochs or recipe.num_epochs
     return Problem(
-        name=model,
-        title=recipe.title,
-        widths=widths,
-        X=examples.X,
-        y=examples.y,
-        batch_size=recipe.batch_size,
-        num_epochs=num_epochs or recipe.num_epochs,
-        lr=recipe.lr,
-        seed=seed,
-        start={name: tensor.clone() for name, tensor in net.state_dict().items()},
-        loader=examples.loader,
+        model, widths, X, y, recipe.batch_size, epochs, recipe.lr, seed, start, loader=examples.loader
     )
 
 
 def dense_problem(width: int, batch_size: int, num_hiddens: int, X: Tensor, y: Tensor) -> Problem:
-    """Return a net with so many hidden layers of one width, at torch's own start.
-
-    Parameters
-    ----------
-    width, batch_size, num_hiddens : int
-    X : Tensor
-        (N, inputs) float32.
-    y : Tensor
-        (N,) classes, 0 to 9.
-    """
+    """Return a net with so many hidden layers of one width and ten classes, at torch's own start."""
     widths = (X.shape[1], *[width] * num_hiddens, 10)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         start = plain_net(widths).state_dict()
-    return Problem(
-        name=f"{num_hiddens} x {width}, batch {batch_size}",
-        title=f"{num_hiddens} hidden layers of {width}, batch {batch_size}",
-        widths=widths,
-        X=X,
-        y=y,
-        batch_size=batch_size,
-        num_epochs=1,
-        lr=0.01,
-        seed=0,
-        start=start,
-    )
+    name = f"{num_hiddens} x {width}, batch {batch_size}"
+    return Problem(name, widths, X, y, batch_size, num_epochs=1, lr=0.01, seed=0, start=start)

@@ -1,142 +1,135 @@
-"""Which programs train a problem, each in the variants of which the report keeps the fastest."""
+"""Which programs train a problem for whole epochs, by name, in variants of which the fastest counts."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
+import pytest
 import torch
 
-from benchmarks.peers.fastdl_epochs import FitTrainer
+from benchmarks.peers import names
+from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer, ProgramTrainer
 from benchmarks.peers.problem import Problem, Trainer
-from benchmarks.peers.torch_epochs import CompiledStepTrainer, EagerTrainer, TextbookTrainer
+from benchmarks.peers.torch_epochs import (
+    CompiledStepTrainer,
+    EagerTrainer,
+    GraphTrainer,
+    MediumTrainer,
+    TextbookTrainer,
+)
+from benchmarks.setup import REDUCED_PRECISION, Setup, cpu_features
 
 Make = Callable[[Problem, torch.dtype], Trainer]
-
-FIT = "fastdl fit"
-EAGER = "torch eager"
-COMPILE = "torch.compile"
-JAX = "JAX jit + scan"
-TEXTBOOK = "textbook loop"
+_INSTALL = "isn't installed: pip install -e '.[bench]'"
 
 
 @dataclass(frozen=True)
-class Program:
-    """A way to train a problem.
+class Peer:
+    """A way to train a problem: what makes its Trainer, in variants, and how it is held to parity.
 
-    Attributes
-    ----------
-    name : str
-    variants : mapping of str to callable
-        Makes its Trainer from a problem and a dtype. Where there are several the fastest is kept.
-    is_peer : bool
-        Whether it is one of the in-memory peers that a goal is measured by.
-    has_float64 : bool
-    has_parity : bool
-        False for another algorithm, which is shown for the sense of it.
+    Without parity it is another algorithm or precision, shown for the sense of it.
     """
 
-    name: str
     variants: Mapping[str, Make]
-    is_peer: bool = False
     has_float64: bool = True
     has_parity: bool = True
+    gate_epochs: int | None = None
 
 
-@dataclass(frozen=True)
-class Roster:
-    """The programs that are there, and why the others aren't."""
-
-    programs: list[Program] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-
-
-def roster(problem: Problem, *, quick: bool = False) -> Roster:
-    """Return the programs that train one of the three models.
-
-    Parameters
-    ----------
-    problem : Problem
-    quick : bool
-        Leave out what takes long to start: torch.compile, loader processes, most variants of JAX's scan.
-    """
-    found = Roster()
-    programs = found.programs
-    programs.append(Program(FIT, {"": FitTrainer}))
-    if problem.X.dtype == torch.uint8:
-        programs.append(Program(f"{FIT}, float32 images", {"": partial(FitTrainer, floats=True)}))
-    programs.append(Program(f"{FIT}, compiled=False", {"": partial(FitTrainer, compiled=False)}))
-    programs.append(eager_program())
-    if quick:
-        found.missing[COMPILE] = "left out of a quick run"
-    elif shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        programs.append(Program(COMPILE, _compiled_steps(), is_peer=True))
-    else:
-        found.missing[COMPILE] = "there is no C++ compiler"
-    if find_spec("jax"):
-        programs.append(jax_program(problem, most=not quick))
-    else:
-        found.missing[JAX] = "jax isn't installed: pip install -e '.[bench]'"
-    programs.append(Program(TEXTBOOK, {"": TextbookTrainer}, has_float64=False))
-    if not quick and problem.X.dtype == torch.uint8:
-        workers = partial(TextbookTrainer, num_workers=2)
-        programs.append(Program(f"{TEXTBOOK}, 2 loader processes", {"": workers}, has_float64=False))
-    if problem.classifies:
-        if find_spec("sklearn"):
-            programs.extend(_sklearn_programs(problem))
-        else:
-            found.missing["scikit-learn"] = "scikit-learn isn't installed: pip install -e '.[bench]'"
-    return found
+def programs(model: str, setup: Setup) -> list[str]:
+    """Return the names of the programs of one of the three models."""
+    images = model != "linear"
+    found = [names.FIT, *[names.FIT_FLOATS] * images, names.FIT_LOOP, names.DROP_IN, names.SCRATCH]
+    found += [names.CONCISE, names.EAGER, names.JAX]
+    reduces = setup.cuda or any(name in cpu_features() for name in REDUCED_PRECISION)
+    found += [names.MEDIUM] * (images and reduces)
+    if setup.cuda:
+        return [*found, names.GRAPH_STEP, names.GRAPH_EPOCH, names.COMPILE]
+    # compiling takes long
+    found += [names.COMPILE] * (not setup.small or not images)
+    found += [names.SKLEARN, *[names.SGD_CLASSIFIER] * (model == "softmax"), names.TEXTBOOK]
+    return found + [names.TEXTBOOK_WORKERS] * (images and not setup.small)
 
 
-def eager_program() -> Program:
+def peer(name: str, problem: Problem, setup: Setup) -> Peer:
+    """Return a program by its name; where its package is missing the test is skipped."""
+    textbook = partial(Peer, has_float64=False, gate_epochs=1)
+    makes: dict[str, Callable[[], Peer]] = {
+        names.FIT: lambda: Peer({"": FitTrainer}),
+        names.FIT_FLOATS: lambda: Peer({"": partial(FitTrainer, floats=True)}),
+        names.FIT_LOOP: lambda: Peer({"": partial(FitTrainer, compiled=False)}),
+        names.DROP_IN: lambda: Peer({"": DropInTrainer}),
+        names.SCRATCH: lambda: Peer({"": partial(ProgramTrainer, impl="scratch")}),
+        names.CONCISE: lambda: Peer({"": partial(ProgramTrainer, impl="concise")}),
+        names.EAGER: lambda: Peer(eager_variants(setup)),
+        names.MEDIUM: lambda: Peer({"": MediumTrainer}, has_parity=False),
+        names.JAX: lambda: Peer(jax_variants(problem, setup)),
+        names.COMPILE: lambda: Peer(_compiled_variants(problem, setup), has_float64=False),
+        names.GRAPH_STEP: lambda: Peer(_graph_variants(setup, whole_epoch=False), has_float64=False),
+        names.GRAPH_EPOCH: lambda: Peer(_graph_variants(setup, whole_epoch=True), has_float64=False),
+        names.SKLEARN: lambda: Peer({"": _sklearn("MLPTrainer")}),
+        names.SGD_CLASSIFIER: lambda: Peer({"": _sklearn("SGDClassifierTrainer")}, has_parity=False),
+        names.TEXTBOOK: lambda: textbook({"": TextbookTrainer}),
+        names.TEXTBOOK_WORKERS: lambda: textbook({"": partial(TextbookTrainer, num_workers=2)}),
+    }
+    return makes[name]()
+
+
+def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
+    """Return the variants, or the first alone at small sizes."""
+    return dict(list(variants.items())[: 1 if setup.small else None])
+
+
+def eager_variants(setup: Setup) -> dict[str, Make]:
     """Return torch eager with each of SGD's implementations."""
+    foreach, fused = partial(EagerTrainer, foreach=True), partial(EagerTrainer, fused=True)
+    return _first({"SGD": EagerTrainer, "SGD(foreach=True)": foreach, "SGD(fused=True)": fused}, setup)
+
+
+def _compiled_variants(problem: Problem, setup: Setup) -> dict[str, Make]:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    if setup.cuda:
+        modes = ("reduce-overhead", "max-autotune")
+        return _first({mode: partial(CompiledStepTrainer, mode=mode) for mode in modes}, setup)
+    unrolled = 2 if setup.small else 5 if problem.classifies else 20
     variants: dict[str, Make] = {
-        "SGD": partial(EagerTrainer, foreach=False),
-        "SGD(foreach=True)": partial(EagerTrainer, foreach=True),
-        "SGD(fused=True)": partial(EagerTrainer, fused=True),
+        f"{unrolled} steps unrolled": partial(CompiledStepTrainer, unrolled=unrolled)
     }
-    return Program(EAGER, variants, is_peer=True)
+    variants["step by step"] = CompiledStepTrainer
+    if problem.classifies:
+        variants["max-autotune"] = partial(CompiledStepTrainer, mode="max-autotune")
+    return _first(variants, setup)
 
 
-def _compiled_steps() -> dict[str, Make]:
-    return {
-        "functional step": partial(CompiledStepTrainer, functional=True),
-        "functional step, max-autotune": partial(CompiledStepTrainer, functional=True, mode="max-autotune"),
-        "modules and optimizer": partial(CompiledStepTrainer, functional=False),
-    }
+def _graph_variants(setup: Setup, *, whole_epoch: bool) -> dict[str, Make]:
+    make = partial(GraphTrainer, device=setup.device, whole_epoch=whole_epoch)
+    return _first({"fused SGD": partial(make, fused=True), "SGD": make}, setup)
 
 
-def jax_program(problem: Problem, *, most: bool = True) -> Program:
-    """Return JAX's scan with the gather in and before it; with most, also uint8 images and an unrolled loop.
-
-    Raises
-    ------
-    ImportError
-        If jax isn't installed.
-    """
+def jax_variants(problem: Problem, setup: Setup, unrolls: tuple[int, ...] = (1, 2)) -> dict[str, Make]:
+    """Return JAX's scan with the gather in and before it, on uint8 images and on floats, and unrolled."""
+    jax = pytest.importorskip("jax", reason=f"jax {_INSTALL}")
+    if setup.cuda and not setup.rehearse and jax.default_backend() != "gpu":
+        pytest.skip(f"JAX's backend is {jax.default_backend()}, not gpu")
     from benchmarks.peers.jax_epochs import JaxTrainer
 
     variants: dict[str, Make] = {}
     for gather_first in (False, True):
-        for pixels in (False, True) if most and problem.X.dtype == torch.uint8 else (False,):
-            for unroll in (1, 2) if most else (1,):
-                words = ["gather before the scan" if gather_first else "gather in the scan"]
-                words += ["uint8"] * pixels + [f"unroll {unroll}"] * (unroll > 1)
-                variants[", ".join(words)] = partial(
-                    JaxTrainer, gather_first=gather_first, pixels=pixels, unroll=unroll
-                )
-    return Program(JAX, variants, is_peer=True)
+        for pixels in (False, True) if problem.X.dtype == torch.uint8 else (False,):
+            for unroll in unrolls:
+                where = "before" if gather_first else "in"
+                name = f"gather {where} the scan" + ", uint8" * pixels + f", unroll {unroll}"
+                variants[name] = partial(JaxTrainer, gather_first=gather_first, pixels=pixels, unroll=unroll)
+    return _first(variants, setup)
 
 
-def _sklearn_programs(problem: Problem) -> list[Program]:
-    from benchmarks.peers.sklearn_epochs import MLPClassifierTrainer, SGDClassifierTrainer
+def _sklearn(trainer: str) -> Make:
+    pytest.importorskip("sklearn", reason=f"scikit-learn {_INSTALL}")
+    from benchmarks.peers import sklearn_epochs
 
-    programs = [Program("sklearn MLPClassifier", {"": MLPClassifierTrainer})]
-    if len(problem.widths) == 2:
-        variants: dict[str, Make] = {"one class against the rest, by example": SGDClassifierTrainer}
-        programs.append(Program("sklearn SGDClassifier", variants, has_float64=False, has_parity=False))
-    return programs
+    make: Make = getattr(sklearn_epochs, trainer)
+    return make

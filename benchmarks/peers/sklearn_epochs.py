@@ -1,4 +1,4 @@
-"""scikit-learn's incremental estimators on the same batches. Needs scikit-learn."""
+"""scikit-learn's incremental estimators, by one ``partial_fit`` an epoch. Needs scikit-learn."""
 
 from __future__ import annotations
 
@@ -8,81 +8,70 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.linear_model import SGDClassifier
-from sklearn.neural_network import MLPClassifier
+from sklearn.neural_network import MLPClassifier, MLPRegressor
 from torch import Tensor
 
 from benchmarks.peers.problem import Problem
 from fastdl import data
 
 
-class _Partial:
-    """Calls ``partial_fit`` with each batch of an epoch."""
+class _Trainer:
+    """Calls ``partial_fit`` with the examples of an epoch in its order."""
 
     estimator: Any
+    # a regressor's squared error is halved, and so is the gradient
+    factor = 1.0
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
-        self.X, self.y = problem.rows(dtype).numpy(), problem.y.numpy()
-        self.batch_size = problem.batch_size
+        labels = problem.labels(dtype)
+        self.X, self.y = (
+            problem.rows(dtype).numpy(),
+            labels.numpy() if problem.classifies else labels.reshape(-1).numpy(),
+        )
         self.order = problem.order()
-
-    def _loss(self) -> float:
-        return float("nan")
+        self.factor = 1.0 if problem.classifies else 2.0
+        # an estimator has parameters once it has seen a batch
+        self.classes = {"classes": np.arange(problem.widths[-1])} if problem.classifies else {}
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss, NaN where the estimator doesn't tell it."""
         means = []
-        for _ in range(num_epochs):
-            total = 0.0
-            for index in data.order(len(self.X), self.order).split(self.batch_size):
-                rows = index.numpy()
+        with warnings.catch_warnings():
+            # no call is meant to converge
+            warnings.simplefilter("ignore", UserWarning)
+            for _ in range(num_epochs):
+                rows = data.order(len(self.X), self.order).numpy()
                 self.estimator.partial_fit(self.X[rows], self.y[rows])
-                total += self._loss() * len(rows)
-            means.append(total / len(self.X))
+                means.append(float(getattr(self.estimator, "loss_", float("nan"))) * self.factor)
         return means
 
 
-class MLPClassifierTrainer(_Partial):
-    """``MLPClassifier`` with plain SGD: the same net, loss and update as the problem's.
+class MLPTrainer(_Trainer):
+    """``MLPClassifier`` or ``MLPRegressor`` with plain SGD: the same net, loss and update as the problem's.
 
-    Parameters
-    ----------
-    problem : Problem
-        A classifier; without a hidden layer it is softmax regression.
-    dtype : torch.dtype
+    It cuts the epoch's examples into batches itself, to the same numbers as a ``partial_fit`` of each batch.
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         super().__init__(problem, dtype)
-        self.estimator = MLPClassifier(
-            hidden_layer_sizes=problem.widths[1:-1],
-            solver="sgd",
-            alpha=0.0,
-            batch_size=problem.batch_size,
-            learning_rate_init=problem.lr,
-            momentum=0.0,
-            nesterovs_momentum=False,
-            shuffle=False,
-        )
-        self._start(problem, dtype)
-
-    def _start(self, problem: Problem, dtype: torch.dtype) -> None:
-        # the estimator has parameters once it has seen a batch
+        estimator: Any = MLPClassifier if problem.classifies else MLPRegressor
+        options = {
+            "hidden_layer_sizes": problem.widths[1:-1],
+            "batch_size": problem.batch_size,
+            "solver": "sgd",
+        }
+        options |= {
+            "learning_rate_init": problem.lr * self.factor,
+            "momentum": 0.0,
+            "nesterovs_momentum": False,
+        }
+        self.estimator = estimator(alpha=0.0, shuffle=False, **options)
         first = slice(problem.batch_size)
-        self.estimator.partial_fit(self.X[first], self.y[first], classes=np.arange(problem.widths[-1]))
+        self.estimator.partial_fit(self.X[first], self.y[first], **self.classes)
         start = [tensor.to(dtype).numpy() for tensor in problem.start.values()]
         for layer, (weight, bias) in enumerate(zip(start[::2], start[1::2], strict=True)):
             self.estimator.coefs_[layer][...] = weight.T
             self.estimator.intercepts_[layer][...] = bias
-
-    def _loss(self) -> float:
-        return float(self.estimator.loss_)
-
-    def train(self, num_epochs: int) -> list[float]:
-        """Train on; return each epoch's mean loss."""
-        with warnings.catch_warnings():
-            # the last batch is smaller than batch_size, and no call is meant to converge
-            warnings.simplefilter("ignore", UserWarning)
-            return super().train(num_epochs)
 
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""
@@ -91,25 +80,18 @@ class MLPClassifierTrainer(_Partial):
         return torch.cat([torch.tensor(array).reshape(-1).double() for array in arrays])
 
 
-class SGDClassifierTrainer(_Partial):
+class SGDClassifierTrainer(_Trainer):
     """``SGDClassifier``: ten logistic regressions, one class against the rest, an update for each example.
 
     It is another algorithm, so it has no parity.
-
-    Parameters
-    ----------
-    problem : Problem
-        Softmax regression.
-    dtype : torch.dtype
     """
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         super().__init__(problem, dtype)
-        self.estimator = SGDClassifier(
-            loss="log_loss", alpha=0.0, learning_rate="constant", eta0=problem.lr / problem.batch_size
-        )
+        options = {"learning_rate": "constant", "eta0": problem.lr / problem.batch_size, "shuffle": False}
+        self.estimator = SGDClassifier(loss="log_loss", alpha=0.0, **options)
         first = slice(problem.batch_size)
-        self.estimator.partial_fit(self.X[first], self.y[first], classes=np.arange(problem.widths[-1]))
+        self.estimator.partial_fit(self.X[first], self.y[first], **self.classes)
 
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""

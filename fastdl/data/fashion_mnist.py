@@ -156,9 +156,8 @@ def _load(
         raise _unavailable(f"{names} missing or corrupt, and download=False", folder)
 
     # only a download writes to the user's folder: what lies there packed is unpacked elsewhere
-    with TemporaryDirectory(
-        prefix=".fastdl-", dir=_existing_ancestor(folder) if missing else None
-    ) as temporary:
+    beside = next(path for path in (folder, *folder.parents) if path.exists()) if missing else None
+    with TemporaryDirectory(prefix=".fastdl-", dir=beside) as temporary:
         root = Path(temporary)
         stage = root / _FOLDER
         stage.mkdir(parents=True)
@@ -170,7 +169,11 @@ def _load(
             if file in unpacked:
                 (stage / file.plain).symlink_to(folder / file.plain)
             else:
-                _unpack((folder if file in packed else stage) / file.packed, stage / file.plain)
+                with (
+                    gzip.open((folder if file in packed else stage) / file.packed, "rb") as content,
+                    (stage / file.plain).open("xb") as target,
+                ):
+                    shutil.copyfileobj(content, target, 1 << 20)
         transform = vision.transforms.ToTensor()
         train, test = (source(str(root), train=part, transform=transform) for part in (True, False))
         train.root = test.root = str(folder.parent.parent)
@@ -190,15 +193,6 @@ def _digest(path: Path, algorithm: str) -> str | None:
     with path.open("rb") as file:
         # a checksum against accidents, which a Python built for FIPS must be told
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
-
-
-def _existing_ancestor(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _unpack(packed: Path, plain: Path) -> None:
-    with gzip.open(packed, "rb") as source, plain.open("xb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
 
 
 def _fetch(file: _File, mirrors: list[str], stage: Path, folder: Path, progress: _Progress) -> None:
@@ -230,11 +224,8 @@ def _download(url: str, path: Path, progress: _Progress) -> str | None:
                     if progress.stalls(path):
                         return f"less than {_LEAST_PROGRESS >> 10} KiB arrived in {progress.timeout:g} s"
                 else:
-                    return (
-                        (said.strip() or "the downloading process ended early")
-                        if process.returncode
-                        else None
-                    )
+                    reason = said.strip() or "the downloading process ended early"
+                    return reason if process.returncode else None
         finally:
             process.kill()
 

@@ -34,6 +34,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -228,43 +229,52 @@ def _axis_distance(sheet: _Sheet) -> _Ints:
     return distance
 
 
+class _Body(NamedTuple):
+    """Where it begins and ends, and half its width at three heights."""
+
+    top: _Ints
+    bottom: _Ints
+    shoulder: _Ints
+    waist: _Ints
+    hem: _Ints
+
+
+class _Sleeve(NamedTuple):
+    """It reaches down to `cuff` and out by `spread`."""
+
+    cuff: _Ints
+    spread: _Ints
+    width: _Ints
+
+
 def _top(
-    sheet: _Sheet,
-    shade: _Ints,
-    *,
-    top: _Ints,
-    bottom: _Ints,
-    shoulder: _Ints,
-    waist: _Ints,
-    hem: _Ints,
-    cuff: _Ints,
-    spread: _Ints,
-    width: _Ints,
-    neck: _Ints,
-    depth: _Ints,
+    sheet: _Sheet, shade: _Ints, body: _Body, sleeve: _Sleeve, neckline: tuple[_Ints, _Ints]
 ) -> tuple[_Ints, _Ints, _Ints]:
-    """Compose a body, sleeves that reach down to `cuff` and out by `spread`, and a neckline.
+    """Compose a body, two sleeves, and a neckline of half a width and a depth.
 
     Returns the distance from the axis, the coverage, and the shade with its seams.
     """
+    top, bottom, shoulder, waist, hem = body
+    cuff, spread, width = sleeve
+    neck, depth = neckline
     distance = _axis_distance(sheet)
     y = _CENTRES
     slope = neck + 12 + (y - top) * 5 // 2
     belt = (top + bottom * 2) // 3
     half = _ramp(y, top + 64, belt, shoulder, waist) + _ramp(y, belt, bottom, 0, hem - waist)
-    body = _below(distance, np.minimum(half, slope)[:, None]) * _between(y, top, bottom)[:, None] >> 4
+    cover = _below(distance, np.minimum(half, slope)[:, None]) * _between(y, top, bottom)[:, None] >> 4
 
     start = shoulder - (width >> 1)
     middle = _ramp(y, top + 24, cuff, start, start + spread)
     inner, outer = middle - (width >> 1), np.minimum(middle + (width >> 1), slope)
-    sleeve = _between(distance, inner[:, None], outer[:, None]) * _between(y, top, cuff)[:, None] >> 4
+    arms = _between(distance, inner[:, None], outer[:, None]) * _between(y, top, cuff)[:, None] >> 4
 
     # the neckline is round, or pointed
     fall = np.clip((y - top) * 16 // depth, 0, 16)
     fall = _where(sheet.chance(60), fall * fall >> 4, fall)
     opening = (neck * (16 - fall) >> 4) - _PIXEL // 2
     opening = _below(distance, opening[:, None]) * _below(y, top + depth)[:, None] >> 4
-    cover = np.maximum(body, sleeve)
+    cover = np.maximum(cover, arms)
 
     seam = sheet.integer(20, 100) * _between(y, top + 56, cuff) >> 4
     beside = _between(distance, half[:, None] - 6, half[:, None] + 6)
@@ -301,20 +311,11 @@ def _tshirt(sheet: _Sheet) -> _Bytes:
     shade = _cloth(sheet, 55, 215, 25)
     top, bottom = sheet.pixels(0.5, 3.5), sheet.pixels(23.5, 28)
     shoulder = sheet.pixels(7, 9)
-    distance, cover, shade = _top(
-        sheet,
-        shade,
-        top=top,
-        bottom=bottom,
-        shoulder=shoulder,
-        waist=shoulder - sheet.pixels(-1, 2),
-        hem=shoulder - sheet.pixels(-1.5, 2),
-        cuff=top + _where(sheet.chance(8), 30, sheet.pixels(5, 12)),
-        spread=sheet.pixels(1.5, 5),
-        width=sheet.pixels(4, 6),
-        neck=sheet.pixels(2, 4.5),
-        depth=sheet.pixels(1, 4),
-    )
+    body = _Body(top, bottom, shoulder, shoulder - sheet.pixels(-1, 2), shoulder - sheet.pixels(-1.5, 2))
+    cuff = top + _where(sheet.chance(8), 30, sheet.pixels(5, 12))
+    sleeve = _Sleeve(cuff, sheet.pixels(1.5, 5), sheet.pixels(4, 6))
+    neckline = sheet.pixels(2, 4.5), sheet.pixels(1, 4)
+    distance, cover, shade = _top(sheet, shade, body, sleeve, neckline)
     return _ink(cover, _print(sheet, shade, distance, 35))
 
 
@@ -322,20 +323,10 @@ def _pullover(sheet: _Sheet) -> _Bytes:
     shade = _cloth(sheet, 55, 210, 18)
     top, bottom = sheet.pixels(0.5, 4), sheet.pixels(22, 27)
     shoulder = sheet.pixels(6.6, 8.6)
-    distance, cover, shade = _top(
-        sheet,
-        shade,
-        top=top,
-        bottom=bottom,
-        shoulder=shoulder,
-        waist=shoulder - sheet.pixels(-1, 1.5),
-        hem=shoulder - sheet.pixels(-1, 2),
-        cuff=bottom - sheet.pixels(-2, 3),
-        spread=sheet.pixels(2.5, 6.5),
-        width=sheet.pixels(2.8, 4.4),
-        neck=sheet.pixels(2, 4.5),
-        depth=sheet.pixels(0.5, 2.5),
-    )
+    body = _Body(top, bottom, shoulder, shoulder - sheet.pixels(-1, 1.5), shoulder - sheet.pixels(-1, 2))
+    sleeve = _Sleeve(bottom - sheet.pixels(-2, 3), sheet.pixels(2.5, 6.5), sheet.pixels(2.8, 4.4))
+    neckline = sheet.pixels(2, 4.5), sheet.pixels(0.5, 2.5)
+    distance, cover, shade = _top(sheet, shade, body, sleeve, neckline)
     return _ink(cover, _print(sheet, shade, distance, 20))
 
 
@@ -343,20 +334,10 @@ def _coat(sheet: _Sheet) -> _Bytes:
     shade = _cloth(sheet, 45, 195, 15)
     top, bottom = sheet.pixels(0, 3), sheet.pixels(25, 28.5)
     shoulder = sheet.pixels(6.6, 8.6)
-    distance, cover, shade = _top(
-        sheet,
-        shade,
-        top=top,
-        bottom=bottom,
-        shoulder=shoulder,
-        waist=shoulder - sheet.pixels(-1, 1.5),
-        hem=shoulder + sheet.pixels(-0.5, 2.5),
-        cuff=bottom - sheet.pixels(0, 6),
-        spread=sheet.pixels(2, 6),
-        width=sheet.pixels(2.8, 4.4),
-        neck=sheet.pixels(1.5, 3.5),
-        depth=sheet.pixels(0.5, 3.5),
-    )
+    body = _Body(top, bottom, shoulder, shoulder - sheet.pixels(-1, 1.5), shoulder + sheet.pixels(-0.5, 2.5))
+    sleeve = _Sleeve(bottom - sheet.pixels(0, 6), sheet.pixels(2, 6), sheet.pixels(2.8, 4.4))
+    neckline = sheet.pixels(1.5, 3.5), sheet.pixels(0.5, 3.5)
+    distance, cover, shade = _top(sheet, shade, body, sleeve, neckline)
     shade = _closure(sheet, shade, distance, 95, 170)
     return _ink(cover, _collar(sheet, shade, distance, top, 40, 60))
 
@@ -366,20 +347,10 @@ def _shirt(sheet: _Sheet) -> _Bytes:
     top, bottom = sheet.pixels(0, 3), sheet.pixels(24, 28)
     shoulder = sheet.pixels(5, 7)
     end = _where(sheet.chance(65), bottom - sheet.pixels(-1, 7), top + sheet.pixels(5, 12))
-    distance, cover, shade = _top(
-        sheet,
-        shade,
-        top=top,
-        bottom=bottom,
-        shoulder=shoulder,
-        waist=shoulder - sheet.pixels(-1, 2),
-        hem=shoulder - sheet.pixels(-1.5, 2),
-        cuff=end,
-        spread=sheet.pixels(2, 6),
-        width=sheet.pixels(2.6, 4.4),
-        neck=sheet.pixels(1.5, 4),
-        depth=sheet.pixels(1, 5),
-    )
+    body = _Body(top, bottom, shoulder, shoulder - sheet.pixels(-1, 2), shoulder - sheet.pixels(-1.5, 2))
+    sleeve = _Sleeve(end, sheet.pixels(2, 6), sheet.pixels(2.6, 4.4))
+    neckline = sheet.pixels(1.5, 4), sheet.pixels(1, 5)
+    distance, cover, shade = _top(sheet, shade, body, sleeve, neckline)
     shade = _closure(sheet, shade, distance, 50, 60)
     return _ink(cover, _collar(sheet, shade, distance, top, 95, 140))
 
@@ -392,20 +363,10 @@ def _dress(sheet: _Sheet) -> _Bytes:
     end = _where(
         kind < 5, top + 24, _where(kind < 8, top + sheet.pixels(4, 10), bottom - sheet.pixels(6, 14))
     )
-    distance, cover, shade = _top(
-        sheet,
-        shade,
-        top=top,
-        bottom=bottom,
-        shoulder=shoulder,
-        waist=shoulder - sheet.pixels(0, 2),
-        hem=shoulder + sheet.pixels(-1, 5),
-        cuff=end,
-        spread=sheet.pixels(0.5, 3.5),
-        width=sheet.pixels(2, 4),
-        neck=sheet.pixels(1.5, 3.5),
-        depth=sheet.pixels(1, 5),
-    )
+    body = _Body(top, bottom, shoulder, shoulder - sheet.pixels(0, 2), shoulder + sheet.pixels(-1, 5))
+    sleeve = _Sleeve(end, sheet.pixels(0.5, 3.5), sheet.pixels(2, 4))
+    neckline = sheet.pixels(1.5, 3.5), sheet.pixels(1, 5)
+    distance, cover, shade = _top(sheet, shade, body, sleeve, neckline)
     return _ink(cover, _closure(sheet, shade, distance, 15, 70))
 
 

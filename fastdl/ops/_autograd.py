@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd import Function
+from torch.compiler import is_dynamo_compiling
 
 from fastdl.arrays import are_plain
+from fastdl.torch_private import num_dispatch_modes
 
 
 def apply_of(function: type[Function]) -> Callable[..., Any]:
@@ -24,10 +26,11 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
     function
         Takes positional arguments only.
     """
+    compute, set_up = function.forward, function.setup_context
 
     def forward(ctx: Any, *inputs: Any) -> Any:
-        output = function.forward(*inputs)
-        function.setup_context(ctx, inputs, output)
+        output = compute(*inputs)
+        set_up(ctx, inputs, output)
         return output
 
     # torch's own setup_context is the mark of a forward that takes the context
@@ -36,22 +39,29 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
     apply_twin = twin.apply  # type: ignore[attr-defined]
 
     def apply(*inputs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return function.apply(*inputs)
         return apply_twin(*inputs)
 
     return apply
 
 
-def must_be_differentiable(grad: Tensor) -> bool:
-    """Return whether a backward pass has to be made of differentiable torch ops.
+def takes_kernels(grad: Tensor, *saved: Tensor | None) -> bool:
+    """Return whether a backward pass is the kernels', by its upstream gradient and saved tensors.
 
-    So it is where the graph of the gradient itself is wanted (``create_graph=True``, a gradient penalty),
-    and where a transform such as vmap or a dispatch mode runs over the backward pass.
+    Else it has to be made of differentiable torch ops: the graph of the gradient itself is wanted
+    (``create_graph=True``, a gradient penalty); a transform such as vmap or a dispatch mode runs over the
+    backward pass; or a hook on saved tensors has given one back as something else. Whether the shapes still
+    fit is left to the caller; the gradient may have any strides.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
+        return True
+    if is_grad_enabled() or num_dispatch_modes() or not are_plain(grad, *saved):
         return False
-    return torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0 or not are_plain(grad)
+    for tensor in saved:  # noqa: SIM110 (a generator takes 0.3 us)
+        if tensor is not None and not tensor.is_contiguous():
+            return False
+    return True
 
 
 def reference_grads(
@@ -61,7 +71,7 @@ def reference_grads(
     grad_output: Tensor,
 ) -> list[Tensor | None]:
     """Return the gradients of ``reference(*inputs)``, themselves differentiable where grad mode is on."""
-    create_graph = torch.is_grad_enabled()
+    create_graph = is_grad_enabled()
     with torch.enable_grad():
         # an alias each, so that a tensor that stands in two places keeps two gradients
         aliases = [tensor if tensor is None else tensor.view_as(tensor) for tensor in inputs]

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import address, cpu_kernels, like, num_threads
+from fastdl.arrays import address, are_labels, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._autograd import apply_of, must_be_differentiable, reference_grads
+from fastdl.ops._autograd import apply_of, reference_grads, takes_kernels
 from fastdl.ops._registration import register
-from fastdl.ops.linear import linear_backward, linear_forward
+from fastdl.ops.linear import fits, linear_backward, linear_forward
 from fastdl.reference import ops as reference
 
 
-def _forward(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    loss, grad_logits = _forward_fake(
-        logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
-    )
+def _forward(outputs: tuple[Tensor, Tensor], logits: Tensor, target: Tensor, *options: Any) -> None:
+    weight, ignore_index, label_smoothing, reduction, _ = options
+    loss, grad_logits = outputs
     kernels = cpu_kernels()
+    inputs = logits.data_ptr(), target.data_ptr(), address(weight)
     invalid_row = kernels.addressed.cross_entropy_forward(
-        address(logits),
-        address(target),
-        address(weight),
-        address(loss),
-        address(grad_logits),
-        *logits.shape,
-        ignore_index,
-        label_smoothing,
-        kernels.reduction.CODES[reduction],
+        (*inputs, loss.data_ptr(), grad_logits.data_ptr()),
+        (*logits.shape,),
+        (ignore_index, label_smoothing, kernels.reduction.CODES[reduction]),
         num_threads(),
         like(logits.dtype),
     )
@@ -47,10 +32,10 @@ def _forward(
             f"Target {target[invalid_row].item()} is out of bounds: row {invalid_row} of target must be a "
             f"class from 0 to {logits.shape[1] - 1} or the ignore_index {ignore_index}"
         )
-    return loss, grad_logits
 
 
-def _forward_fake(
+@register(_forward, _cuda.cross_entropy_forward, "N C, int64 N, C")
+def cross_entropy_forward(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
@@ -59,43 +44,38 @@ def _forward_fake(
     reduction: str,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return the loss and its gradient with respect to the logits, empty where not wanted."""
     loss = logits.new_empty((logits.shape[0],) if reduction == "none" else ())
     return loss, logits.new_empty(logits.shape if need_grad else (0, 0))
 
 
-def _backward(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    scaled = _backward_fake(grad_loss, grad_logits, target, ignore_index)
-    cpu_kernels().addressed.cross_entropy_backward(
-        address(grad_loss),
-        address(grad_logits),
-        address(target),
-        address(scaled),
-        grad_loss.numel(),
-        *grad_logits.shape,
-        ignore_index,
-        num_threads(),
-        like(grad_logits.dtype),
-    )
-    return scaled
+def _backward(
+    scaled: Tensor, grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int
+) -> None:
+    addresses = grad_loss.data_ptr(), grad_logits.data_ptr(), target.data_ptr(), scaled.data_ptr()
+    sizes, threads = (grad_loss.numel(), *grad_logits.shape), num_threads()
+    kernel = cpu_kernels().addressed.cross_entropy_backward
+    kernel(addresses, sizes, ignore_index, threads, like(grad_logits.dtype))
 
 
-def _backward_fake(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+@register(_backward, _cuda.cross_entropy_backward, "|N, N C, int64 N")
+def cross_entropy_backward(
+    grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int
+) -> Tensor:
+    """Return grad_loss * grad_logits, row by row."""
     return grad_logits.new_empty(grad_logits.shape)
 
 
-cross_entropy_forward = register(
-    "cross_entropy_forward(Tensor logits, Tensor target, Tensor? weight, int ignore_index,"
-    " float label_smoothing, str reduction, bool need_grad) -> (Tensor loss, Tensor grad_logits)",
-    _forward,
-    _cuda.cross_entropy_forward,
-    _forward_fake,
-)
-cross_entropy_backward = register(
-    "cross_entropy_backward(Tensor grad_loss, Tensor grad_logits, Tensor target, int ignore_index) -> Tensor",
-    _backward,
-    _cuda.cross_entropy_backward,
-    _backward_fake,
-)
+def _grad_logits(grad_loss: Tensor, grad_logits: Tensor, target: Tensor, ignore_index: int) -> Tensor | None:
+    """Return ``grad_loss * grad_logits``, or None where it has to be made of differentiable torch ops."""
+    if (
+        not takes_kernels(grad_loss, grad_logits)
+        or grad_logits.dim() != 2
+        or not are_labels(target, grad_logits.shape[:1], grad_logits.device)
+        or (grad_loss.dim() != 0 and grad_loss.shape != target.shape)
+    ):
+        return None
+    return cross_entropy_backward(grad_loss.contiguous(), grad_logits, target.contiguous(), ignore_index)
 
 
 def _keep_grad_logits(ctx: Any, output: tuple[Tensor, Tensor], *inputs: Tensor | None) -> None:
@@ -109,21 +89,7 @@ def _keep_grad_logits(ctx: Any, output: tuple[Tensor, Tensor], *inputs: Tensor |
 class CrossEntropyFunction(Function):
     """The op for autograd: logits (N, C), target (N,), all contiguous."""
 
-    @staticmethod
-    def forward(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: str,
-        need_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient with respect to the logits, empty where it isn't wanted."""
-        loss, grad_logits = cross_entropy_forward(
-            logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
-        )
-        return loss, grad_logits
+    forward = staticmethod(cross_entropy_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -138,18 +104,15 @@ class CrossEntropyFunction(Function):
             return (None,) * 7
         logits, target, weight, grad_logits = ctx.saved_tensors
         ignore_index, label_smoothing, reduction = ctx.options
-        if must_be_differentiable(grad_loss):
-            forward = partial(
-                reference.cross_entropy,
-                target=target,
-                weight=weight,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-            )
+        scaled = _grad_logits(grad_loss, grad_logits, target, ignore_index)
+        if scaled is None:
+
+            def forward(logits: Tensor) -> Tensor:
+                options = (weight, ignore_index, reduction, label_smoothing)
+                return reference.cross_entropy(logits, target, *options)
+
             return *reference_grads(forward, (logits,), (True,), grad_loss), *(None,) * 6
-        grad_logits = cross_entropy_backward(grad_loss.contiguous(), grad_logits, target, ignore_index)
-        return grad_logits, *(None,) * 6
+        return scaled, *(None,) * 6
 
 
 class LinearCrossEntropyFunction(Function):
@@ -161,22 +124,12 @@ class LinearCrossEntropyFunction(Function):
 
     @staticmethod
     def forward(
-        input: Tensor,
-        linear_weight: Tensor,
-        linear_bias: Tensor | None,
-        target: Tensor,
-        weight: Tensor | None,
-        ignore_index: int,
-        label_smoothing: float,
-        reduction: str,
-        need_grad: bool,
+        input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient with respect to the logits, empty where none is wanted."""
-        logits = linear_forward(input, linear_weight, linear_bias, False)
-        loss, grad_logits = cross_entropy_forward(
-            logits, target, weight, ignore_index, label_smoothing, reduction, need_grad
+        """Return what :func:`cross_entropy_forward` does, with its other arguments as options."""
+        return cross_entropy_forward(
+            linear_forward(input, linear_weight, linear_bias, False), target, *options
         )
-        return loss, grad_logits
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -192,24 +145,20 @@ class LinearCrossEntropyFunction(Function):
         input, linear_weight, linear_bias, target, weight, grad_logits = ctx.saved_tensors
         ignore_index, label_smoothing, reduction = ctx.options
         needs_grad = ctx.needs_input_grad[:3]
-        if must_be_differentiable(grad_loss):
+        scaled = _grad_logits(grad_loss, grad_logits, target, ignore_index)
+        if (
+            scaled is None
+            or not takes_kernels(scaled, input, linear_weight)
+            or not fits(scaled, None, input, linear_weight)
+        ):
 
             def forward(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-                return reference.linear_cross_entropy(
-                    input,
-                    linear_weight,
-                    target,
-                    linear_bias,
-                    weight,
-                    ignore_index,
-                    reduction,
-                    label_smoothing,
-                )
+                options = (linear_bias, weight, ignore_index, reduction, label_smoothing)
+                return reference.linear_cross_entropy(input, linear_weight, target, *options)
 
             inputs = (input, linear_weight, linear_bias)
             return *reference_grads(forward, inputs, needs_grad, grad_loss), *(None,) * 6
-        grad_logits = cross_entropy_backward(grad_loss.contiguous(), grad_logits, target, ignore_index)
-        return *linear_backward(grad_logits, None, input, linear_weight, needs_grad), *(None,) * 6
+        return *linear_backward(scaled, None, input, linear_weight, needs_grad), *(None,) * 6
 
 
 apply_cross_entropy = apply_of(CrossEntropyFunction)

@@ -9,99 +9,54 @@ from torch.autograd import Function
 
 from fastdl.arrays import address, cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._autograd import apply_of, must_be_differentiable
+from fastdl.ops._autograd import apply_of, takes_kernels
 from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
-def _forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    output = _forward_fake(input, weight, bias, relu)
-    cpu_kernels().addressed.linear_forward(
-        address(input),
-        address(weight),
-        address(bias),
-        address(output),
-        *input.shape,
-        weight.shape[0],
-        relu,
-        num_threads(),
-        like(input.dtype),
-    )
-    return output
+def _forward(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> None:
+    addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr()
+    sizes = *input.shape, weight.shape[0]
+    cpu_kernels().addressed.linear_forward(addresses, sizes, relu, num_threads(), like(input.dtype))
 
 
-def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+@register(_forward, _cuda.linear_forward, "N K, M K, M")
+def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """Return relu(input @ weight.T + bias)."""
     return input.new_empty(input.shape[0], weight.shape[0])
 
 
-def _grad_input(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
-    grad_input = _grad_input_fake(grad_output, output, weight)
-    num_outputs, num_inputs = weight.shape
-    cpu_kernels().addressed.linear_grad_input(
-        address(grad_output),
-        address(output),
-        address(weight),
-        address(grad_input),
-        grad_output.shape[0],
-        num_inputs,
-        num_outputs,
-        num_threads(),
-        like(weight.dtype),
-    )
-    return grad_input
+def _grad_input(grad_input: Tensor, grad_output: Tensor, output: Tensor | None, weight: Tensor) -> None:
+    addresses = grad_output.data_ptr(), address(output), weight.data_ptr(), grad_input.data_ptr()
+    sizes = *grad_input.shape, weight.shape[0]
+    cpu_kernels().addressed.linear_grad_input(addresses, sizes, num_threads(), like(weight.dtype))
 
 
-def _grad_input_fake(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
+@register(_grad_input, _cuda.linear_grad_input, "N M, N M, M K")
+def linear_grad_input(grad_output: Tensor, output: Tensor | None, weight: Tensor) -> Tensor:
+    """Return the masked grad_output @ weight."""
     return grad_output.new_empty(grad_output.shape[0], weight.shape[1])
 
 
 def _grad_weight(
-    grad_output: Tensor, output: Tensor | None, input: Tensor, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor]:
-    grad_weight, grad_bias = _grad_weight_fake(grad_output, output, input, need_weight, need_bias)
-    cpu_kernels().addressed.linear_grad_weight(
-        address(grad_output),
-        address(output),
-        address(input),
-        address(grad_weight),
-        address(grad_bias),
-        *input.shape,
-        grad_output.shape[1],
-        num_threads(),
-        like(input.dtype),
-    )
-    return grad_weight, grad_bias
+    grads: tuple[Tensor, Tensor], grad_output: Tensor, output: Tensor | None, input: Tensor, *_: bool
+) -> None:
+    inputs = grad_output.data_ptr(), address(output), input.data_ptr()
+    addresses = *inputs, grads[0].data_ptr(), grads[1].data_ptr()
+    sizes = *input.shape, grad_output.shape[1]
+    cpu_kernels().addressed.linear_grad_weight(addresses, sizes, num_threads(), like(input.dtype))
 
 
-def _grad_weight_fake(
+@register(_grad_weight, _cuda.linear_grad_weight, "N M, N M, N K")
+def linear_grad_weight(
     grad_output: Tensor, output: Tensor | None, input: Tensor, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
+    """Return the masked grad_output.T @ input and grad_output's column sums, empty where not wanted."""
     num_outputs, num_inputs = grad_output.shape[1], input.shape[1]
     return (
         input.new_empty(num_outputs, num_inputs) if need_weight else input.new_empty(0, 0),
         input.new_empty(num_outputs if need_bias else 0),
     )
-
-
-linear_forward = register(
-    "linear_forward(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor",
-    _forward,
-    _cuda.linear_forward,
-    _forward_fake,
-)
-linear_grad_input = register(
-    "linear_grad_input(Tensor grad_output, Tensor? output, Tensor weight) -> Tensor",
-    _grad_input,
-    _cuda.linear_grad_input,
-    _grad_input_fake,
-)
-linear_grad_weight = register(
-    "linear_grad_weight(Tensor grad_output, Tensor? output, Tensor input, bool need_weight, bool need_bias)"
-    " -> (Tensor grad_weight, Tensor grad_bias)",
-    _grad_weight,
-    _cuda.linear_grad_weight,
-    _grad_weight_fake,
-)
 
 
 def linear_backward(
@@ -138,17 +93,24 @@ def linear_backward(
     return grad_input, grad_weight if need_weight else None, grad_bias if need_bias else None
 
 
+def fits(grad_output: Tensor, output: Tensor | None, input: Tensor | None, weight: Tensor | None) -> bool:
+    """Return whether saved tensors have the shapes that :func:`linear_backward` takes."""
+    shape = grad_output.shape
+    return (
+        len(shape) == 2
+        and (output is None or output.shape == shape)
+        and (input is None or (input.dim() == 2 and input.shape[0] == shape[0]))
+        and (weight is None or (weight.dim() == 2 and weight.shape[0] == shape[1]))
+    )
+
+
 class LinearFunction(Function):
     """The op for autograd: input (N, K), weight (M, K), bias (M,) or None, and whether a ReLU follows.
 
     All are contiguous.
     """
 
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        """Return relu(input @ weight.T + bias)."""
-        output: Tensor = linear_forward(input, weight, bias, relu)
-        return output
+    forward = staticmethod(linear_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -164,9 +126,9 @@ class LinearFunction(Function):
         """Return the gradients that are wanted."""
         input, weight, output = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[:3]
-        if must_be_differentiable(grad_output):
-            return *reference.linear_backward(grad_output, output, input, weight, needs_grad), None
-        return *linear_backward(grad_output.contiguous(), output, input, weight, needs_grad), None
+        if takes_kernels(grad_output, output, input, weight) and fits(grad_output, output, input, weight):
+            return *linear_backward(grad_output.contiguous(), output, input, weight, needs_grad), None
+        return *reference.linear_backward(grad_output, output, input, weight, needs_grad), None
 
 
 apply_linear = apply_of(LinearFunction)

@@ -8,57 +8,39 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from fastdl.arrays import address, cpu_kernels, like, num_threads
+from fastdl.arrays import cpu_kernels, like, num_threads
 from fastdl.ops import _cuda
-from fastdl.ops._autograd import apply_of, must_be_differentiable, reference_grads
+from fastdl.ops._autograd import apply_of, reference_grads, takes_kernels
 from fastdl.ops._registration import register
 from fastdl.reference import ops as reference
 
 
-def _contiguous_like(input: Tensor) -> Tensor:
+def _forward(output: Tensor, input: Tensor) -> None:
+    addresses = input.data_ptr(), output.data_ptr()
+    cpu_kernels().addressed.relu_forward(addresses, input.numel(), num_threads(), like(input.dtype))
+
+
+@register(_forward, _cuda.relu_forward, "*")
+def relu_forward(input: Tensor) -> Tensor:
+    """Return max(input, 0); NaN and -0.0 stay what they are."""
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def _forward(input: Tensor) -> Tensor:
-    output = _contiguous_like(input)
-    cpu_kernels().addressed.relu_forward(
-        address(input), address(output), input.numel(), num_threads(), like(input.dtype)
-    )
-    return output
+def _backward(grad_input: Tensor, grad_output: Tensor, output: Tensor) -> None:
+    addresses = grad_output.data_ptr(), output.data_ptr(), grad_input.data_ptr()
+    cpu_kernels().addressed.relu_backward(addresses, output.numel(), num_threads(), like(output.dtype))
 
 
-def _backward(grad_output: Tensor, output: Tensor) -> Tensor:
-    grad_input = _contiguous_like(grad_output)
-    cpu_kernels().addressed.relu_backward(
-        address(grad_output),
-        address(output),
-        address(grad_input),
-        output.numel(),
-        num_threads(),
-        like(output.dtype),
-    )
-    return grad_input
-
-
-relu_forward = register(
-    "relu_forward(Tensor input) -> Tensor", _forward, _cuda.relu_forward, _contiguous_like
-)
-relu_backward = register(
-    "relu_backward(Tensor grad_output, Tensor output) -> Tensor",
-    _backward,
-    _cuda.relu_backward,
-    lambda grad_output, output: _contiguous_like(grad_output),
-)
+@register(_backward, _cuda.relu_backward, "*, *")
+def relu_backward(grad_output: Tensor, output: Tensor) -> Tensor:
+    """Return grad_output where not output <= 0, else 0."""
+    return torch.empty_like(grad_output, memory_format=torch.contiguous_format)
 
 
 class ReLUFunction(Function):
     """The op for autograd, for a contiguous input of any shape."""
 
-    @staticmethod
-    def forward(input: Tensor) -> Tensor:
-        """Return max(input, 0); NaN stays NaN."""
-        output: Tensor = relu_forward(input)
-        return output
+    forward = staticmethod(relu_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -69,11 +51,10 @@ class ReLUFunction(Function):
     def backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
         """Return grad_output where not output <= 0, else 0."""
         (output,) = ctx.saved_tensors
-        if must_be_differentiable(grad_output):
-            # relu(output) has the gradient of relu(input): both have one sign
-            return reference_grads(reference.relu, (output,), (True,), grad_output)[0]
-        grad_input: Tensor = relu_backward(grad_output.contiguous(), output)
-        return grad_input
+        if takes_kernels(grad_output, output) and grad_output.shape == output.shape:
+            return relu_backward(grad_output.contiguous(), output)
+        # relu(output) has the gradient of relu(input): both have one sign
+        return reference_grads(reference.relu, (output,), (True,), grad_output)[0]
 
 
 apply_relu = apply_of(ReLUFunction)

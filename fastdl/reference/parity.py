@@ -37,6 +37,10 @@ OF_STARTING_SCALE = 1e-6
 EPOCH_LOSS = 1e-3
 EPOCH_ACCURACY = 0.01
 TORCH_ROW_ORDERS = 3
+# A result that is summed in another order may be off by a few roundings where torch is exact by luck.
+ROUNDINGS = 8
+# In float64 the truth is a rounded sum itself, so torch's error isn't known and reads as 0.
+FLOAT64_ROUNDINGS = 64
 # the largest rounding error seen of a batch's activations, in roundings of the largest one, and a little more
 GATE_ROUNDINGS = 4.0
 
@@ -314,3 +318,49 @@ def compare(
     own = [first[name] for name in torchs]
     checks = {name: check_first_epoch(first[name], own, loss_scale, parameter_scale) for name in runs}
     return {name: (check_exact(exact[name]) if name in exact else []) + checks[name] for name in runs}
+
+
+def assert_as_accurate_as_torch(
+    actual: Tensor,
+    torchs: Tensor,
+    truth: Tensor,
+    scale: float | Tensor | None = None,
+    name: str = "result",
+) -> None:
+    """Apply the rule for one result of an op: its error is at most torch's own, plus a few roundings.
+
+    Parameters
+    ----------
+    actual, torchs, truth : Tensor
+        fastdl's result, torch's in the same dtype, and the one in float64.
+    scale : float or Tensor, optional
+        The size of the terms that were summed, where that is more than the result's own.
+    name : str
+        For the message.
+
+    Raises
+    ------
+    AssertionError
+        If it is further off, or NaN or infinite in other places.
+    """
+    assert actual.shape == torchs.shape == truth.shape, (actual.shape, torchs.shape, truth.shape)
+    assert actual.dtype == torchs.dtype
+    if truth.numel() == 0:
+        return
+    finite = torch.isfinite(truth)
+    assert torch.equal(actual[~finite].isnan(), torchs[~finite].isnan()), f"{name}: NaN in other places"
+    infinite = truth.isinf()
+    assert torch.equal(actual[infinite], torchs[infinite]), f"{name}: inf in other places"
+    if not finite.any():
+        return
+    errors = (actual.double() - truth.double()).abs().where(finite, 0.0)
+    own = (torchs.double() - truth.double()).abs().where(finite, 0.0).max()
+    size = truth.double().abs().where(finite, 0.0).max() if scale is None else torch.as_tensor(scale).double()
+    roundings = FLOAT64_ROUNDINGS if actual.dtype == torch.float64 else ROUNDINGS
+    allowed = own + roundings * torch.finfo(actual.dtype).eps * size
+    worst = int(errors.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), errors.shape))
+    assert errors.max() <= allowed, (
+        f"{name}: worst at {index}: {actual[index].item()!r}, torch {torchs[index].item()!r}, truth "
+        f"{truth[index].item()!r}; error {errors.max().item():.3g}, allowed {allowed.item():.3g}"
+    )

@@ -1,6 +1,7 @@
 """Training: one way in, `fit`, and one result, `History`."""
 
-from fastdl.training.fit import evaluate, fit, predict
+from fastdl.training.evaluation import evaluate, predict
+from fastdl.training.fit import fit
 from fastdl.training.history import History
 from fastdl.training.loop import Scores
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor, cuda
@@ -16,7 +15,7 @@ PIECE_BYTES = 1 << 28
 
 def pinned_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return memory that the GPU can copy from by itself."""
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
 
 def is_there(tensor: Tensor, device: torch.device) -> bool:
@@ -24,13 +23,13 @@ def is_there(tensor: Tensor, device: torch.device) -> bool:
     return tensor.device == device
 
 
-class CudaExamples(Protocol):
-    """Examples as the kernels read them.
+class CudaExamples:
+    """Examples as the kernels read them, and what comes in for each piece of an epoch beside the GPU's work.
 
     Attributes
     ----------
     X, y : Tensor
-        The examples, (rows, K), and their labels, which are on the GPU now.
+        The examples, (rows, K), and their labels, which are on the GPU.
     order : Tensor
         Which of them are next, (rows,), int64.
     labels : Tensor
@@ -42,91 +41,41 @@ class CudaExamples(Protocol):
     order: Tensor
     labels: Tensor
 
-    def stage(self, order: Tensor) -> None:
-        """Begin to copy what an epoch in this order needs first, beside the work on the GPU."""
-
-    def pieces(self, order: Tensor) -> Iterator[int]:
-        """Yield the pieces of an epoch, as how many rows each has.
-
-        A piece is there for what is queued on the current stream until the next one is asked for.
-        """
-
-
-class Resident:
-    """Examples that all are on the GPU; what comes in for an epoch is its order.
-
-    Parameters
-    ----------
-    X, y : Tensor
-    device : torch.device
-    """
-
-    def __init__(self, X: Tensor, y: Tensor, device: torch.device) -> None:
-        self.X, self.y = X.to(device), y.to(device)
-        self.labels = self.y
-        self.order = torch.empty(len(X), dtype=torch.int64, device=device)
-        self._next = torch.empty_like(self.order)
-        self._pinned = pinned_memory((len(X),), torch.int64)
-        self._copies = cuda.Stream(device)
-        # the next order is in place; and it was taken from there
-        self._arrived, self._taken = cuda.Event(), cuda.Event()
-        self._staged: Tensor | None = None
-
-    def stage(self, order: Tensor) -> None:
-        """Begin to copy an order, beside the work on the GPU."""
-        self._arrived.synchronize()
-        self._pinned[: len(order)].copy_(order)
-        with cuda.stream(self._copies):
-            self._copies.wait_event(self._taken)
-            self._next[: len(order)].copy_(self._pinned[: len(order)], non_blocking=True)
-            self._arrived.record()
-        # should it be freed, then not before the copy
-        self._next.record_stream(self._copies)
-        self._staged = order
-
-    def pieces(self, order: Tensor) -> Iterator[int]:
-        """Yield the whole epoch, as how many rows it has."""
-        if order is not self._staged:
-            self.stage(order)
-        cuda.current_stream().wait_event(self._arrived)
-        self.order[: len(order)].copy_(self._next[: len(order)])
-        self._taken.record()
-        yield len(order)
-
-
-class Streamed:
-    """Examples in the CPU's memory, gathered in an epoch's order, a piece at a time.
-
-    Parameters
-    ----------
-    X, y : Tensor
-    device : torch.device
-    rows : int
-        Of a piece.
-    """
-
-    def __init__(self, X: Tensor, y: Tensor, device: torch.device, rows: int) -> None:
-        self._all = X.cpu(), y.cpu()
-        self.labels = self._all[1]
-        self._rows = rows
-        self._pinned = tuple(pinned_memory((rows, *each.shape[1:]), each.dtype) for each in self._all)
-        self._next = tuple(torch.empty_like(each, device=device) for each in self._pinned)
-        self.X, self.y = (torch.empty_like(each) for each in self._next)
-        self.order = torch.arange(rows, device=device)
-        self._copies = cuda.Stream(device)
+    def __init__(self, incoming: tuple[Tensor, ...]) -> None:
+        # what the kernels read, where it arrives before, and where it leaves the CPU from
+        self._incoming = incoming
+        self._next = tuple(torch.empty_like(each) for each in incoming)
+        self._pinned = tuple(pinned_memory(tuple(each.shape), each.dtype) for each in incoming)
+        self._copies = cuda.Stream(incoming[0].device)
         # the next piece is in place; and it was taken from there
         self._arrived, self._taken = cuda.Event(), cuda.Event()
         self._staged: Tensor | None = None
 
     def stage(self, order: Tensor) -> None:
-        """Gather the first piece of an order, and begin to copy it, beside the work on the GPU."""
-        self._gather(order[: self._rows])
+        """Begin to copy what an epoch in this order needs first, beside the work on the GPU."""
+        self._bring(order[: len(self._incoming[0])])
         self._staged = order
 
-    def _gather(self, rows: Tensor) -> None:
+    def pieces(self, order: Tensor) -> Iterator[int]:
+        """Yield the pieces of an epoch, as how many rows each has.
+
+        A piece is there for what is queued on the current stream until the next one is taken, which comes in
+        while the piece before trains.
+        """
+        size = len(self._incoming[0])
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            if start > 0 or order is not self._staged:
+                self._bring(rows)
+            cuda.current_stream().wait_event(self._arrived)
+            for source, target in zip(self._next, self._incoming, strict=True):
+                target[: len(rows)].copy_(source[: len(rows)])
+            self._taken.record()
+            yield len(rows)
+
+    def _bring(self, rows: Tensor) -> None:
         self._arrived.synchronize()
-        for source, pinned in zip(self._all, self._pinned, strict=True):
-            torch.index_select(source, 0, rows, out=pinned[: len(rows)])
+        self._gather(rows)
         with cuda.stream(self._copies):
             self._copies.wait_event(self._taken)
             for pinned, target in zip(self._pinned, self._next, strict=True):
@@ -135,17 +84,37 @@ class Streamed:
                 target.record_stream(self._copies)
             self._arrived.record()
 
-    def pieces(self, order: Tensor) -> Iterator[int]:
-        """Yield pieces; each is gathered while the one before trains."""
-        for start in range(0, len(order), self._rows):
-            rows = order[start : start + self._rows]
-            if start > 0 or order is not self._staged:
-                self._gather(rows)
-            cuda.current_stream().wait_event(self._arrived)
-            for source, target in zip(self._next, (self.X, self.y), strict=True):
-                target[: len(rows)].copy_(source[: len(rows)])
-            self._taken.record()
-            yield len(rows)
+    def _gather(self, rows: Tensor) -> None:
+        """Write what comes in for these rows to the memory that the GPU copies from."""
+        raise NotImplementedError
+
+
+class Resident(CudaExamples):
+    """Examples that all are on the GPU; what comes in for an epoch is its order."""
+
+    def __init__(self, X: Tensor, y: Tensor, device: torch.device) -> None:
+        self.X, self.y = X.to(device), y.to(device)
+        self.labels = self.y
+        self.order = torch.empty(len(X), dtype=torch.int64, device=device)
+        super().__init__((self.order,))
+
+    def _gather(self, rows: Tensor) -> None:
+        self._pinned[0][: len(rows)].copy_(rows)
+
+
+class Streamed(CudaExamples):
+    """Examples in the CPU's memory, gathered in an epoch's order, a piece of so many rows at a time."""
+
+    def __init__(self, X: Tensor, y: Tensor, device: torch.device, rows: int) -> None:
+        self._all = X.cpu(), y.cpu()
+        self.labels = self._all[1]
+        self.X, self.y = (torch.empty_like(each[:rows], device=device) for each in self._all)
+        self.order = torch.arange(rows, device=device)
+        super().__init__((self.X, self.y))
+
+    def _gather(self, rows: Tensor) -> None:
+        for source, pinned in zip(self._all, self._pinned, strict=True):
+            torch.index_select(source, 0, rows, out=pinned[: len(rows)])
 
 
 def cuda_examples(X: Tensor, y: Tensor, device: torch.device, batch_size: int) -> CudaExamples:

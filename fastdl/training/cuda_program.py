@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, cuda
 
 from fastdl.cuda_arrays import cuda_kernels, run
+from fastdl.kernels.options import SGDOptions
+from fastdl.torch_private import copy_all, version_of
 from fastdl.training.cuda_examples import CudaExamples, Resident, cuda_examples, pinned_memory
 from fastdl.training.examples import check_labels
 from fastdl.training.loop import Scores
 from fastdl.training.lower import Lowered
+from fastdl.training.parameters import Parameter, momentum_buffer, momentum_buffers, options_of, parameters_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -24,36 +27,45 @@ MAX_STEPS = 256
 _EVALUATION_ROWS = 4096
 # how often a waiting thread reports progress; how long it looks for the end without a pause; the pause
 _PATIENCE, _EAGER, _PAUSE = 0.05, 0.02, 2e-4
-# the options of a parameter group, in the order of the kernels' table
-_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 # what is summed up over an epoch
 _LOSS, _RIGHT, _INVALID = range(3)
 
 
-class _Trained(NamedTuple):
-    """A parameter that is trained, the program's own copy of it, and that of its momentum buffer."""
+class _Copy(NamedTuple):
+    """A parameter, the program's own copy of it, and that of its momentum buffer where it is trained."""
 
-    tensor: Tensor
+    parameter: Parameter
     own: Tensor
-    buffer: Tensor
-    group: int
+    buffer: Tensor | None
+
+    @property
+    def row(self) -> int:
+        """Its row in the table of options."""
+        return 2 * self.parameter.layer + self.parameter.is_bias
 
 
 class CudaData(NamedTuple):
-    """Examples on the GPU, what their loss needs, and room for what is noted of each.
+    """Examples on the GPU, what their loss needs, and memory for the results of each row.
 
     Attributes
     ----------
     examples : CudaExamples
-    loss : fastdl.kernels.cuda.head.Loss
-    notes : fastdl.kernels.cuda.head.Notes
+    source : fastdl.kernels.cuda.step.Source
+        How the kernels read them: their dtype, and the scale that is theirs.
+    loss : fastdl.kernels.cuda.loss_row.Loss
+    results : fastdl.kernels.cuda.loss_row.RowResults
     batch_size : int
+    given : (X, y, input_scale, batch_size)
+        What they were made of, and its version counters.
     """
 
     examples: CudaExamples
+    source: Any
     loss: Any
-    notes: Any
+    results: Any
     batch_size: int
+    given: tuple[Tensor, Tensor, float, int | None]
+    versions: tuple[int, int]
 
 
 class CudaProgram:
@@ -87,23 +99,17 @@ class CudaProgram:
     ) -> None:
         self._kernels: ModuleType = cuda_kernels()
         self._lowered = lowered
-        self._input_scale = input_scale
         self._evaluation_rows = evaluation_rows
         self._like = lowered.layers[0].module.weight.detach()
         self._device = self._like.device
         with cuda.device(self._device):
             weight = lowered.class_weight
             self._class_weight = None if weight is None else weight.detach().to(self._device).contiguous()
-            self._data = self._prepare(X, y, batch_size)
+            self._data = self._prepare(X, y, input_scale, batch_size)
             self._lay_out(batch_size)
             self._side = cuda.Stream(self._device)
-        first = lowered.layers[0].module
         self._is_small = (
-            len(lowered.layers) == 1
-            and not lowered.is_classifier
-            and not lowered.layers[0].has_relu
-            and first.in_features <= self._kernels.small.MAX_INPUTS
-            and first.out_features == 1
+            lowered.is_small(self._kernels.small.MAX_INPUTS)
             and batch_size <= self._kernels.small.MAX_ROWS
             and isinstance(self._data.examples, Resident)
         )
@@ -113,44 +119,48 @@ class CudaProgram:
         return torch.zeros(shape, dtype=dtype or self._lowered.dtype, device=self._device)
 
     def _lay_out(self, batch_size: int) -> None:
-        lowered, dense = self._lowered, self._kernels.dense
-        rows = max(batch_size, self._evaluation_rows, _EVALUATION_ROWS)
-        # every parameter with the program's own copy of it
-        self._copies: list[tuple[Tensor, Tensor]] = []
-        self._trained: list[_Trained] = []
-        self._layers = []
-        for layer in lowered.layers:
-            own: list[Tensor | None] = []
-            for name, group in (("weight", layer.weight_group), ("bias", layer.bias_group)):
-                parameter = getattr(layer.module, name)
-                if parameter is None:
-                    own += (None, None)
-                    continue
-                copy = self._zeros(*parameter.shape)
-                self._copies.append((parameter, copy))
-                buffer = None
-                if group is not None:
-                    buffer = torch.zeros_like(copy)
-                    self._trained.append(_Trained(parameter, copy, buffer, group))
-                own += (copy, buffer)
-            weight, weight_buffer, bias, bias_buffer = own
-            output, grad = (self._zeros(rows, layer.module.out_features) for _ in range(2))
-            self._layers.append(
-                dense.Layer(weight, bias, weight_buffer, bias_buffer, output, grad, layer.has_relu)
+        layers, rows = self._lowered.layers, max(batch_size, self._evaluation_rows, _EVALUATION_ROWS)
+        self._copies: list[_Copy] = []
+        # of each layer: weight, bias, and their momentum buffers
+        own: list[list[Tensor | None]] = [[None] * 4 for _ in layers]
+        for parameter in parameters_of(self._lowered):
+            copy = self._zeros(*parameter.tensor.shape)
+            buffer = None if parameter.group is None else torch.zeros_like(copy)
+            self._copies.append(_Copy(parameter, copy, buffer))
+            own[parameter.layer][parameter.is_bias :: 2] = copy, buffer
+        self._layers = [
+            self._kernels.step.Layer(
+                *arrays, *(self._zeros(rows, layer.module.out_features) for _ in range(2)), layer.has_relu
             )
-        self._options = self._zeros(2 * len(lowered.layers), dense.NUM_OPTIONS)
-        self._option_rows: list[list[float]] = []
-        self._progress = self._zeros(dense.NUM_COUNTERS, dtype=torch.int64)
+            for arrays, layer in zip(own, layers, strict=True)
+        ]
+        self._updates = self._kernels.step.Updates(
+            self._zeros(2 * len(layers), len(SGDOptions._fields)),
+            self._zeros(2 * len(layers), dtype=torch.int64),
+        )
+        self._option_rows: list[SGDOptions] = []
+        self._first_steps = [0] * (2 * len(layers))
+        progress = self._zeros(3, dtype=torch.int64)
+        self._steps_before, self._num_rows, self._stop = progress.unbind()
         self._totals = self._zeros(3, dtype=torch.float64)
         self._host_totals = pinned_memory((3,), torch.float64)
 
-    def prepare(self, X: Tensor, y: Tensor) -> CudaData:
-        """Return examples as `evaluate` takes them, of the kind of the constructor's."""
-        with cuda.device(self._device):
-            return self._prepare(X, y, None)
+    def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> CudaData:
+        """Return examples as `evaluate` takes them.
 
-    def _prepare(self, X: Tensor, y: Tensor, batch_size: int | None) -> CudaData:
-        lowered, head = self._lowered, self._kernels.head
+        Parameters
+        ----------
+        X, y : Tensor
+            As for the constructor; the dtype of `X` may be the other one.
+        input_scale : float
+            What each number of this `X` is multiplied by.
+        """
+        with cuda.device(self._device):
+            return self._prepare(X, y, input_scale, None)
+
+    def _prepare(self, X: Tensor, y: Tensor, input_scale: float, batch_size: int | None) -> CudaData:
+        lowered, loss_row = self._lowered, self._kernels.loss_row
+        given, versions = (X, y, input_scale, batch_size), (version_of(X), version_of(y))
         is_classifier = lowered.is_classifier
         is_weighted = (
             is_classifier
@@ -162,8 +172,8 @@ class CudaProgram:
         examples = cuda_examples(X, y, self._device, batch_size)
         rows = len(examples.order)
         width = lowered.layers[-1].module.out_features
-        loss = head.Loss(
-            kind=head.CROSS_ENTROPY if is_classifier else head.SQUARED_ERROR,
+        loss = loss_row.Loss(
+            kind=loss_row.CROSS_ENTROPY if is_classifier else loss_row.SQUARED_ERROR,
             is_mean=lowered.is_mean,
             labels=examples.y if is_classifier else None,
             targets=None if is_classifier else examples.y,
@@ -171,57 +181,63 @@ class CudaProgram:
             weight_sum=float(width if self._class_weight is None else self._class_weight.double().sum()),
             divisors=self._zeros(-(-rows // batch_size)) if is_weighted else None,
             ignore_index=lowered.ignore_index,
-            smoothing=lowered.label_smoothing,
+            share_of_label=1.0 - lowered.label_smoothing,
+            share_of_all=lowered.label_smoothing / width,
         )
-        notes = head.Notes(self._zeros(rows), self._zeros(rows, dtype=torch.int64))
-        return CudaData(examples, loss, notes, batch_size)
+        source = self._kernels.step.source_of(examples.X, input_scale, True)
+        results = loss_row.RowResults(self._zeros(rows), self._zeros(rows, dtype=torch.int64))
+        return CudaData(examples, source, loss, results, batch_size, given, versions)
+
+    def _current(self, data: CudaData) -> CudaData:
+        """Return the examples as they are now: a callback may have written to them."""
+        X, y, *_ = data.given
+        return data if data.versions == (version_of(X), version_of(y)) else self._prepare(*data.given)
 
     @torch.no_grad()
     def read(self) -> None:
-        """Copy the parameters, momentum buffers and options from the net and the optimizer."""
+        """Copy the parameters, momentum buffers and options from the net and the optimizer.
+
+        Raises
+        ------
+        RuntimeError
+            If a momentum buffer doesn't fit its parameter.
+        """
         optimizer = self._lowered.optimizer
-        groups = optimizer.param_groups
-        sources = [parameter for parameter, _ in self._copies]
-        targets = [own for _, own in self._copies]
-        rows = []
-        for layer in self._lowered.layers:
-            for name, group in (("weight", layer.weight_group), ("bias", layer.bias_group)):
-                if group is None:
-                    rows.append([0.0] * (len(_OPTIONS) + 1))
-                    continue
-                state = optimizer.state.get(getattr(layer.module, name), {})
-                is_fresh = groups[group]["momentum"] != 0 and state.get("momentum_buffer") is None
-                rows.append([*(float(groups[group][option]) for option in _OPTIONS), float(is_fresh)])
-        for parameter in self._trained:
-            found = optimizer.state.get(parameter.tensor, {}).get("momentum_buffer")
-            if found is not None and groups[parameter.group]["momentum"] != 0:
-                sources.append(found)
-                targets.append(parameter.buffer)
-        torch._foreach_copy_(targets, sources)
+        sources = [copy.parameter.tensor for copy in self._copies]
+        targets = [copy.own for copy in self._copies]
+        rows = [SGDOptions(0.0, 0.0, 0.0, 0.0, False, False)] * len(self._first_steps)
+        first_steps = [0] * len(rows)
+        for copy in self._copies:
+            if copy.parameter.group is None:
+                continue
+            rows[copy.row] = options_of(optimizer.param_groups[copy.parameter.group])
+            if rows[copy.row].momentum != 0:
+                assert copy.buffer is not None
+                found = momentum_buffer(optimizer, copy.parameter)
+                first_steps[copy.row] = int(found is None)
+                if found is not None:
+                    sources.append(found)
+                    targets.append(copy.buffer)
+        copy_all(targets, sources)
         if rows != self._option_rows:
-            self._options.copy_(torch.tensor(rows, dtype=self._options.dtype))
+            self._updates.options.copy_(torch.tensor(rows, dtype=self._updates.options.dtype, device="cpu"))
             self._option_rows = rows
+        if first_steps != self._first_steps:
+            self._updates.is_first_step.copy_(torch.tensor(first_steps))
+            self._first_steps = first_steps
 
     @torch.no_grad()
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer."""
-        optimizer = self._lowered.optimizer
-        targets = [parameter.tensor for parameter in self._trained]
-        sources = [parameter.own for parameter in self._trained]
-        new: list[tuple[Tensor, Tensor]] = []
-        for parameter in self._trained:
-            if optimizer.param_groups[parameter.group]["momentum"] != 0:
-                buffer = optimizer.state.get(parameter.tensor, {}).get("momentum_buffer")
-                if buffer is None:
-                    buffer = torch.empty_like(parameter.tensor, requires_grad=False)
-                    new.append((parameter.tensor, buffer))
-                targets.append(buffer)
-                sources.append(parameter.buffer)
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        # Ctrl-C may come before this, and must not leave a buffer without numbers
-        for tensor, buffer in new:
-            optimizer.state[tensor]["momentum_buffer"] = buffer
+        trained = [copy for copy in self._copies if copy.buffer is not None]
+        with_momentum = [copy for copy in trained if self._option_rows[copy.row].momentum != 0]
+        parameters = [copy.parameter for copy in with_momentum]
+        with momentum_buffers(self._lowered.optimizer, parameters) as buffers:
+            targets = [copy.parameter.tensor for copy in trained] + buffers
+            sources = [copy.own for copy in trained] + [
+                copy.buffer for copy in with_momentum if copy.buffer is not None
+            ]
+            copy_all(targets, sources)
 
     def epoch(
         self,
@@ -251,6 +267,9 @@ class CudaProgram:
             If a label was no class.
         """
         with cuda.device(self._device), torch.no_grad():
+            data = self._current(self._data)
+            if data is not self._data:
+                self._data, self._graph = data, None
             try:
                 marks = self._train(order)
                 ahead = None if meanwhile is None else meanwhile()
@@ -260,14 +279,14 @@ class CudaProgram:
             except BaseException:
                 # the steps that are queued still come to nothing, and let go of the memory
                 with cuda.stream(self._side):
-                    self._progress[self._kernels.dense.STOP].fill_(1)
+                    self._stop.fill_(1)
                 cuda.synchronize()
                 raise
         return self._scores(self._data, len(order))
 
     def _train(self, order: Tensor) -> list[tuple[cuda.Event, int]]:
         """Queue an epoch; return events, with how many steps are done at each."""
-        data, dense = self._data, self._kernels.dense
+        data = self._data
         if not self._is_small and self._graph is None:
             self._capture()
         marks, done = [], 0
@@ -280,14 +299,14 @@ class CudaProgram:
             else:
                 assert self._graph is not None
                 for start in range(0, num_steps, self._steps_of_graph):
-                    self._progress[dense.STEPS_BEFORE].fill_(start)
+                    self._steps_before.fill_(start)
                     self._graph.replay()
                     marks.append((self._mark(), done + min(start + self._steps_of_graph, num_steps)))
                 self._add_up(data, rows)
             done += num_steps
-            if any(row[dense.IS_FRESH] for row in self._option_rows):
-                self._options[:, dense.IS_FRESH].zero_()
-                self._option_rows = [[*row[: dense.IS_FRESH], 0.0] for row in self._option_rows]
+            if any(self._first_steps):
+                self._updates.is_first_step.zero_()
+                self._first_steps = [0] * len(self._first_steps)
         self._host_totals.copy_(self._totals, non_blocking=True)
         return [*marks, (self._mark(), done)]
 
@@ -301,7 +320,7 @@ class CudaProgram:
         num_steps = -(-len(self._data.examples.order) // self._data.batch_size)
         self._steps_of_graph = -(-num_steps // -(-num_steps // MAX_STEPS))
         # a step of no rows: it loads the kernels, which a capture can't do
-        self._progress.zero_()
+        self._num_rows.zero_()
         self._run_step(self._data, 0, trains=True)
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
@@ -310,39 +329,22 @@ class CudaProgram:
         self._graph = graph
 
     def _run_step(self, data: CudaData, index: int, *, trains: bool) -> None:
-        dense = self._kernels.dense
-        run(
-            self._like,
-            self._kernels.epoch.run_step,
-            self._layers,
-            dense.Examples(data.examples.X, data.examples.order, self._input_scale),
-            data.loss,
-            self._options,
-            data.notes,
-            dense.Step(index, self._progress, data.batch_size),
-            trains,
-        )
+        progress = self._steps_before, self._num_rows, self._stop
+        step = self._kernels.step.Step(index, data.batch_size, data.examples.order, *progress)
+        arguments = (self._layers, data.source, data.loss, self._updates, data.results, step, trains)
+        run(self._like, self._kernels.epoch.run_step, *arguments)
 
     def _run_small(self, rows: int) -> None:
-        data = self._data
-        loss = self._zeros(1)
-        run(
-            self._like,
-            self._kernels.small.run_small_epoch,
-            self._layers[0],
-            self._kernels.dense.Examples(data.examples.X, data.examples.order, self._input_scale),
-            data.examples.y,
-            self._lowered.is_mean,
-            self._options,
-            loss,
-            rows,
-            data.batch_size,
-        )
+        data, loss = self._data.examples, self._zeros(1)
+        scale, num_inputs = self._data.source.scale, data.X.shape[1]
+        examples = self._kernels.small.Examples(data.X, data.order, data.y, scale, rows, num_inputs)
+        arguments = (self._layers[0], examples, self._lowered.is_mean, self._updates, loss)
+        run(self._like, self._kernels.small.run_small_epoch, *arguments, self._data.batch_size)
         self._totals[_LOSS] += loss[0]
 
     def _begin(self, data: CudaData, rows: int) -> None:
         """Tell the kernels how many rows there are, and what the mean over each batch divides by."""
-        self._progress[self._kernels.dense.ROWS].fill_(rows)
+        self._num_rows.fill_(rows)
         if data.loss.divisors is None:
             return
         labels = data.examples.y[data.examples.order[:rows]]
@@ -358,15 +360,15 @@ class CudaProgram:
             divisors[whole // data.batch_size] = weights[whole:].sum()
 
     def _add_up(self, data: CudaData, rows: int) -> None:
-        head = self._kernels.head
-        outcomes = data.notes.outcomes[:rows]
-        self._totals[_LOSS] += data.notes.losses[:rows].sum(dtype=torch.float64)
+        loss_row = self._kernels.loss_row
+        outcomes = data.results.outcomes[:rows]
+        self._totals[_LOSS] += data.results.losses[:rows].sum(dtype=torch.float64)
         if self._lowered.is_classifier:
-            self._totals[_RIGHT] += (outcomes == head.RIGHT).sum()
-            self._totals[_INVALID] += (outcomes == head.INVALID).sum()
+            self._totals[_RIGHT] += (outcomes == loss_row.RIGHT).sum()
+            self._totals[_INVALID] += (outcomes == loss_row.INVALID).sum()
 
     def _wait(self, marks: list[tuple[cuda.Event, int]], tick: Callable[[int], None] | None) -> None:
-        """Wait for the GPU in Python, which hears Ctrl-C, and report progress."""
+        """Wait for the GPU in Python, which is interruptible, and report progress."""
         started = reported = time.perf_counter()
         for event, steps in marks:
             while not event.query():
@@ -386,13 +388,13 @@ class CudaProgram:
     @torch.no_grad()
     def evaluate(self, data: CudaData) -> Scores:
         """Return loss and accuracy on examples that `prepare` returned."""
-        order = torch.arange(len(data.examples.labels))
-        dense = self._kernels.dense
+        order = torch.arange(len(data.examples.labels), device="cpu")
         with cuda.device(self._device):
+            data = self._current(data)
             self._totals.zero_()
             for rows in data.examples.pieces(order):
                 self._begin(data, rows)
-                self._progress[dense.STEPS_BEFORE].zero_()
+                self._steps_before.zero_()
                 for index in range(-(-rows // data.batch_size)):
                     self._run_step(data, index, trains=False)
                 self._add_up(data, rows)

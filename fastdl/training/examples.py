@@ -55,16 +55,32 @@ def unpacked(X: Any, y: Array | None, part: str = "") -> tuple[Array, Array]:
                 f"the dataset's {name} is {transform}, which is not applied to images in memory: leave it "
                 "None (or ToTensor), or pass X and y as tensors that are transformed already"
             )
-    return images, torch.as_tensor(labels) if isinstance(labels, list) else labels
+    return images, torch.as_tensor(labels, device="cpu") if isinstance(labels, list) else labels
 
 
-def _as_tensor(array: Array) -> Tensor:
-    # torch takes no negative strides
-    return torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+class _Unlocked:
+    """The memory of a read-only array, for torch, which would warn of it; nothing here writes to examples."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array = array
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
 
 
-def _check_dtype(net: nn.Module, tensor: Tensor, name: str) -> None:
-    parameter = floating(net)
+def _as_tensor(array: Any, name: str) -> Tensor:
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array: fill it, e.g. {name.split()[-1]}.filled(0)")
+    if isinstance(array, np.ndarray):
+        # torch takes no negative strides and no foreign byte order, and a kernel no odd addresses
+        array = np.require(array, array.dtype.newbyteorder("="), ["C", "A"])
+        return torch.from_numpy(array if array.flags.writeable else np.asarray(_Unlocked(array)))
+    if not isinstance(array, Tensor) or array.is_nested:
+        kind = "nested tensor" if isinstance(array, Tensor) else type(array).__name__
+        raise TypeError(f"{name} is a {kind}: it must be a tensor or an array")
+    return array.resolve_neg() if array.is_neg() else array
+
+
+def _check_dtype(parameter: Tensor | None, tensor: Tensor, name: str) -> None:
     if parameter is not None and tensor.is_floating_point() and tensor.dtype != parameter.dtype:
         raise TypeError(
             f"{name} is {tensor.dtype}, but the net's parameters are {parameter.dtype}: "
@@ -72,12 +88,12 @@ def _check_dtype(net: nn.Module, tensor: Tensor, name: str) -> None:
         )
 
 
-def checked_examples(net: nn.Module, X: Array, part: str = "") -> Tensor:
-    """Return examples as a tensor, or raise an error that says what doesn't fit."""
-    X = _as_tensor(X)
+def checked_examples(parameter: Tensor | None, X: Array, part: str = "") -> Tensor:
+    """Return examples for a net with such a parameter, or raise an error that says what doesn't fit."""
+    X = _as_tensor(X, f"{part}X")
     if X.dim() == 0 or len(X) == 0:
         raise ValueError(f"{part}X has shape {tuple(X.shape)}: it must have at least one row")
-    _check_dtype(net, X, f"{part}X")
+    _check_dtype(parameter, X, f"{part}X")
     return X
 
 
@@ -98,12 +114,13 @@ def check_labels(y: Tensor, num_classes: int, ignore_index: int) -> None:
 
 def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
     """Return examples and labels as tensors, or raise an error that says what doesn't fit."""
-    X = checked_examples(net, X, part)
-    y = _as_tensor(y)
+    parameter = floating(net)
+    X = checked_examples(parameter, X, part)
+    y = _as_tensor(y, f"{part}y")
     if y.dim() == 0 or len(X) != len(y):
         raise ValueError(
             f"{part}X and {part}y must have one row for each example, but their shapes are "
             f"{tuple(X.shape)} and {tuple(y.shape)}"
         )
-    _check_dtype(net, y, f"{part}y")
-    return X, y if y.is_floating_point() else y.long()
+    _check_dtype(parameter, y, f"{part}y")
+    return X, y if y.is_floating_point() or y.is_complex() else y.long()

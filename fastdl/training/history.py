@@ -65,16 +65,32 @@ class History:
         train : Scores
             Met on the way.
         test : Scores, optional
-            After the epoch. Either every epoch has them or none.
+            After the epoch.
+
+        Raises
+        ------
+        ValueError
+            If the epoch has a figure that those before it don't have, or the other way round.
         """
-        self.seconds.append(seconds)
-        self.train_loss.append(train.loss)
-        if train.accuracy is not None:
-            self.train_accuracy.append(train.accuracy)
+        values = {"train_loss": train.loss, "train_accuracy": train.accuracy, "seconds": seconds}
         if test is not None:
-            self.test_loss.append(test.loss)
-            if test.accuracy is not None:
-                self.test_accuracy.append(test.accuracy)
+            values |= {"test_loss": test.loss, "test_accuracy": test.accuracy}
+        measured = {name: value for name, value in values.items() if value is not None}
+        before = self.figures()
+        if before and before.keys() != measured.keys():
+            raise ValueError(
+                f"each epoch must have the figures of the first, {', '.join(before)}, but this one has "
+                f"{', '.join(sorted(measured))}"
+            )
+        num_epochs = len(self)
+        try:
+            for name, value in measured.items():
+                getattr(self, name).append(value)
+        # Ctrl-C too
+        except BaseException:
+            for name in measured:
+                del getattr(self, name)[num_epochs:]
+            raise
 
     def figures(self) -> dict[str, list[float]]:
         """Return the figures that were measured, by name, each a list with one value for each epoch."""

@@ -14,6 +14,7 @@ class Orders:
     Parameters
     ----------
     num_examples : int
+        Kept as an attribute.
     generator : torch.Generator, optional
         torch's default generator without it.
     shuffle : bool
@@ -25,30 +26,37 @@ class Orders:
     def __init__(
         self, num_examples: int, generator: torch.Generator | None, *, shuffle: bool, used: int
     ) -> None:
-        self._num_examples = num_examples
+        self.num_examples = num_examples
         self._generator = torch.default_generator if generator is None else generator
         self._shuffle = shuffle
         self._used = used
+        self._before: Tensor | None = None
         self._ahead: tuple[Tensor, Tensor, Tensor] | None = None
 
     def next(self) -> Tensor:
         """Return the next epoch's order; the generator then is as if it had been drawn now."""
         if not self._shuffle:
-            return torch.arange(self._used)
+            return torch.arange(self._used, device="cpu")
+        self._before = self._generator.get_state()
         if self._ahead is not None:
             before, after, drawn = self._ahead
             self._ahead = None
             # a callback may have drawn from the same generator since
-            if torch.equal(self._generator.get_state(), before):
+            if torch.equal(self._before, before):
                 self._generator.set_state(after)
                 return drawn
         return self._draw(self._generator)
+
+    def undo(self) -> None:
+        """Bring the generator to where it was before the last order, whose epoch failed."""
+        if self._before is not None:
+            self._generator.set_state(self._before)
 
     def draw_ahead(self) -> Tensor | None:
         """Draw the next epoch's order from a copy of the generator, and return it if that could be done."""
         if not self._shuffle or self._generator.device.type != "cpu":
             return None
-        copy = torch.Generator()
+        copy = torch.Generator("cpu")
         before = self._generator.get_state()
         copy.set_state(before)
         drawn = self._draw(copy)
@@ -56,5 +64,5 @@ class Orders:
         return drawn
 
     def _draw(self, generator: torch.Generator) -> Tensor:
-        drawn = order(self._num_examples, generator).cpu()
-        return drawn if self._used == self._num_examples else drawn[: self._used]
+        drawn = order(self.num_examples, generator).cpu()
+        return drawn if self._used == self.num_examples else drawn[: self._used]

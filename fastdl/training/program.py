@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fastdl.arrays import array, cpu_kernels, num_threads
-from fastdl.kernels.options import SGDOptions
 from fastdl.training.examples import check_labels
 from fastdl.training.loop import Scores
 from fastdl.training.lower import WAY_OUT, Lowered
+from fastdl.training.parameters import options_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,13 +32,13 @@ _MIN_NUMBERS_TO_SHARE = 1 << 20
 _FEW_ROWS = 16
 # In smaller batches, writing a weight's digits takes longer than multiplying in integers saves.
 _MIN_INTEGER_ROWS = 32
-# Where an output's greatest weight is more times the mean of those that aren't 0, digits of 24 bits for all may be
-# worse than float32. Training reaches 14.
+# Where an output's greatest weight is more times the mean of those that aren't 0, digits of 24 bits for all
+# may be worse than float32. Training reaches 14.
 _MOST_TIMES_MEAN = 32
 
 
 def _is_even(weight: NDArray[Any]) -> bool:
-    """Return whether no output's greatest weight is so much greater than the others that they lose digits to it."""
+    """Return whether no output's greatest weight is so great that the others lose digits to it."""
     magnitudes = np.abs(weight)
     counts = np.count_nonzero(weight, axis=1)
     return bool((magnitudes.max(axis=1) * counts <= _MOST_TIMES_MEAN * magnitudes.sum(axis=1)).all())
@@ -91,17 +91,12 @@ class Program:
         self._kernels = kernels = cpu_kernels()
         self._lowered = lowered
         self._batch_size, self._evaluation_rows = batch_size, evaluation_rows
-        self._dtype = torch.empty(0, dtype=lowered.dtype).numpy().dtype
+        self._dtype = torch.empty(0, dtype=lowered.dtype, device="cpu").numpy().dtype
         shapes = [tuple(layer.module.weight.shape) for layer in lowered.layers]
         relus = [layer.has_relu for layer in lowered.layers]
         if any(depth != width for (width, _), (_, depth) in pairwise(shapes)):
             raise RuntimeError(f"weights of the shapes {shapes} are no chain of layers")
-        self._is_small = (
-            not lowered.is_classifier
-            and not relus[0]
-            and [width for width, _ in shapes] == [1]
-            and shapes[0][1] <= kernels.small.MAX_INPUTS
-        )
+        self._is_small = lowered.is_small(kernels.small.MAX_INPUTS)
         flops = 6 * batch_size * sum(width * depth for width, depth in shapes)
         threads = min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)
         self._num_threads = 1 if self._is_small else int(max(1, threads))
@@ -170,9 +165,10 @@ class Program:
             record["trains"] = group is not None
             if group is None:
                 continue
-            for option in SGDOptions._fields:
-                record[option] = float(group[option])
-            has_buffer = group["momentum"] != 0
+            options = options_of(group)
+            for option, value in options._asdict().items():
+                record[option] = value
+            has_buffer = options.momentum != 0
             self._trained.append((parts[-1], has_buffer))
             buffer = optimizer.state.get(tensor, {}).get("momentum_buffer") if has_buffer else None
             record["is_fresh"] = buffer is None

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastdl.kernels.jit import inlined_jit
+from fastdl.kernels.numba_private import cgutils
 
 # 64-bit words between the counters that threads write, so that none shares a cache line with another
 LINE = 8

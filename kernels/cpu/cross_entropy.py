@@ -81,33 +81,30 @@ def write_block(columns, count, target, at, panel, panel_stride):
 
 
 @linked_jit(fastmath=_STABLE)
-def cross_entropy_block(
-    columns, count, target, weight, ignore_index, label_smoothing, scale, losses, best, needs_grad
-):
+def cross_entropy_block(columns, target, weight, options, scale, losses, best, needs_grad):
     """Do some rows at once. A row of logits is a column here, so that each loop's numbers lie side by side.
 
     Parameters
     ----------
-    columns : (C + ROW_SUMS, at least count)
-        The rows' logits, class by class, and room for sums. The logits' place is taken by grad_logits.
-    count : int
-        How many rows there are.
-    target : (count,), int64
-        Each a class or ignore_index.
+    columns : (C + ROW_SUMS, at least n)
+        The rows' logits, class by class, and workspace for sums. The logits are overwritten by grad_logits.
+    target : (n,), int64
+        Each a class or the ignore_index.
     weight : (C,) or (0,)
-    ignore_index : int
-    label_smoothing : float
+    options : CrossEntropyOptions
+        But for the reduction.
     scale : float
         What the gradient is multiplied by.
-    losses : (count,)
+    losses : (n,)
         Written; 0 for an ignored row.
-    best : (count,) or (0,), int32
+    best : (n,) or (0,), int32
         Written, where it is wanted: which logit is the largest, the first of equal ones; NaN is the largest.
     needs_grad : bool
     """
     dtype = columns.dtype.type
     zero, one = dtype(0), dtype(1)
-    num_classes = columns.shape[0] - ROW_SUMS
+    num_classes, count = columns.shape[0] - ROW_SUMS, target.size
+    ignore_index, label_smoothing = options.ignore_index, options.label_smoothing
     greatest, total, factor = columns[num_classes], columns[num_classes + 1], columns[num_classes + 2]
     scale = dtype(scale)
     share_of_all = dtype(label_smoothing / num_classes)
@@ -179,43 +176,33 @@ def cross_entropy_block(
 
 
 @inlined_jit
-def _rows(logits, target, weight, ignore_index, label_smoothing, scale, losses, grad_logits, start, stop):
+def _rows(logits, target, weight, options, scale, losses, grad_logits, rows):
     num_classes = logits.shape[1]
     block = block_rows(num_classes)
-    columns = np.empty((num_classes + ROW_SUMS, min(block, stop - start)), logits.dtype)
+    columns = np.empty((num_classes + ROW_SUMS, min(block, rows[1] - rows[0])), logits.dtype)
     no_best = np.empty(0, np.int32)
     needs_grad = grad_logits.size > 0
-    for first in range(start, stop, block):
-        last = min(first + block, stop)
-        at = first * num_classes
+    for first in range(rows[0], rows[1], block):
+        last = min(first + block, rows[1])
+        at, labels = first * num_classes, target[first:last]
         read_block(logits.reshape(-1), at, num_classes, 0, last - first, columns)
-        cross_entropy_block(
-            columns, last - first, target[first:last], weight, ignore_index, label_smoothing, scale,
-            losses[first:last], no_best, needs_grad,
-        )  # fmt: skip
+        cross_entropy_block(columns, labels, weight, options, scale, losses[first:last], no_best, needs_grad)
         if needs_grad:
             write_block(columns, last - first, grad_logits.reshape(-1), at, num_classes, 0)
 
 
 @jit(parallel=True)
-def cross_entropy_forward(
-    logits, target, weight, ignore_index, label_smoothing, reduction, loss, grad_logits, num_threads
-):
+def cross_entropy_forward(logits, target, weight, options, loss, grad_logits, num_threads):
     """Write the loss and its gradient with respect to the logits.
 
     Parameters
     ----------
     logits : (N, C)
     target : (N,), int64
-        Class indices. One that is neither a class nor ignore_index is never used to read.
+        Class indices. One that is neither a class nor the ignore_index is never used to read.
     weight : (C,) or (0,)
         A weight for each class, or none.
-    ignore_index : int
-        Rows with this label have no loss and no gradient.
-    label_smoothing : float
-        The part of a row's probability that is spread over all classes.
-    reduction : int
-        One of ``reduction.CODES``.
+    options : CrossEntropyOptions
     loss : (N,) without reduction, else (1,)
     grad_logits : (N, C) or (0, 0)
         Of the reduced loss, or row by row of each loss; (0, 0) where it isn't wanted.
@@ -227,22 +214,24 @@ def cross_entropy_forward(
         The first row with an invalid label, and then nothing is written, or -1.
     """
     num_rows, num_classes = logits.shape
-    total_weight, invalid_row = _sum_of_row_weights(target, weight, num_classes, ignore_index)
+    total_weight, invalid_row = _sum_of_row_weights(target, weight, num_classes, options.ignore_index)
     if invalid_row >= 0:
         return invalid_row
-    scale = 1.0 / total_weight if reduction == MEAN else 1.0
-    losses = loss if reduction == NONE else np.empty(num_rows, logits.dtype)
+    scale = 1.0 / total_weight if options.reduction == MEAN else 1.0
+    losses = loss if options.reduction == NONE else np.empty(num_rows, logits.dtype)
     num_threads = worthwhile_threads(_COST * logits.size, num_threads)
     if num_threads == 1:
-        _rows(logits, target, weight, ignore_index, label_smoothing, scale, losses, grad_logits, 0, num_rows)
+        _rows(logits, target, weight, options, scale, losses, grad_logits, (0, num_rows))
     else:
         for thread in prange(num_threads):
-            start, stop = share(num_rows, thread, num_threads)
-            _rows(
-                logits, target, weight, ignore_index, label_smoothing, scale, losses, grad_logits, start, stop
-            )
-    if reduction != NONE:
-        loss[0] = ordered_sum(losses) / total_weight if reduction == MEAN else ordered_sum(losses)
+            rows = share(num_rows, thread, num_threads)
+            _rows(logits, target, weight, options, scale, losses, grad_logits, rows)
+    if options.reduction != NONE:
+        total = ordered_sum(losses)
+        if options.reduction == MEAN:
+            # 0 / 0 is a part of it even where label smoothing makes the total positive
+            total = total / total_weight if total_weight != 0 else np.nan
+        loss[0] = total
     return -1
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastdl.kernels.cpu.intrinsics import TILE, Matrix, sum_open
+from fastdl.kernels.cpu.intrinsics import TILE, Matrix, sum_rows
 from fastdl.kernels.cpu.layout import BLOCK_BATCH, BLOCK_COLUMNS, BLOCK_DEPTH, BLOCK_INPUTS, BLOCK_ROWS
 from fastdl.kernels.cpu.panels import (
     LONG_ROWS,
@@ -39,6 +39,7 @@ from fastdl.kernels.cpu.panels import (
 )
 from fastdl.kernels.cpu.sgd import update
 from fastdl.kernels.jit import inlined_jit, linked_jit
+from fastdl.kernels.options import SGDOptions
 
 _DOT_ROWS = TILE.dot_rows
 _DOT_COLS = TILE.dot_cols
@@ -308,11 +309,18 @@ def update_part(parameter, state, first, gradient, count, scale):
     """Do the SGD update of count numbers of a parameter; scale is what their gradient lacks."""
     grads, at = gradient
     start, buffer = parameter.start + first, parameter.buffer + first
-    update(
-        state[start : start + count], grads[at : at + count], -scale if parameter.maximize else scale,
-        state[buffer : buffer + count], parameter.is_fresh,
+    options = SGDOptions(
         parameter.lr, parameter.momentum, parameter.dampening, parameter.weight_decay, parameter.nesterov,
+        parameter.maximize,
     )  # fmt: skip
+    update(
+        state[start : start + count],
+        grads[at : at + count],
+        -scale if parameter.maximize else scale,
+        state[buffer : buffer + count],
+        parameter.is_fresh,
+        options,
+    )
 
 
 @linked_jit
@@ -453,7 +461,7 @@ def backward_bias(layer, state, workspace, count, panels):
     panel = panel_of(scratch)
     for j in range(panels[0], panels[1]):
         at = layer.grad + j * workspace.stride * panel
-        sum_open(scratch, at, scratch, at, False, panel, count, panel, own, 0)
+        sum_rows(Matrix(scratch, at, panel), (scratch, at), False, (count, panel), (own, 0))
         columns = min(panel, layer.num_outputs - j * panel)
         update_part(layer.bias, state, j * panel, (own, 0), columns, state.dtype.type(1))
 

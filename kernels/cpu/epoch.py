@@ -37,7 +37,9 @@ from fastdl.kernels.cpu.intrinsics import TILE, Matrix
 from fastdl.kernels.cpu.layout import CROSS_ENTROPY, INTEGER, Batch, Workspace
 from fastdl.kernels.cpu.panels import panel_of, panels_of
 from fastdl.kernels.cpu.parallel import share
+from fastdl.kernels.cpu.reduction import MEAN
 from fastdl.kernels.jit import inlined_jit, jit, linked_jit
+from fastdl.kernels.options import CrossEntropyOptions
 
 _VECTORS = TILE.vectors
 
@@ -90,6 +92,7 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
     columns = np.empty((width + cross_entropy.ROW_SUMS, block), scratch.dtype)
     losses, labels = np.empty(block, scratch.dtype), np.empty(block, np.int64)
     best = np.empty(block, np.int32)
+    options = CrossEntropyOptions(loss.ignore_index, loss.label_smoothing, int(MEAN))
     for start in range(rows[0], rows[1], block):
         size = min(block, rows[1] - start)
         sums = epoch.loss_sums[start : start + size]
@@ -103,9 +106,8 @@ def _loss_rows(layer, workspace, loss, batch, rows, epoch, member):
                     member.wrong_row, label = min(member.wrong_row, row), 0
                 labels[n] = label
             cross_entropy.cross_entropy_block(
-                columns, size, labels, loss.class_weight, loss.ignore_index, loss.label_smoothing, scale,
-                losses, best, epoch.trains,
-            )  # fmt: skip
+                columns, labels[:size], loss.class_weight, options, scale, losses, best, epoch.trains
+            )
             for n in range(size):
                 sums[n] += losses[n] * factor
                 member.num_correct += best[n] == labels[n]

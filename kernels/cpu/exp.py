@@ -23,18 +23,10 @@ _ROUND = np.float32(1.5 * 2**23)
 # beyond these exp is infinite, and 0
 _GREATEST = np.float32(88.8)
 _LEAST = np.float32(-104.0)
-_POLYNOMIAL = tuple(
-    np.float32(c)
-    for c in (
-        1.9875691500e-4,
-        1.3981999507e-3,
-        8.3334519073e-3,
-        4.1665795894e-2,
-        1.6666665459e-1,
-        5.0000001201e-1,
-    )
+_C5, _C4, _C3, _C2, _C1, _C0 = map(
+    np.float32,
+    (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1),
 )
-_C5, _C4, _C3, _C2, _C1, _C0 = _POLYNOMIAL
 _ONE = np.float32(1)
 _ZERO = np.float32(0)
 

@@ -12,8 +12,8 @@ How a fast product comes about, in six versions of one sum:
 5. The inner loop has one address for a and one for b, and constants for the rest (``multiply_packed``).
    Rows a variable stride apart, and masks for the edge, took registers that the sums need: a third of the
    speed.
-6. Products too thin to repay the copying aren't packed. They are dot products along the rows (``dot_tile``),
-   or tiles over a few steps of the depth at a time, which read b in the order in which it lies in memory.
+6. Skinny products, which don't repay the copying, aren't packed. They are dot products along the rows
+   (``dot_tile``), or tiles over a few steps of the depth at a time, which read b in its order in memory.
 
 Floor for (N, K) by (K, M): N K M multiply-adds, of which a core does one or two vectors a cycle, and
 N K + K M + N M numbers through memory. Where N or M is small the second is the greater. On a Zen 3
@@ -26,6 +26,8 @@ other number: 0 times infinity is NaN.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 from numba import prange
 
@@ -36,12 +38,13 @@ from fastdl.kernels.cpu.intrinsics import (
     ROW_DEPTH,
     SUM_VECTORS,
     TILE,
+    Epilogue,
     Matrix,
     add_rows,
     aligned,
     dot_tile,
     multiply_tile,
-    sum_open,
+    sum_rows,
     transpose_block,
 )
 from fastdl.kernels.cpu.panels import (
@@ -67,7 +70,7 @@ FEW_TILES = 2
 STREAMED_DEPTH = 16
 STREAMED_COLUMNS = 8192
 # Up to this many rows or steps the CPU waits for memory, and reads and writes go along whole rows.
-THIN = 4
+SKINNY = 4
 ROW_COLUMNS = 512
 # Dot products read their rows in pieces of this size, of which L1 holds a tile's.
 DOT_DEPTH_BYTES = 4096
@@ -84,31 +87,61 @@ FEW_COLUMNS = 64
 LINE = 16
 
 
+class Left(NamedTuple):
+    """The left factor: ``values`` (N, K), or (K, N) where it is transposed.
+
+    A value counts as 0 where ``mask_source``, of the same shape or (0, 0), is 0 or less (NaN isn't): the
+    output of the ReLU that a gradient passes back through.
+    """
+
+    values: Any
+    is_transposed: bool
+    mask_source: Any
+
+
+class Right(NamedTuple):
+    """The right factor: ``values`` (K, M), or (M, K) where it is transposed."""
+
+    values: Any
+    is_transposed: bool
+
+
+@inlined_jit
+def _start(first, bias):
+    """Return what the sums of a tile whose first step is the first one are added to."""
+    return FROM_OUTPUT if first > 0 else FROM_BIAS if bias.size > 0 else FROM_ZERO
+
+
 @linked_jit
-def _pack_a(a, a_is_transposed, gate, rows, first, last, panels, at):
-    """Copy a block of a to panels, 0 where the gate is shut.
+def _pack_a(a, rows, steps, panels, at):
+    """Copy a block of a to panels, 0 where it is masked.
 
     A panel holds columns of a as it lies: steps of the depth, or rows where a is transposed.
     """
-    panel = panel_of(a)
-    gated = gate.size > 0
-    lines, cols = ((first, last), rows) if a_is_transposed else (rows, (first, last))
+    values, mask_source = a.values, a.mask_source
+    panel, stride = panel_of(values), values.shape[1]
+    is_masked = mask_source.size > 0
+    lines, cols = (steps, rows) if a.is_transposed else (rows, steps)
     num_lines = lines[1] - lines[0]
     for col in range(cols[0], cols[1], panel):
-        source, target = lines[0] * a.shape[1] + col, at + (col - cols[0]) * num_lines
-        count = min(panel, cols[1] - col)
-        pack_panel(a, source, a.shape[1], gate, source, gated, panels, target, num_lines, count)
+        source, target = lines[0] * stride + col, at + (col - cols[0]) * num_lines
+        size = (num_lines, min(panel, cols[1] - col))
+        matrix = Matrix(values, source, stride)
+        pack_panel(matrix, (mask_source, source), is_masked, (panels, target), size)
 
 
 @linked_jit
-def _pack_b(b, b_is_transposed, first, last, cols, panels, at):
+def _pack_b(b, steps, cols, panels, at):
     """Copy a block of b to panels over its columns, and 0 to the columns that it doesn't have."""
-    panel = panel_of(b)
+    values = b.values
+    panel, stride = panel_of(values), values.shape[1]
+    first, last = steps
     depth = last - first
-    if not b_is_transposed:
+    if not b.is_transposed:
         for j in range(cols[0], cols[1], panel):
-            source, target = first * b.shape[1] + j, at + (j - cols[0]) * depth
-            pack_panel(b, source, b.shape[1], b, 0, False, panels, target, depth, min(panel, cols[1] - j))
+            target = at + (j - cols[0]) * depth
+            matrix, size = Matrix(values, first * stride + j, stride), (depth, min(panel, cols[1] - j))
+            pack_panel(matrix, (values, 0), False, (panels, target), size)
         return
     lanes = panel // TILE.vectors
     for j in range(cols[0], cols[1], lanes):
@@ -119,26 +152,27 @@ def _pack_b(b, b_is_transposed, first, last, cols, panels, at):
             rest = first + depth // lanes * lanes
             for p in range(first, rest, lanes):
                 transpose_block(
-                    Matrix(b, j * b.shape[1] + p, b.shape[1]),
+                    Matrix(values, j * stride + p, stride),
                     Matrix(panels, target + (p - first) * panel, panel),
                 )
         for p in range(rest, last):
             for column in range(j, j + lanes):
-                value = b[column, p] if column < cols[1] else b.dtype.type(0)
+                value = values[column, p] if column < cols[1] else values.dtype.type(0)
                 panels[target + (p - first) * panel + column - j] = value
 
 
 @linked_jit
-def _multiply_packed(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, rows, cols):
+def _multiply_packed(a, b, bias, relu, product, rows, cols):
     """Write a block of the product by register tiles over panels of a and of b."""
-    depth = a.shape[0] if a_is_transposed else a.shape[1]
-    panel = panel_of(a)
+    depth = a.values.shape[0] if a.is_transposed else a.values.shape[1]
+    dtype, width = product.dtype, product.shape[1]
+    panel = panel_of(product)
     depth_panels = panels_of(depth, panel)
-    blocks = max(1, (depth * panel * a.itemsize + PANEL_BYTES - 1) // PANEL_BYTES)
+    blocks = max(1, (depth * panel * product.itemsize + PANEL_BYTES - 1) // PANEL_BYTES)
     longest = panels_of(depth_panels, blocks) * panel
     highest = min(panels_of(rows[1] - rows[0], panel) * panel, BLOCK_ROWS)
     widest = min(panels_of(cols[1] - cols[0], panel) * panel, BLOCK_COLUMNS)
-    left, right = np.empty(highest * longest + LINE, a.dtype), np.empty(widest * longest + LINE, a.dtype)
+    left, right = np.empty(highest * longest + LINE, dtype), np.empty(widest * longest + LINE, dtype)
     left_at: int = aligned(left)
     right_at: int = aligned(right)
     for col in range(cols[0], cols[1], BLOCK_COLUMNS):
@@ -147,17 +181,17 @@ def _multiply_packed(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, p
             first, last = share(depth_panels, block, blocks)
             first, last = first * panel, min(last * panel, depth)
             steps = last - first
-            _pack_b(b, b_is_transposed, first, last, (col, col_stop), right, right_at)
-            start = FROM_OUTPUT if block > 0 else FROM_BIAS if bias.size > 0 else FROM_ZERO
+            _pack_b(b, (first, last), (col, col_stop), right, right_at)
+            start, has_relu = _start(block, bias), relu and block == blocks - 1
             for block_row in range(rows[0], rows[1], BLOCK_ROWS):
                 row_stop = min(block_row + BLOCK_ROWS, rows[1])
-                _pack_a(a, a_is_transposed, gate, (block_row, row_stop), first, last, left, left_at)
+                _pack_a(a, (block_row, row_stop), (first, last), left, left_at)
                 a_run = (row_stop - block_row) * panel
                 for j in range(col, col_stop, panel):
                     row = block_row
                     while row < row_stop:
                         i = row - block_row
-                        if a_is_transposed:
+                        if a.is_transposed:
                             # a tile doesn't reach over the edge of a panel
                             a_at = left_at + i // panel * panel * steps + i % panel
                             height = tile_height(min(panel - i % panel, row_stop - row))
@@ -165,97 +199,98 @@ def _multiply_packed(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, p
                             a_at = left_at + i * panel
                             height = tile_height(row_stop - row)
                         multiply_packed(
-                            product, row * product.shape[1] + j, product.shape[1],
-                            left, a_at, a_run, a_is_transposed,
-                            right, right_at + (j - col) * steps,
-                            steps, height, min(panel, col_stop - j),
-                            bias, j, start, relu and block == blocks - 1,
-                        )  # fmt: skip
+                            Matrix(product, row * width + j, width),
+                            Matrix(left, a_at, a_run),
+                            a.is_transposed,
+                            (right, right_at + (j - col) * steps),
+                            (steps, height, min(panel, col_stop - j)),
+                            Epilogue(bias, j, start, has_relu),
+                        )
                         row += height
 
 
 @linked_jit
-def _multiply_rows(a, a_is_transposed, gate, b, bias, relu, product, rows, cols):
+def _multiply_rows(a, b, bias, relu, product, rows, cols):
     """Write a block of the product row by row, adding a few rows of b at a time to each."""
-    depth = b.shape[0]
-    row_stride, step = (1, a.shape[1]) if a_is_transposed else (a.shape[1], 1)
+    (depth, stride), width = b.values.shape, product.shape[1]
+    row_stride, step = (1, a.values.shape[1]) if a.is_transposed else (a.values.shape[1], 1)
+    is_masked = a.mask_source.size > 0
     # one row of the product needs no part of b twice
     col_limit = STREAMED_COLUMNS if product.shape[0] == 1 or depth <= ROW_DEPTH else ROW_COLUMNS
     for col in range(cols[0], cols[1], col_limit):
         col_stop = min(col + col_limit, cols[1])
         for first in range(0, max(depth, 1), ROW_DEPTH):
             last = min(first + ROW_DEPTH, depth)
-            start = FROM_OUTPUT if first > 0 else FROM_BIAS if bias.size > 0 else FROM_ZERO
             for row in range(rows[0], rows[1]):
                 at = row * row_stride + first * step
                 add_rows(
-                    product, row * product.shape[1] + col,
-                    a, at, gate, at, gate.size > 0, step,
-                    b, first * b.shape[1] + col, b.shape[1],
-                    last - first, col_stop - col,
-                    bias, col, start, relu and last == depth,
-                )  # fmt: skip
+                    (product, row * width + col),
+                    Matrix(a.values, at, step),
+                    (a.mask_source, at),
+                    is_masked,
+                    Matrix(b.values, first * stride + col, stride),
+                    (last - first, col_stop - col),
+                    Epilogue(bias, col, _start(first, bias), relu and last == depth),
+                )
 
 
 @linked_jit
-def _multiply_streamed(a, a_is_transposed, gate, b, bias, relu, product, rows, cols):
+def _multiply_streamed(a, b, bias, relu, product, rows, cols):
     """Write a block of the product by register tiles that read a and b as they lie."""
-    depth, stride = b.shape[0], b.shape[1]
-    left = a
-    if gate.size > 0:
-        left = np.empty_like(a)
-        lines = (0, depth) if a_is_transposed else rows
+    (depth, stride), width = b.values.shape, product.shape[1]
+    left, mask_source = a.values, a.mask_source
+    if mask_source.size > 0:
+        left = np.empty_like(a.values)
+        lines = (0, depth) if a.is_transposed else rows
         for i in range(lines[0], lines[1]):
-            for j in range(a.shape[1]):
-                value = a[i, j]
-                left[i, j] = a.dtype.type(0) if gate[i, j] <= 0 else value
-    row_stride, step = (1, a.shape[1]) if a_is_transposed else (a.shape[1], 1)
-    panel = panel_of(a)
+            for j in range(left.shape[1]):
+                value = a.values[i, j]
+                left[i, j] = left.dtype.type(0) if mask_source[i, j] <= 0 else value
+    row_stride, step = (1, left.shape[1]) if a.is_transposed else (left.shape[1], 1)
+    panel = panel_of(product)
     depth_limit = SHALLOW_DEPTH if depth <= SHALLOW_DEPTH else STREAMED_DEPTH
     for col in range(cols[0], cols[1], STREAMED_COLUMNS):
         col_stop = min(col + STREAMED_COLUMNS, cols[1])
         for first in range(0, max(depth, 1), depth_limit):
             last = min(first + depth_limit, depth)
-            start = FROM_OUTPUT if first > 0 else FROM_BIAS if bias.size > 0 else FROM_ZERO
             row = rows[0]
             while row < rows[1]:
                 height = tile_height(rows[1] - row)
                 for j in range(col, col_stop, panel):
                     multiply_tile(
-                        product, row * product.shape[1] + j, product.shape[1],
-                        left, row * row_stride + first * step, row_stride, step,
-                        b, first * stride + j, stride,
-                        last - first, height, min(panel, col_stop - j),
-                        bias, j, start, relu and last == depth,
-                    )  # fmt: skip
+                        Matrix(product, row * width + j, width),
+                        (left, row * row_stride + first * step, row_stride, step),
+                        Matrix(b.values, first * stride + j, stride),
+                        (last - first, height, min(panel, col_stop - j)),
+                        Epilogue(bias, j, _start(first, bias), relu and last == depth),
+                    )
                 row += height
 
 
 @linked_jit
 def _multiply_dots(a, b, bias, relu, product, rows, cols):
     """Write a block of ``relu(a @ b.T + bias)`` by dot products."""
-    depth = a.shape[1]
+    depth, width = a.shape[1], product.shape[1]
     # The operand with more rows is read once, from memory; the other one again and again, from a cache.
-    rows_outside = product.shape[0] >= product.shape[1]
+    rows_outside = product.shape[0] >= width
     outer, inner = (rows, cols) if rows_outside else (cols, rows)
     dot_rows, dot_cols = TILE.dot_rows, TILE.dot_cols
     outer_step, inner_step = (dot_rows, dot_cols) if rows_outside else (dot_cols, dot_rows)
     depth_limit = max(depth, 1)
-    if min(product.shape[0], product.shape[1]) > max(dot_rows, dot_cols):
+    if min(product.shape[0], width) > max(dot_rows, dot_cols):
         depth_limit = DOT_DEPTH_BYTES // a.itemsize
     for first in range(0, max(depth, 1), depth_limit):
         last = min(first + depth_limit, depth)
-        start = FROM_OUTPUT if first > 0 else FROM_BIAS if bias.size > 0 else FROM_ZERO
         for u in range(outer[0], outer[1], outer_step):
             for v in range(inner[0], inner[1], inner_step):
                 i, j = (u, v) if rows_outside else (v, u)
                 dot_tile(
-                    product, i * product.shape[1] + j, product.shape[1],
-                    a, i * depth + first, depth,
-                    b, j * depth + first, depth,
-                    last - first, min(dot_rows, rows[1] - i), min(dot_cols, cols[1] - j),
-                    bias, j, start, relu and last == depth,
-                )  # fmt: skip
+                    Matrix(product, i * width + j, width),
+                    Matrix(a, i * depth + first, depth),
+                    Matrix(b, j * depth + first, depth),
+                    (last - first, min(dot_rows, rows[1] - i), min(dot_cols, cols[1] - j)),
+                    Epilogue(bias, j, _start(first, bias), relu and last == depth),
+                )
 
 
 @inlined_jit
@@ -278,60 +313,54 @@ def _block(shape, thread, num_threads):
 
 
 @linked_jit
-def _part(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, sums, thread, num_threads):
+def _part(a, b, bias, relu, product, sums, thread, num_threads):
     """Do one thread's part of ``gemm``."""
-    lanes = TILE.vector_bytes // a.itemsize
+    values, mask_source, depth = a.values, a.mask_source, b.values.shape[0]
+    lanes = TILE.vector_bytes // values.itemsize
     rows, cols = _block(product.shape, thread, num_threads)
-    can_be_dots = b_is_transposed and not a_is_transposed and gate.size == 0
-    if can_be_dots and _prefers_dots(product.shape[0], product.shape[1], a.shape[1], lanes):
-        _multiply_dots(a, b, bias, relu, product, rows, cols)
-    elif b_is_transposed:
-        _multiply_packed(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, rows, cols)
-    elif product.shape[0] <= THIN or b.shape[0] <= THIN:
-        _multiply_rows(a, a_is_transposed, gate, b, bias, relu, product, rows, cols)
-    elif product.shape[0] <= FEW_TILES * TILE.rows or b.shape[0] <= SHALLOW_DEPTH:
-        _multiply_streamed(a, a_is_transposed, gate, b, bias, relu, product, rows, cols)
+    can_be_dots = b.is_transposed and not a.is_transposed and mask_source.size == 0
+    if can_be_dots and _prefers_dots(product.shape[0], product.shape[1], values.shape[1], lanes):
+        _multiply_dots(values, b.values, bias, relu, product, rows, cols)
+    elif not b.is_transposed and (product.shape[0] <= SKINNY or depth <= SKINNY):
+        _multiply_rows(a, b, bias, relu, product, rows, cols)
+    elif not b.is_transposed and (product.shape[0] <= FEW_TILES * TILE.rows or depth <= SHALLOW_DEPTH):
+        _multiply_streamed(a, b, bias, relu, product, rows, cols)
     else:
-        _multiply_packed(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, rows, cols)
+        _multiply_packed(a, b, bias, relu, product, rows, cols)
     width = SUM_VECTORS * lanes
     start, stop = share(sums.size, thread, num_threads)
     for j in range(start, stop, width):
-        sum_open(a, j, gate, j, gate.size > 0, a.shape[1], a.shape[0], min(width, stop - j), sums, j)
+        size = (values.shape[0], min(width, stop - j))
+        source = Matrix(values, j, values.shape[1])
+        sum_rows(source, (mask_source, j), mask_source.size > 0, size, (sums, j))
 
 
 @linked_jit(parallel=True)
-def gemm(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, sums, num_threads):
-    """Write the matrix product ``relu(gated(a) @ b + bias)``.
+def gemm(a, b, bias, relu, product, sums, num_threads):
+    """Write the matrix product ``relu(a @ b + bias)``.
 
     All arrays are C-contiguous and of one type, float32 or float64.
 
     Parameters
     ----------
-    a : (N, K), or (K, N) if a_is_transposed
-    a_is_transposed : bool
-    gate : the shape of a, or (0, 0)
-        a counts as 0 where this is 0 or less (NaN isn't): the output of the ReLU that the gradient a passes
-        back through.
-    b : (K, M), or (M, K) if b_is_transposed
-    b_is_transposed : bool
+    a : Left
+        Of N rows and K columns.
+    b : Right
+        Of K rows and M columns.
     bias : (M,) or (0,)
     relu : bool
-        Whether to write 0 for each number that is 0 or less. NaN stays NaN.
+        Whether to write 0 for each number that is less than 0. NaN stays NaN.
     product : (N, M), or (0, 0) for the sums alone
-    sums : (columns of a,) or (0,)
-        The sum of each column of gated(a), where it is wanted.
+    sums : (columns of a's values,) or (0,)
+        The sum of each column of the masked values, where it is wanted.
     num_threads : int
         How many threads may share the work. With 1 no parallel region is entered.
     """
-    num_products = product.size * (a.shape[0] if a_is_transposed else a.shape[1])
+    num_products = product.size * a.values.shape[0 if a.is_transposed else 1]
     num_threads = max(1, min(num_threads, num_products // MIN_PRODUCTS_PER_THREAD))
     if num_threads == 1:
         # a literal 0 would be a type of its own, and so is prange's index: _part would be compiled twice
-        thread = np.intp(0)
-        _part(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, sums, thread, num_threads)
+        _part(a, b, bias, relu, product, sums, np.intp(0), num_threads)
     else:
         for index in prange(num_threads):
-            thread = np.intp(index)
-            _part(
-                a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, sums, thread, num_threads
-            )
+            _part(a, b, bias, relu, product, sums, np.intp(index), num_threads)

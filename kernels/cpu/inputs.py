@@ -5,8 +5,8 @@ NONZERO  as they are, skipping zeros
 BYTES    as bytes, which are widened as they are loaded; for a skinny layer
 INTEGER  as bytes, by digits of the weight and of the gradient (``integer_layer``)
 
-A step of INTEGER in which a column of the weight or of the gradient has no fixed point is done as NONZERO does
-it, but for zeros, which are multiplied too.
+A step of INTEGER in which a column of the weight or of the gradient has no fixed point is done as NONZERO
+does it, but for zeros, which are multiplied too.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ _GROUP_PANELS = integer_layer.GROUP_PANELS
 
 
 class Part(NamedTuple):
-    """A thread's part of the first layer in a step, for a batch of ``count``.
+    """A thread's part of the first layer in a step, for a batch of ``num_rows``.
 
     The thread gathers ``own_rows``, and multiplies ``rows`` for ``panels`` of the outputs: all rows where the
-    product is split ``by_columns``. Of the weight it has ``own_inputs``, but in integers ``inputs`` for its panels.
+    product is split ``by_columns``. Of the weight it has ``own_inputs``, but in integers ``inputs`` for its
+    panels.
     """
 
     thread: int
-    count: int
+    num_rows: int
     by_columns: bool
     own_rows: Any
     rows: Any
@@ -147,10 +148,10 @@ def update_first(net, inputs, scale, workspace, part, members, upcoming):
         for thread in range(members.size):
             skips_zeros &= members[thread].has_finite_grad
         dense.transpose_examples(
-            inputs.values, workspace.stride, part.own_inputs, part.count, transposed, skips_zeros
+            inputs.values, workspace.stride, part.own_inputs, part.num_rows, transposed, skips_zeros
         )
         dense.backward_weight_nonzero(
-            layer, transposed, net.state, workspace, part.count, part.own_inputs, scale, upcoming
+            layer, transposed, net.state, workspace, part.num_rows, part.own_inputs, scale, upcoming
         )
         if inputs.mode == NONZERO:
             weight = Matrix(net.state, layer.weight.start, layer.num_inputs)
@@ -173,9 +174,9 @@ def _update_panels(net, inputs, scale, workspace, part, upcoming):
         some = (panels[0] + start, panels[0] + stop)
         if inputs.mode == BYTES:
             source = Matrix(inputs.values, 0 * stride, stride)
-            dense.backward_weight_skinny(layer, source, net.state, workspace, part.count, some, scale)
+            dense.backward_weight_skinny(layer, source, net.state, workspace, part.num_rows, some, scale)
         else:
             source = Matrix(inputs.panels, 0 * stride, stride)
-            dense.backward_weight(layer, source, net.state, workspace, part.count, some, scale)
+            dense.backward_weight(layer, source, net.state, workspace, part.num_rows, some, scale)
         start, stop = share(upcoming.stop - upcoming.start, index, shares)
         dense.prefetch_examples(upcoming, upcoming.start + start, upcoming.start + stop)

@@ -23,7 +23,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import FROM_OUTPUT, INTP, TILE, Matrix, Vectors, call_of
+from fastdl.kernels.cpu.intrinsics import FROM_OUTPUT, INTP, TILE, Epilogue, Matrix, Vectors, call_of
 from fastdl.kernels.cpu.memory import aligned
 from fastdl.kernels.cpu.tiles import (
     DEPTH,
@@ -79,15 +79,6 @@ class Bytes(NamedTuple):
 
     storage: Any
     stride: int
-
-
-class Epilogue(NamedTuple):
-    """What a product is added to (one of the ``FROM_``), and whether ReLU follows."""
-
-    bias: Any
-    bias_at: int
-    start: int
-    relu: bool
 
 
 class Digits(NamedTuple):
@@ -171,7 +162,8 @@ def _load_row(vectors, source, panel):
     return parts[0] if _PARTS == 1 else vectors.shuffle(*parts, range(SIDE))
 
 
-def _find_largest(vectors, source, panel, rows, target):
+def _find_largest(vectors, source, rows, target):
+    source, panel = source
     vectors = Vectors(vectors.builder, vectors.element, SIDE)
     builder = vectors.builder
     greatest = builder.load(_words(vectors, target), align=4)
@@ -197,7 +189,8 @@ def _find_largest(vectors, source, panel, rows, target):
     builder.store(greatest, _words(vectors, target), align=4)
 
 
-def _write_digits(vectors, source, panel, first, stop, end, columns, inverses, target):
+def _write_digits(vectors, source, rows, columns, inverses, target):
+    (source, panel), (first, stop, end) = source, rows
     vectors = Vectors(vectors.builder, vectors.element, SIDE)
     builder = vectors.builder
     inverse = vectors.load(inverses)
@@ -270,7 +263,8 @@ def _write_digits(vectors, source, panel, first, stop, end, columns, inverses, t
     vectors.loop(builder.sub(builder.sub(end, first), used), 4, [], empty_group)
 
 
-def _combine(vectors, output, panel, rows, bias, start, relu, factors, sums):
+def _combine(vectors, output, rows, epilogue, factors, sums):
+    (output, panel), (bias, start, relu) = output, epilogue
     vectors = Vectors(vectors.builder, vectors.element, _PART)
     builder = vectors.builder
     integers = ir.VectorType(_INT32, _PART)
@@ -295,7 +289,8 @@ def _combine(vectors, output, panel, rows, bias, start, relu, factors, sums):
     vectors.loop(rows, 1, [output, sums], row)
 
 
-def _transpose_block(vectors, source, stride, target, target_stride):
+def _transpose_block(vectors, source, target):
+    (source, stride), (target, target_stride) = source, target
     builder = vectors.builder
     lane = ir.VectorType(_BYTE, SIDE)
 
@@ -365,7 +360,7 @@ def find_scales(digits, tile, columns, scale):
     """Write the scales of a tile column; return whether all columns have one, and whether one has changed.
 
     ``digits`` is a thread's. None has a column with infinity or NaN, or one of numbers so small, or a factor
-    so small or great, that a float32 wouldn't be normal. Columns behind those of the matrix may hold anything.
+    so small or great, that a float32 wouldn't be normal. Columns behind the matrix's may hold anything.
     """
     inverse_bits, factor_bits = digits.inverses.view(np.int32), digits.factors.view(np.int32)
     has_scale, has_changed = True, False

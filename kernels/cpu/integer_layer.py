@@ -1,10 +1,10 @@
 """The first layer on examples of bytes, by digits of its weight and of its gradient (``integer``).
 
 Each thread has a part of the product, and one of the weight. The digits of a weight are written while it is
-updated, by the scales of the step before. In the next step all threads find the scales anew, from the greatest
-magnitudes that each has noted of its part, and write those tile columns again whose scales have changed: bits
-don't depend on the past. They agree on what has changed, and on whether a column has no scale, as all read the
-same notes.
+updated, by the scales of the step before. In the next step all threads find the scales anew, from the
+greatest magnitudes that each has noted of its part, and write those tile columns again whose scales have
+changed: bits don't depend on the past. They agree on what has changed, and on whether a column has no scale,
+as all read the same notes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from fastdl.kernels.cpu.integer import (
     PANEL,
     SIDE,
     Bytes,
-    Epilogue,
     Tiles,
     blocks_of,
     digits_of,
@@ -28,14 +27,14 @@ from fastdl.kernels.cpu.integer import (
     transpose_bytes,
     write_columns,
 )
-from fastdl.kernels.cpu.intrinsics import FROM_BIAS, FROM_ZERO, Matrix
+from fastdl.kernels.cpu.intrinsics import FROM_BIAS, FROM_ZERO, Epilogue, Matrix
 from fastdl.kernels.cpu.tiles import USES_INTEGERS, tile_begin, tile_end
 from fastdl.kernels.jit import inlined_jit, linked_jit
 
 # Threads share columns in groups, which are whole panels and whole tiles.
 GROUP_PANELS = max(1, SIDE // PANEL)
-# So many inputs of a group are updated at a time: more, and their gradient isn't in L1 when it is used; fewer,
-# and what is used in between drives the digits of the layer's gradient from there.
+# So many inputs of a group are updated at a time: more, and their gradient isn't in L1 when it is used;
+# fewer, and what is used in between drives the digits of the layer's gradient from there.
 _INPUTS = 256
 
 
@@ -116,7 +115,7 @@ def forward(state, layer, inputs, workspace, part):
     """Write the thread's part of the layer's output."""
     values = Bytes(inputs.values, workspace.stride)
     if part.by_columns:
-        transpose_bytes(values, part.count, part.own_inputs, _transposed(layer, inputs))
+        transpose_bytes(values, part.num_rows, part.own_inputs, _transposed(layer, inputs))
     tiles = _own_tiles(inputs.integers, part.thread)
     tile_begin(tiles.registers)
     multiply_bytes(
@@ -149,10 +148,12 @@ def update(state, layer, inputs, workspace, part):
     grad, weight = digits_of(integers.grad, thread), digits_of(integers.weight, thread)
     tiles, transposed = _own_tiles(integers, thread), _transposed(layer, inputs)
     if not part.by_columns:
-        transpose_bytes(Bytes(inputs.values, workspace.stride), part.count, part.own_inputs, transposed)
+        transpose_bytes(Bytes(inputs.values, workspace.stride), part.num_rows, part.own_inputs, transposed)
     size = layer.num_inputs, layer.num_outputs
     columns = _tiles_of(layer, part.panels)
-    write_columns(grad, _grad(layer, workspace), (0, part.count), (part.count, layer.num_outputs), columns)
+    write_columns(
+        grad, _grad(layer, workspace), (0, part.num_rows), (part.num_rows, layer.num_outputs), columns
+    )
     largest = integers.weight.largest[thread]
     largest[:] = 0
     # columns behind the last tile stay 0
@@ -166,7 +167,7 @@ def update(state, layer, inputs, workspace, part):
             rows = first, min(first + _INPUTS, stop)
             output = Matrix(own, -panel * own_stride - first * PANEL, own_stride)
             epilogue = Epilogue(state, 0, FROM_ZERO, False)
-            multiply_bytes(tiles, transposed, rows, grad, columns, blocks_of(part.count), output, epilogue)
+            multiply_bytes(tiles, transposed, rows, grad, columns, blocks_of(part.num_rows), output, epilogue)
             for p in range(min(GROUP_PANELS, part.panels[1] - panel)):
                 at = ((panel + p) * layer.num_inputs + first) * PANEL
                 count = (rows[1] - first) * PANEL

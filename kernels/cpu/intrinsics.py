@@ -11,12 +11,14 @@ start; strides are in elements too. Nothing here checks a bound.
 from __future__ import annotations
 
 import os
+from itertools import islice
 from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
 from numba import config, types
-from numba.core import cgutils
 from numba.extending import intrinsic
+
+from fastdl.kernels.numba_private import cgutils
 
 
 class Tile(NamedTuple):
@@ -70,6 +72,18 @@ class Matrix(NamedTuple):
     stride: int
 
 
+class Epilogue(NamedTuple):
+    """What becomes of a tile's sums: they are added to what ``start`` says, then ReLU follows or doesn't.
+
+    ``bias`` is the array of all columns' biases, ``column`` the tile's first one.
+    """
+
+    bias: Any
+    column: int
+    start: int
+    relu: bool
+
+
 # how many rows a tile may have; a remainder is made of several
 ROW_COUNTS = sorted({TILE.rows, *(rows for rows in (8, 4, 2, 1) if rows < TILE.rows)}, reverse=True)
 
@@ -88,7 +102,7 @@ _BOOL = ir.IntType(1)
 
 
 def write_prefetch(builder, pointer):
-    """Write the instruction that asks for the cache line of an element, which is soon to be read."""
+    """Write the instruction that prefetches the cache line of an element, which is soon to be read."""
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, _INT32, _INT32, _INT32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [pointer, _INT32(0), _INT32(3), _INT32(1)])
@@ -135,7 +149,7 @@ class Vectors:
         return self.builder.gep(pointer, [position])
 
     def load(self, pointer, mask=None, width=None):
-        """Return a vector from memory, of bytes too; 0 where the mask is shut."""
+        """Return a vector from memory, of bytes too; 0 where the mask is false."""
         if isinstance(pointer.type.pointee, ir.IntType):
             kind = ir.VectorType(pointer.type.pointee, self.width)
             value = self.builder.load(self.builder.bitcast(pointer, kind.as_pointer()), align=1)
@@ -147,7 +161,7 @@ class Vectors:
         return self.call(f"masked.load.{self.name}.p0", kind, pointer, _INT32(self.align), mask, self.zero)
 
     def store(self, value, pointer, mask=None):
-        """Write a vector to memory, where the mask is open."""
+        """Write a vector to memory, where the mask is true."""
         pointer = self.builder.bitcast(pointer, value.type.as_pointer())
         if mask is None:
             self.builder.store(value, pointer, align=self.align)
@@ -169,14 +183,14 @@ class Vectors:
         return self.call(f"fmuladd.{self.name}", self.type, a, b, c)
 
     def relu(self, value, relu):
-        """Return max(value, 0) where relu is true; NaN stays NaN."""
+        """Return max(value, 0) where relu is true; NaN and -0.0 stay what they are, as in torch."""
         low, zero = ir.Constant(self.element, float("-inf")), ir.Constant(self.element, 0.0)
         bound = self.splat(self.builder.select(relu, zero, low), value.type.count)
-        return self.builder.select(self.builder.fcmp_ordered("<=", value, bound), bound, value)
+        return self.builder.select(self.builder.fcmp_ordered("<", value, bound), bound, value)
 
-    def close(self, gate, value):
-        """Return the value, and 0 where the gate is 0 or less."""
-        return self.builder.select(self.builder.fcmp_ordered("<=", gate, self.zero), self.zero, value)
+    def masked(self, mask_source, value):
+        """Return the value, and 0 where the ReLU whose output is mask_source gave 0."""
+        return self.builder.select(self.builder.fcmp_ordered("<=", mask_source, self.zero), self.zero, value)
 
     def loop(self, stop, step, values, body):
         """Write ``for i in range(0, stop, step): values = body(i, values)`` and return the values."""
@@ -226,7 +240,7 @@ class Vectors:
         return self.builder.sdiv(self.builder.add(count, INTP(self.width - 1)), INTP(self.width))
 
     def tile(self, output, stride, num_rows, num_vectors, cols):
-        """Return the places of a tile of a matrix, cols columns of which are in the matrix."""
+        """Return a tile of a matrix, cols columns of which are in the matrix."""
         return _TileOf(self, output, stride, num_rows, num_vectors, cols)
 
     def sum_lanes(self, values):
@@ -273,7 +287,7 @@ class Vectors:
 
 
 class _TileOf:
-    """The places in memory of a tile of a matrix, whose last vectors may reach over its edge."""
+    """A tile of a matrix in memory, whose last vectors may reach over the matrix's edge."""
 
     def __init__(self, vectors, output, stride, num_rows, num_vectors, cols):
         builder = vectors.builder
@@ -283,7 +297,7 @@ class _TileOf:
         self._whole = builder.icmp_signed("==", cols, INTP(num_vectors * vectors.width))
         self._cols = cols
         rows = [vectors.at(output, builder.mul(stride, INTP(i))) for i in range(num_rows)]
-        self._places = [vectors.at(row, column) for row in rows for column in self._columns]
+        self._pointers = [vectors.at(row, column) for row in rows for column in self._columns]
 
     def choose(self, write):
         """Write ``write(masks)``, the masks of the vectors in a row: None each where the tile is whole.
@@ -300,27 +314,27 @@ class _TileOf:
         return vectors.choose(self._whole, [False, True], case)
 
     def prefetch(self):
-        """Ask for the tile's cache lines, which are read and written when its sums are done."""
-        for place in self._places[:: len(self._columns)]:
-            write_prefetch(self._vectors.builder, place)
+        """Prefetch the tile's cache lines, which are read and written when its sums are done."""
+        for pointer in self._pointers[:: len(self._columns)]:
+            write_prefetch(self._vectors.builder, pointer)
 
     def write(self, sums, bias, start, relu):
-        """Write the sums, added to what ``start`` says; 0 for each that is 0 or less where relu is true."""
+        """Write the sums, added to what ``start`` says, with ReLU where relu is true."""
         vectors = self._vectors
         biases = [vectors.at(bias, column) for column in self._columns]
 
         def case(masks, kind):
             masks = self._num_rows * masks
             if kind == FROM_OUTPUT:
-                added = list(map(vectors.load, self._places, masks))
+                added = list(map(vectors.load, self._pointers, masks))
             elif kind == FROM_BIAS:
                 added = self._num_rows * list(map(vectors.load, biases, masks))
             if kind == FROM_ZERO:
                 totals = sums
             else:
                 totals = [vectors.builder.fadd(*pair) for pair in zip(added, sums, strict=True)]
-            for total, place, mask in zip(totals, self._places, masks, strict=True):
-                vectors.store(vectors.relu(total, relu), place, mask)
+            for total, pointer, mask in zip(totals, self._pointers, masks, strict=True):
+                vectors.store(vectors.relu(total, relu), pointer, mask)
             return []
 
         vectors.choose(
@@ -350,13 +364,27 @@ def _flattened(context, builder, kinds, values):
     return flat
 
 
+def _num_values(kind):
+    """Return how many values a function gets for an argument; an array and its position are one."""
+    if isinstance(kind, types.BaseTuple):
+        return sum(map(_num_values, kind.types))
+    return 0 if isinstance(kind, types.Array) else 1
+
+
+def _grouped(kinds, values):
+    """Return the values with those of a tuple's members as a tuple."""
+    values = iter(values)
+    groups = [(kind, tuple(islice(values, _num_values(kind)))) for kind in kinds]
+    return [group if isinstance(kind, types.BaseTuple) else group[0] for kind, group in groups if group]
+
+
 def call_of(write, *kinds):
     """Return the signature and the code generator of a call of the function that write writes.
 
-    It is called with a pointer for each array and the position behind it, and with the members of a tuple,
-    such as a Matrix, in the tuple's place.
+    It is called with a pointer for each array and the position behind it; for a tuple, such as a Matrix, with
+    a tuple of these.
     """
-    signature = types.void(*map(_argument_type, kinds))
+    argument_types = [_argument_type(kind) for kind in kinds]
 
     def generate(context, builder, signature, values):
         arguments = []
@@ -382,18 +410,18 @@ def call_of(write, *kinds):
             # inlined into its caller, a tile of many cases takes LLVM several times as long
             function.attributes.add("noinline")
             inner = ir.IRBuilder(function.append_basic_block("entry"))
-            write(Vectors(inner, element), *function.args)
+            write(Vectors(inner, element), *_grouped(argument_types, function.args))
             inner.ret_void()
         builder.call(function, arguments)
         return context.get_dummy_value()
 
-    return signature, generate
+    return types.void(*argument_types), generate
 
 
-def _multiply_tile(
-    vectors, output, output_stride, a, a_row_stride, a_step, b, b_step, depth, rows, cols, bias, start, relu
-):
+def _multiply_tile(vectors, output, a, b, size, epilogue):
     builder = vectors.builder
+    (output, output_stride), (a, a_row_stride, a_step), (b, b_step) = output, a, b
+    depth, rows, cols = size
 
     def write(num_vectors, num_rows):
         tile = vectors.tile(output, output_stride, num_rows, num_vectors, cols)
@@ -412,7 +440,7 @@ def _multiply_tile(
 
             return vectors.loop(depth, 1, [a, b, *[vectors.zero] * (num_rows * num_vectors)], step)[2:]
 
-        tile.write(tile.choose(products), bias, start, relu)
+        tile.write(tile.choose(products), *epilogue)
         return []
 
     def write_rows(num_vectors):
@@ -421,24 +449,27 @@ def _multiply_tile(
     vectors.choose(vectors.vectors_of(cols), range(1, TILE.vectors + 1), write_rows)
 
 
-def _add_rows(vectors, output, a, gate, gated, a_step, b, b_step, depth, cols, bias, start, relu):
+def _add_rows(vectors, output, a, mask_source, is_masked, b, size, epilogue):
     builder = vectors.builder
+    (output,), (a, a_step), (mask_source,), (b, b_step) = output, a, mask_source, b
+    depth, cols = size
+    bias, start, relu = epilogue
     whole = builder.and_(cols, INTP(-vectors.width))
     tail = vectors.first(builder.sub(cols, whole))
 
     def write(count):
-        def factors(is_gated):
+        def factors(is_masked):
             found = []
             for offset in [builder.mul(a_step, INTP(p)) for p in range(count)]:
                 factor = builder.load(vectors.at(a, offset))
-                if is_gated:
+                if is_masked:
                     zero = ir.Constant(vectors.element, 0.0)
-                    shut = builder.fcmp_ordered("<=", builder.load(vectors.at(gate, offset)), zero)
-                    factor = builder.select(shut, zero, factor)
+                    source = builder.load(vectors.at(mask_source, offset))
+                    factor = builder.select(builder.fcmp_ordered("<=", source, zero), zero, factor)
                 found.append(vectors.splat(factor))
             return found
 
-        left = vectors.choose(gated, [False, True], factors)
+        left = vectors.choose(is_masked, [False, True], factors)
         b_rows = [vectors.at(b, builder.mul(b_step, INTP(p))) for p in range(count)]
 
         def step(j, _, mask=None):
@@ -454,8 +485,11 @@ def _add_rows(vectors, output, a, gate, gated, a_step, b, b_step, depth, cols, b
     vectors.choose(depth, range(ROW_DEPTH + 1), write)
 
 
-def _dot_tile(vectors, output, output_stride, a, a_stride, b, b_stride, depth, rows, cols, bias, start, relu):
+def _dot_tile(vectors, output, a, b, size, epilogue):
     builder = vectors.builder
+    (output, output_stride), (a, a_stride), (b, b_stride) = output, a, b
+    depth, rows, cols = size
+    bias, start, relu = epilogue
     whole = builder.and_(depth, INTP(-vectors.width))
     tail = vectors.first(builder.sub(depth, whole))
 
@@ -472,11 +506,11 @@ def _dot_tile(vectors, output, output_stride, a, a_stride, b, b_stride, depth, r
         sums = vectors.loop(whole, vectors.width, [vectors.zero] * (num_rows * num_cols), step)
         sums = step(whole, sums, tail)
         for i in range(num_rows):
-            place = vectors.at(output, builder.mul(output_stride, INTP(i)))
+            target = vectors.at(output, builder.mul(output_stride, INTP(i)))
             row = vectors.sum_lanes(sums[i * num_cols : (i + 1) * num_cols])
             row = vectors.shuffle(row, row, range(num_cols))
-            first = vectors.load_start(start, bias, place, width=num_cols)
-            vectors.store(vectors.relu(builder.fadd(row, first), relu), place)
+            first = vectors.load_start(start, bias, target, width=num_cols)
+            vectors.store(vectors.relu(builder.fadd(row, first), relu), target)
         return []
 
     def write_cols(num_rows):
@@ -485,28 +519,31 @@ def _dot_tile(vectors, output, output_stride, a, a_stride, b, b_stride, depth, r
     vectors.choose(rows, range(1, TILE.dot_rows + 1), write_cols)
 
 
-def _transpose_block(vectors, source, source_stride, target, target_stride):
+def _transpose_block(vectors, source, target):
     builder = vectors.builder
+    (source, source_stride), (target, target_stride) = source, target
     lines = [INTP(i) for i in range(vectors.width)]
     rows = [vectors.load(vectors.at(source, builder.mul(source_stride, i))) for i in lines]
     for i, column in zip(lines, vectors.transpose(rows), strict=True):
         vectors.store(column, vectors.at(target, builder.mul(target_stride, i)))
 
 
-def _sum_open(vectors, source, gate, gated, stride, rows, cols, target):
+def _sum_rows(vectors, source, mask_source, is_masked, size, target):
     builder = vectors.builder
+    (source, stride), (mask_source,), (target,) = source, mask_source, target
+    rows, cols = size
     columns = [v * vectors.width for v in range(SUM_VECTORS)]
     masks = [vectors.first(builder.sub(cols, INTP(column))) for column in columns]
 
-    def write(is_gated):
+    def write(is_masked):
         def step(i, sums):
             row = builder.mul(i, stride)
             added = []
             for column, mask, total in zip(columns, masks, sums, strict=True):
-                place = builder.add(row, INTP(column))
-                value = vectors.load(vectors.at(source, place), mask)
-                if is_gated:
-                    value = vectors.close(vectors.load(vectors.at(gate, place), mask), value)
+                position = builder.add(row, INTP(column))
+                value = vectors.load(vectors.at(source, position), mask)
+                if is_masked:
+                    value = vectors.masked(vectors.load(vectors.at(mask_source, position), mask), value)
                 added.append(builder.fadd(total, value))
             return added
 
@@ -515,71 +552,43 @@ def _sum_open(vectors, source, gate, gated, stride, rows, cols, target):
             vectors.store(total, vectors.at(target, column), mask)
         return []
 
-    vectors.choose(gated, [False, True], write)
+    vectors.choose(is_masked, [False, True], write)
 
 
 @intrinsic
-def multiply_tile(
-    typing_context,
-    output, output_at, output_stride,
-    a, a_at, a_row_stride, a_step,
-    b, b_at, b_step,
-    depth, rows, cols,
-    bias, bias_at, start, relu,
-):  # fmt: skip
+def multiply_tile(typing_context, output, a, b, size, epilogue):
     """Write one tile of a product, held in registers from the first of its terms to the last.
 
     ``output[i, j] = sum over p < depth of a[i, p] * b[p, j]`` for ``i < rows``, one of ``ROW_COUNTS``, and
-    ``j < cols`` of at most ``TILE.vectors`` vectors, added to what ``start`` says; then ReLU where relu is
-    true. Elements of b are next to each other in j. Each step loads ``TILE.vectors`` vectors and ``rows``
-    single elements for ``rows * TILE.vectors`` multiply-adds.
+    ``j < cols`` of at most ``TILE.vectors`` vectors; then the epilogue. Elements of b are next to each other
+    in j. Each step loads ``TILE.vectors`` vectors and ``rows`` single elements for ``rows * TILE.vectors``
+    multiply-adds. Output and b are a Matrix with a stride of rows, a is (array, position, stride of rows,
+    stride of steps), and size is (depth, rows, cols).
     """
-    return call_of(
-        _multiply_tile, output, output_at, output_stride, a, a_at, a_row_stride, a_step, b, b_at, b_step,
-        depth, rows, cols, bias, bias_at, start, relu,
-    )  # fmt: skip
+    return call_of(_multiply_tile, output, a, b, size, epilogue)
 
 
 @intrinsic
-def add_rows(
-    typing_context,
-    output, output_at,
-    a, a_at, gate, gate_at, gated, a_step,
-    b, b_at, b_step,
-    depth, cols,
-    bias, bias_at, start, relu,
-):  # fmt: skip
+def add_rows(typing_context, output, a, mask_source, is_masked, b, size, epilogue):
     """Write one row of a product, adding up at most ``ROW_DEPTH`` rows of b.
 
-    ``output[j] = sum over p < depth of a[p] * b[p, j]`` for ``j < cols``, plus what ``start`` says; then ReLU
-    where relu is true. An element of a counts as 0
-    where gated is true and its gate is 0 or less.
+    ``output[j] = sum over p < depth of a[p] * b[p, j]`` for ``j < cols``; then the epilogue. An element of a
+    counts as 0 where is_masked is true and mask_source, at the same distances, is 0 or less. Output and
+    mask_source are (array, position), a is a Matrix with a stride of steps and b one with a stride of rows,
+    and size is (depth, cols).
     """
-    return call_of(
-        _add_rows, output, output_at, a, a_at, gate, gate_at, gated, a_step, b, b_at, b_step, depth, cols,
-        bias, bias_at, start, relu,
-    )  # fmt: skip
+    return call_of(_add_rows, output, a, mask_source, is_masked, b, size, epilogue)
 
 
 @intrinsic
-def dot_tile(
-    typing_context,
-    output, output_at, output_stride,
-    a, a_at, a_stride,
-    b, b_at, b_stride,
-    depth, rows, cols,
-    bias, bias_at, start, relu,
-):  # fmt: skip
+def dot_tile(typing_context, output, a, b, size, epilogue):
     """Write one tile of dot products of the rows of a with the rows of b.
 
     ``output[i, j] = sum over p < depth of a[i, p] * b[j, p]`` for ``i < rows <= TILE.dot_rows`` and
-    ``j < cols <= TILE.dot_cols``, plus what ``start`` says; then ReLU where relu is true. Elements of both
-    are next to each other in p, and so are the lanes of a sum.
+    ``j < cols <= TILE.dot_cols``; then the epilogue. Elements of both are next to each other in p, and so are
+    the lanes of a sum. All three are a Matrix with a stride of rows, and size is (depth, rows, cols).
     """
-    return call_of(
-        _dot_tile, output, output_at, output_stride, a, a_at, a_stride, b, b_at, b_stride,
-        depth, rows, cols, bias, bias_at, start, relu,
-    )  # fmt: skip
+    return call_of(_dot_tile, output, a, b, size, epilogue)
 
 
 @intrinsic
@@ -589,9 +598,13 @@ def transpose_block(typing_context, source, target):
 
 
 @intrinsic
-def sum_open(typing_context, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at):
-    """Write the sum of the rows, cols of at most ``SUM_VECTORS`` vectors; gated as in ``add_rows``."""
-    return call_of(_sum_open, source, source_at, gate, gate_at, gated, stride, rows, cols, target, target_at)
+def sum_rows(typing_context, source, mask_source, is_masked, size, target):
+    """Write the sum of a matrix's rows, masked as in ``add_rows``.
+
+    The source is a Matrix with a stride of rows; size is (rows, cols), cols of at most ``SUM_VECTORS``
+    vectors; mask_source and target are (array, position).
+    """
+    return call_of(_sum_rows, source, mask_source, is_masked, size, target)
 
 
 @intrinsic

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdl.kernels.cpu.gemm import gemm
+from fastdl.kernels.cpu.gemm import Left, Right, gemm
 from fastdl.kernels.jit import jit
 
 
 @jit
 def linear_forward(input, weight, bias, relu, output, num_threads):
-    """Write ``input @ weight.T + bias``, and 0 for each number that is 0 or less if relu, to the output.
+    """Write ``input @ weight.T + bias``, and 0 for each number that is less than 0 if relu, to the output.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ def linear_forward(input, weight, bias, relu, output, num_threads):
     output : (N, M)
     num_threads : int
     """
-    no_gate = np.empty((0, 0), input.dtype)
-    gemm(input, False, no_gate, weight, True, bias, relu, output, bias[:0], num_threads)
+    no_mask = np.empty((0, 0), input.dtype)
+    gemm(Left(input, False, no_mask), Right(weight, True), bias, relu, output, bias[:0], num_threads)
 
 
 @jit
@@ -51,7 +51,8 @@ def linear_grad_input(grad_output, output, weight, grad_input, num_threads):
     num_threads : int
     """
     none = np.empty(0, weight.dtype)
-    gemm(grad_output, False, output, weight, False, none, False, grad_input, none, num_threads)
+    a, b = Left(grad_output, False, output), Right(weight, False)
+    gemm(a, b, none, False, grad_input, none, num_threads)
 
 
 @jit
@@ -69,5 +70,5 @@ def linear_grad_weight(grad_output, output, input, grad_weight, grad_bias, num_t
     grad_bias : (M,), or (0,) where it isn't wanted
     num_threads : int
     """
-    no_bias = grad_bias[:0]
-    gemm(grad_output, True, output, input, False, no_bias, False, grad_weight, grad_bias, num_threads)
+    a, b = Left(grad_output, True, output), Right(input, False)
+    gemm(a, b, grad_bias[:0], False, grad_weight, grad_bias, num_threads)

@@ -21,8 +21,6 @@ strides are in elements. Nothing here checks a bound.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from itertools import islice
 
 from llvmlite import ir
 from numba import types
@@ -63,21 +61,6 @@ def tile_height(rows):
         if count <= rows:
             return count
     return 1
-
-
-def _call_of(write, *kinds):
-    """Return what ``call_of`` does, for a write that takes a tuple where the call has one."""
-    # of an array and its position, the write gets a pointer
-    sizes = [
-        len(k) - isinstance(k.types[0], types.Array) if isinstance(k, types.BaseTuple) else 0 for k in kinds
-    ]
-
-    @wraps(write)
-    def write_flat(vectors, *values):
-        rest = iter(values)
-        write(vectors, *(tuple(islice(rest, size)) if size else next(rest) for size in sizes))
-
-    return call_of(write_flat, *kinds)
 
 
 def _long_row(vectors, start, stride, num_vectors):
@@ -188,7 +171,9 @@ def _multiply_panels_down(*arguments):
     _multiply_panels(*arguments, ways=[True])
 
 
-def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, rows, cols, bias, start, relu):
+def _multiply_packed(vectors, output, a, down, b, size, epilogue):
+    (output, output_stride), (a, a_run), (b,) = output, a, b
+    depth, rows, cols = size
     used = vectors.vectors_of(cols)
 
     def write(num_vectors, num_rows, is_down):
@@ -196,7 +181,7 @@ def _multiply_packed(vectors, output, output_stride, a, a_run, down, b, depth, r
         tile.prefetch()
         sums = [vectors.zero] * (num_rows * num_vectors)
         sums = _add_products(vectors, sums, (a, a_run), is_down, (b, INTP(0)), depth, num_vectors)
-        tile.write(sums, bias, start, relu)
+        tile.write(sums, *epilogue)
         return []
 
     _choose_tile(vectors, used, rows, down, [False, True], write)
@@ -232,8 +217,9 @@ def _outer_product(vectors, output, a, b, rows):
     vectors.loop(rows, 1, [output], row)
 
 
-def _transpose_square(vectors, source, source_stride, target, target_stride):
+def _transpose_square(vectors, source, target):
     builder, is_bytes = vectors.builder, isinstance(vectors.element, ir.IntType)
+    (source, source_stride), (target, target_stride) = source, target
     kind = ir.VectorType(vectors.element, 16 if is_bytes else vectors.width)
 
     def line(start, stride, i):
@@ -252,31 +238,33 @@ def _transpose_square(vectors, source, source_stride, target, target_stride):
         builder.store(row, line(target, target_stride, i), align=1)
 
 
-def _pack_panel(vectors, source, stride, gate, gated, target, lines, cols):
+def _pack_panel(vectors, source, mask_source, is_masked, target, size):
     builder = vectors.builder
+    (source, stride), (mask_source,), (target,) = source, mask_source, target
+    lines, cols = size
     panel = TILE.vectors * vectors.width
 
-    def write(is_whole, is_gated):
+    def write(is_whole, is_masked):
         columns = [v * vectors.width for v in range(TILE.vectors)]
         masks = [None if is_whole else vectors.first(builder.sub(cols, INTP(c))) for c in columns]
 
         def line(_, state):
-            source, gate, target = state
+            source, mask_source, target = state
             for column, mask in zip(columns, masks, strict=True):
                 value = vectors.load(vectors.at(source, column), mask)
-                if is_gated:
-                    value = vectors.close(vectors.load(vectors.at(gate, column), mask), value)
+                if is_masked:
+                    value = vectors.masked(vectors.load(vectors.at(mask_source, column), mask), value)
                 vectors.store(value, vectors.at(target, column))
-            return [vectors.at(source, stride), vectors.at(gate, stride), vectors.at(target, panel)]
+            return [vectors.at(source, stride), vectors.at(mask_source, stride), vectors.at(target, panel)]
 
-        vectors.loop(lines, 1, [source, gate, target], line)
+        vectors.loop(lines, 1, [source, mask_source, target], line)
         return []
 
     whole = builder.icmp_signed("==", cols, INTP(panel))
     vectors.choose(
         whole,
         [False, True],
-        lambda is_whole: vectors.choose(gated, [False, True], lambda is_gated: write(is_whole, is_gated)),
+        lambda is_whole: vectors.choose(is_masked, [False, True], lambda masked: write(is_whole, masked)),
     )
 
 
@@ -371,7 +359,7 @@ def multiply_panels(typing_context, output, a, down, b, size, accumulate):
     write: Callable[..., None] = _multiply_panels
     if isinstance(down, types.BooleanLiteral):
         write = _multiply_panels_down if down.literal_value else _multiply_panels_along
-    return _call_of(write, output, a, down, b, size, accumulate)
+    return call_of(write, output, a, down, b, size, accumulate)
 
 
 @intrinsic
@@ -381,47 +369,34 @@ def multiply_row(typing_context, output, a, b, size, accumulate):
     A row alone is too few sums to hide the latency of a multiply-add; here it is as many vectors long, one of
     ``LONG_ROWS``, which lie in successive panels, strides apart. ``size`` is the depth and the vectors.
     """
-    return _call_of(_multiply_row, output, a, b, size, accumulate)
+    return call_of(_multiply_row, output, a, b, size, accumulate)
 
 
 @intrinsic
 def outer_product(typing_context, output, a, b, rows):
     """Write rows of a panel, one after the other: ``output[i, j] = a[i] b[j]``, with b one row of a panel."""
-    return _call_of(_outer_product, output, a, b, rows)
+    return call_of(_outer_product, output, a, b, rows)
 
 
 @intrinsic
-def multiply_packed(
-    typing_context,
-    output, output_at, output_stride,
-    a, a_at, a_run, down,
-    b, b_at,
-    depth, rows, cols,
-    bias, bias_at, start, relu,
-):  # fmt: skip
-    """Write one tile of a product as ``multiply_panels`` does, but to rows of any stride.
+def multiply_packed(typing_context, output, a, down, b, size, epilogue):
+    """Write one tile of a product as ``multiply_panels`` does, but to rows of any stride, with an epilogue.
 
-    The tile has cols columns, of at most a panel. It starts from what ``start`` says, and where relu is true
-    its numbers that are 0 or less become 0 at the end.
+    The output is a Matrix with a stride of rows, a one with a stride of panels, b (array, position), and size
+    (depth, rows, cols), where the tile has cols columns, of at most a panel.
     """
-    return call_of(
-        _multiply_packed, output, output_at, output_stride, a, a_at, a_run, down, b, b_at, depth, rows, cols,
-        bias, bias_at, start, relu,
-    )  # fmt: skip
+    return call_of(_multiply_packed, output, a, down, b, size, epilogue)
 
 
 @intrinsic
-def pack_panel(
-    typing_context, source, source_at, source_stride, gate, gate_at, gated, target, target_at, lines, cols
-):
+def pack_panel(typing_context, source, mask_source, is_masked, target, size):
     """Copy lines of a matrix, cols columns of each, to the rows of a panel, and 0 to the columns behind.
 
-    Where gated is true, 0 is written for each number whose gate, at the same place of a matrix of the same
-    stride, is 0 or less.
+    Where is_masked is true, 0 is written for each number for which mask_source, a matrix of the same stride,
+    is 0 or less. The source is a Matrix with a stride of lines, mask_source and target are (array, position),
+    and size is (lines, cols).
     """
-    return call_of(
-        _pack_panel, source, source_at, source_stride, gate, gate_at, gated, target, target_at, lines, cols
-    )
+    return call_of(_pack_panel, source, mask_source, is_masked, target, size)
 
 
 @intrinsic
@@ -432,7 +407,7 @@ def multiply_nonzero(typing_context, output, values, masks, b, size):
     output and of b are rows of a panel; they are as many vectors long, one of ``LONG_ROWS``, which lie in
     successive panels, strides apart. ``size`` is the rows and the vectors.
     """
-    return _call_of(_multiply_nonzero, output, values, masks, b, size)
+    return call_of(_multiply_nonzero, output, values, masks, b, size)
 
 
 @intrinsic
@@ -442,7 +417,7 @@ def dot_panels(typing_context, output, a, b, size):
     Rows are rows of a panel in all three; p runs along the rows of so many panels, strides apart. ``size`` is
     the panels, the rows, 1 or TILE.dot_rows, and the columns, up to TILE.dot_cols.
     """
-    return _call_of(_dot_panels, output, a, b, size)
+    return call_of(_dot_panels, output, a, b, size)
 
 
 @intrinsic

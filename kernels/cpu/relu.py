@@ -12,13 +12,13 @@ from fastdl.kernels.jit import inlined_jit, linked_jit
 def _forward(input, output, start, stop):
     zero = input.dtype.type(0)
     for i in range(start, stop):
-        # NaN <= 0 is false, so NaN stays, as in torch
-        output[i] = zero if input[i] <= zero else input[i]
+        # NaN < 0 and -0.0 < 0 are false, so both stay, as in torch
+        output[i] = zero if input[i] < zero else input[i]
 
 
 @linked_jit(parallel=True)
 def relu_forward(input, output, num_threads):
-    """Write ``max(input, 0)`` to the output, both (n,); NaN stays NaN."""
+    """Write ``max(input, 0)`` to the output, both (n,); NaN and -0.0 stay what they are."""
     num_threads = worthwhile_threads(input.size, num_threads)
     if num_threads == 1:
         _forward(input, output, 0, input.size)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 
 import numba
 
 _owner = 0
 _limit = 1
 _is_for_owner_alone = False
+# Linux's mark of a process that forked and runs on its parent's program
+_FORKED_WITHOUT_EXEC = 0x40
 
 
 def _after_fork() -> None:
@@ -21,11 +24,28 @@ def _after_fork() -> None:
     _limit = 1
 
 
-def start() -> None:
-    """Start Numba's pool of threads, once for the process."""
+def _is_fork() -> bool:
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & _FORKED_WITHOUT_EXEC)
+
+
+def start(is_forked: bool) -> None:
+    """Start Numba's pool of threads, once for the process.
+
+    Parameters
+    ----------
+    is_forked : bool
+        Whether the process is known to be a forked child. It gets no pool: OpenMP's may have been in use
+        in the parent, by torch or by others.
+    """
     global _owner, _limit, _is_for_owner_alone
     if _owner == 0:
         _owner = threading.get_ident()
+        if is_forked or _is_fork():
+            return
         numba.get_num_threads()
         _limit = int(numba.config.NUMBA_NUM_THREADS)
         _is_for_owner_alone = numba.threading_layer() == "workqueue"
@@ -35,9 +55,9 @@ def start() -> None:
 def usable(num_threads: int) -> int:
     """Return how many of the wanted threads the caller may use.
 
-    OpenMP ends a forked child that enters a parallel region after its parent did, and Numba's own
+    OpenMP ends or hangs a forked child that enters a parallel region after its parent did, and Numba's own
     ``workqueue`` layer ends a process in which two threads enter one at once: both get 1.
     """
     if _is_for_owner_alone and threading.get_ident() != _owner:
         return 1
-    return min(num_threads, _limit)
+    return num_threads if num_threads < _limit else _limit

@@ -20,11 +20,11 @@ from functools import cache
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fastdl.kernels.cpu.intrinsics import cpu_features
 from fastdl.kernels.jit import inlined_jit
+from fastdl.kernels.numba_private import cgutils
 
 # rows of a tile, columns of a tile of sums; bytes of a tile's row; bytes of a tile
 SIDE, DEPTH, TILE_BYTES = 16, 64, 1024

@@ -3,7 +3,7 @@
 Importing this imports numba-cuda, but neither compiles anything nor touches a GPU.
 """
 
-from fastdl.kernels.cuda import dense, epoch, head, launch, reduction, small
+from fastdl.kernels.cuda import dense, epoch, launch, loss_row, reduction, small, step
 from fastdl.kernels.cuda.cross_entropy import (
     cross_entropy_backward,
     cross_entropy_forward,
@@ -20,11 +20,11 @@ __all__ = [
     "cross_entropy_partial_sums",
     "dense",
     "epoch",
-    "head",
     "launch",
     "linear_forward",
     "linear_grad_input",
     "linear_grad_weight",
+    "loss_row",
     "mse_loss_backward",
     "mse_loss_forward",
     "mse_loss_partial_sums",
@@ -33,4 +33,5 @@ __all__ = [
     "relu_forward",
     "sgd",
     "small",
+    "step",
 ]

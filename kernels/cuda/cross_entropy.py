@@ -15,28 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import exp, log
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastdl.kernels.cuda.intrinsics import (
-    computed_in,
-    is_null,
-    load,
-    load_tuple,
-    pointer_to,
-    store,
-    store_tuple,
-)
+from fastdl.kernels.cuda.chunks import load_chunk, load_padded, store_chunk
+from fastdl.kernels.cuda.intrinsics import is_null, load, pointer_to, store
 from fastdl.kernels.cuda.launch import (
     CHUNK,
-    ELEMENTS,
-    SCALARS,
     Array,
-    Kernel,
+    Elements,
+    Integers,
     Stream,
-    address,
+    Sums,
+    build_kernels,
     element_of,
     is_wide,
-    pointer,
     size_of,
 )
 from fastdl.kernels.cuda.numba_cuda import cuda, types
@@ -50,9 +42,12 @@ from fastdl.kernels.cuda.reduction import (
     WARPS,
     block_max,
     block_sum,
+    build_mean,
+    lanes_for,
     lanes_max,
     lanes_sum,
 )
+from fastdl.kernels.options import CrossEntropyOptions
 
 # Rows of more classes get a block each: the rows that a multiprocessor works on must fit its cache.
 LONG_ROW = 1024
@@ -60,23 +55,94 @@ LONG_ROW = 1024
 _ROWS_OF_ONE_BLOCK = 4
 
 
-def _build_total_weight(real: Any) -> Callable[..., None]:
-    def total_weight(target, weight, total, num_rows, num_classes, ignore_index):
-        """Write the sum of the rows' weights to total (1,); one block."""
-        shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
+class Rows(NamedTuple):
+    """The rows of logits, and how threads share them out: so many lanes each have a row."""
+
+    num_rows: int
+    num_classes: int
+    lanes: int
+    num_blocks: int
+    is_wide: bool
+
+
+class Shares(NamedTuple):
+    """How a row's loss is summed: the weights of its label's part and of each class's, and the reduction."""
+
+    ignore_index: int
+    of_label: float
+    of_all: float
+    reduction: int
+
+
+class Results(NamedTuple):
+    """What is written: the loss, or each block's sum where there are more blocks, and the gradient.
+
+    Behind the blocks' sums is the sum of the rows' weights.
+    """
+
+    loss: Elements
+    partial_sums: Sums
+    grad_logits: Elements
+
+
+@cuda.jit(device=True, inline="always")
+def is_counted(label, ignore_index, num_classes):
+    """Return whether a row with this label has a loss."""
+    return label != ignore_index and label >= 0 and label < num_classes
+
+
+def _build_sum_of_weights(real: Any) -> Any:
+    @cuda.jit(device=True, inline="always")
+    def sum_of_weights(target, weight, ignore_index, rows, shared):
+        """Return the sum of all rows' weights to every thread of a block."""
         own = real(0)
-        for n in range(types.int64(cuda.threadIdx.x), num_rows, THREADS):
+        for n in range(types.int64(cuda.threadIdx.x), rows.num_rows, THREADS):
             label = target[n]
-            if label != ignore_index and label >= 0 and label < num_classes:
+            if is_counted(label, ignore_index, rows.num_classes):
                 own += real(1) if is_null(weight) else load(weight, label)
-        own = block_sum(own, shared)
+        return block_sum(own, shared)
+
+    return sum_of_weights
+
+
+def _build_total_weight(real: Any) -> Callable[..., None]:
+    sum_of_weights = _build_sum_of_weights(real)
+
+    def total_weight(
+        target: Integers, weight: Elements, partial_sums: Sums, ignore_index: int, rows: Rows
+    ) -> None:
+        """Write the sum of the rows' weights behind the blocks' sums; one block."""
+        shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
+        weights = sum_of_weights(target, weight, ignore_index, rows, shared)
         if cuda.threadIdx.x == 0:
-            store(total, 0, own)
+            store(partial_sums, rows.num_blocks, weights)
 
     return total_weight
 
 
+def build_gradient(real: Any) -> Any:
+    """Return ``gradient(shifted, c, label, weight, num_classes, factors)``: of logit c of a row with a label.
+
+    The factors are those of the exponential, of each class's weight, and what is taken off at the label.
+    """
+
+    @cuda.jit(device=True, inline="always")
+    def gradient(shifted, c, label, weight, num_classes, factors):
+        factor, of_all, of_label = factors
+        g = exp(shifted) * factor
+        if of_all != real(0) and c < num_classes:
+            g -= of_all if is_null(weight) else of_all * load(weight, c)
+        if c == label:
+            g -= of_label
+        return g
+
+    return gradient
+
+
 def _build_rows(real: Any) -> Callable[..., None]:
+    sum_of_weights, gradient = _build_sum_of_weights(real), build_gradient(real)
+    mean = build_mean(real)
+
     @cuda.jit(device=True, inline="always")
     def row_max(value, lanes, shared):
         return block_max(value, shared) if lanes > WARP else lanes_max(value, lanes)
@@ -85,54 +151,30 @@ def _build_rows(real: Any) -> Callable[..., None]:
     def row_sum(value, lanes, shared):
         return block_sum(value, shared) if lanes > WARP else lanes_sum(value, lanes)
 
-    @cuda.jit(device=True, inline="always")
-    def load_logits(logits, at, c, num_classes, wide):
-        """Return a chunk of a row; what lies behind its end is the least number and has no exponential."""
-        if wide:
-            return load_tuple(logits, at + c, CHUNK)
-        least = -real(float("inf"))
-        return (
-            load(logits, at + c),
-            load(logits, at + c + 1) if c + 1 < num_classes else least,
-            load(logits, at + c + 2) if c + 2 < num_classes else least,
-            load(logits, at + c + 3) if c + 3 < num_classes else least,
-        )
-
-    def rows(
-        logits,
-        target,
-        weight,
-        total,
-        loss,
-        partial,
-        grad_logits,
-        num_rows,
-        num_classes,
-        ignore_index,
-        share_of_label,
-        share_of_all,
-        reduction,
-        lanes,
-        num_blocks,
-        wide,
-    ):
+    def cross_entropy_of_rows(
+        logits: Elements,
+        target: Integers,
+        weight: Elements,
+        shares: Shares,
+        results: Results,
+        rows: Rows,
+    ) -> None:
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
         block = types.int64(cuda.blockIdx.x)
-        zero, one = real(0), real(1)
+        # what lies behind a row's end has no exponential
+        zero, one, least = real(0), real(1), -real(float("inf"))
+        num_rows, num_classes, lanes, num_blocks, wide = rows
+        loss, partial_sums, grad_logits = results
+        ignore_index, share_of_label, share_of_all, reduction = shares
 
         # 1: the sums of the rows' weights, for the mean, and of the classes' weights
         total_weight = one
         if reduction == MEAN:
-            if is_null(total):
-                own = zero
-                for n in range(thread, num_rows, THREADS):
-                    label = target[n]
-                    if label != ignore_index and label >= 0 and label < num_classes:
-                        own += one if is_null(weight) else load(weight, label)
-                total_weight = block_sum(own, shared)
+            if is_null(partial_sums):
+                total_weight = sum_of_weights(target, weight, ignore_index, rows, shared)
             else:
-                total_weight = load(total, 0)
+                total_weight = load(partial_sums, num_blocks)
         scale = one / total_weight
         weight_sum = real(num_classes)
         if share_of_all > zero and not is_null(weight):
@@ -152,24 +194,21 @@ def _build_rows(real: Any) -> Callable[..., None]:
             stop = num_classes if is_row else 0
 
             # 2: the greatest logit, so that no exponential overflows; NaN goes on into the sum below
-            greatest = -real(float("inf"))
+            greatest = least
             for c in range(lane * CHUNK, stop, lanes * CHUNK):
-                x = load_logits(logits, at, c, num_classes, wide)
+                x = load_padded(logits, at + c, num_classes - c, wide, least)
                 greatest = max(greatest, max(max(x[0], x[1]), max(x[2], x[3])))
             greatest = row_max(greatest, lanes, shared)
 
             # 3: the sum of exponentials; of the log-probabilities, where labels are smoothed
             exponentials, weighted_logits = zero, zero
             for c in range(lane * CHUNK, stop, lanes * CHUNK):
-                x = load_logits(logits, at, c, num_classes, wide)
-                exponentials += exp(x[0] - greatest)
-                exponentials += exp(x[1] - greatest)
-                exponentials += exp(x[2] - greatest)
-                exponentials += exp(x[3] - greatest)
-                if share_of_all > zero:
-                    for i in range(c, min(c + CHUNK, num_classes)):
-                        class_weight = one if is_null(weight) else load(weight, i)
-                        weighted_logits += class_weight * (load(logits, at + i) - greatest)
+                x = load_padded(logits, at + c, num_classes - c, wide, least)
+                for i in range(CHUNK):
+                    shifted = x[i] - greatest
+                    exponentials += exp(shifted)
+                    if share_of_all > zero and c + i < num_classes:
+                        weighted_logits += shifted if is_null(weight) else load(weight, c + i) * shifted
             exponentials = row_sum(exponentials, lanes, shared)
             if share_of_all > zero:
                 weighted_logits = row_sum(weighted_logits, lanes, shared)
@@ -179,8 +218,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
             label = ignore_index
             if is_row:
                 label = target[n]
-            is_ignored = label == ignore_index
-            is_class = not is_ignored and label >= 0 and label < num_classes
+            is_class = is_counted(label, ignore_index, num_classes)
             row_loss, label_weight = zero, zero
             if is_class:
                 label_weight = one if is_null(weight) else load(weight, label)
@@ -188,7 +226,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
                 row_loss = -share_of_label * label_weight * log_probability
                 if share_of_all > zero:
                     row_loss -= share_of_all * (weighted_logits - weight_sum * log_total)
-            elif not is_ignored:
+            elif label != ignore_index:
                 row_loss = real(float("nan"))
             if is_row and lane == 0:
                 if reduction == NONE:
@@ -199,133 +237,64 @@ def _build_rows(real: Any) -> Callable[..., None]:
             # 5: the row's gradient
             if not is_null(grad_logits):
                 factor = (share_of_label * label_weight + share_of_all * weight_sum) * (scale / exponentials)
+                of_all = scale * share_of_all if share_of_all > zero else zero
+                factors = factor, of_all, scale * share_of_label * label_weight
                 for c in range(lane * CHUNK, stop, lanes * CHUNK):
-                    x = load_logits(logits, at, c, num_classes, wide)
+                    x = load_padded(logits, at + c, num_classes - c, wide, least)
                     g0, g1, g2, g3 = zero, zero, zero, zero
                     if is_class:
-                        g0 = exp(x[0] - greatest) * factor
-                        g1 = exp(x[1] - greatest) * factor
-                        g2 = exp(x[2] - greatest) * factor
-                        g3 = exp(x[3] - greatest) * factor
-                        if share_of_all > zero:
-                            part = scale * share_of_all
-                            g0 -= part if is_null(weight) else part * load(weight, c)
-                            if c + 1 < num_classes:
-                                g1 -= part if is_null(weight) else part * load(weight, c + 1)
-                            if c + 2 < num_classes:
-                                g2 -= part if is_null(weight) else part * load(weight, c + 2)
-                            if c + 3 < num_classes:
-                                g3 -= part if is_null(weight) else part * load(weight, c + 3)
-                        of_label = scale * share_of_label * label_weight
-                        g0 -= of_label if label == c else zero
-                        g1 -= of_label if label == c + 1 else zero
-                        g2 -= of_label if label == c + 2 else zero
-                        g3 -= of_label if label == c + 3 else zero
-                    if wide:
-                        store_tuple(grad_logits, at + c, (g0, g1, g2, g3))
-                    else:
-                        store(grad_logits, at + c, g0)
-                        if c + 1 < num_classes:
-                            store(grad_logits, at + c + 1, g1)
-                        if c + 2 < num_classes:
-                            store(grad_logits, at + c + 2, g2)
-                        if c + 3 < num_classes:
-                            store(grad_logits, at + c + 3, g3)
+                        g0 = gradient(x[0] - greatest, c, label, weight, num_classes, factors)
+                        g1 = gradient(x[1] - greatest, c + 1, label, weight, num_classes, factors)
+                        g2 = gradient(x[2] - greatest, c + 2, label, weight, num_classes, factors)
+                        g3 = gradient(x[3] - greatest, c + 3, label, weight, num_classes, factors)
+                    store_chunk(grad_logits, at + c, num_classes - c, wide, (g0, g1, g2, g3))
 
         # 6: the sum of this block's losses
         if reduction != NONE:
             own_losses = block_sum(own_losses, shared)
             if thread == 0:
-                if is_null(partial):
-                    store(loss, 0, own_losses / total_weight)
+                if is_null(partial_sums):
+                    store(loss, 0, mean(own_losses, total_weight))
                 else:
-                    store(partial, block, own_losses)
+                    store(partial_sums, block, own_losses)
 
-    return rows
+    return cross_entropy_of_rows
 
 
 def _scale_rows(
-    grad_loss,
-    grad_logits,
-    target,
-    ignore_index,
-    scaled,
-    num_rows,
-    num_classes,
-    num_upstream,
-    lanes,
-    num_blocks,
-    wide,
-):
+    grad_loss: Elements,
+    grad_logits: Elements,
+    target: Integers,
+    ignore_index: int,
+    scaled: Elements,
+    num_upstream: int,
+    rows: Rows,
+) -> None:
+    num_rows, num_classes, lanes, num_blocks, wide = rows
     thread = types.int64(cuda.threadIdx.x)
     groups = THREADS // lanes
     first = types.int64(cuda.blockIdx.x) * groups + thread // lanes
     for n in range(first, num_rows, num_blocks * groups):
         label = target[n]
         # torch gives a row without a class no part in an infinite or NaN upstream gradient
-        is_class = label != ignore_index and label >= 0 and label < num_classes
+        is_class = is_counted(label, ignore_index, num_classes)
         factor = load(grad_loss, n if num_upstream > 1 else 0)
         at = n * num_classes
         for c in range(thread % lanes * CHUNK, num_classes, lanes * CHUNK):
-            if wide:
-                g = load_tuple(grad_logits, at + c, CHUNK)
-                if is_class:
-                    g = (g[0] * factor, g[1] * factor, g[2] * factor, g[3] * factor)
-                store_tuple(scaled, at + c, g)
-            else:
-                for i in range(at + c, at + min(c + CHUNK, num_classes)):
-                    value = load(grad_logits, i)
-                    store(scaled, i, value * factor if is_class else value)
+            g = load_chunk(grad_logits, at + c, num_classes - c, wide)
+            if is_class:
+                g = (g[0] * factor, g[1] * factor, g[2] * factor, g[3] * factor)
+            store_chunk(scaled, at + c, num_classes - c, wide, g)
 
 
-def _kernels(element: str) -> tuple[Kernel, Kernel, Kernel]:
-    real = computed_in(ELEMENTS[element])
-    elements, reals, labels = pointer(element), types.CPointer(real), types.CPointer(types.int64)
-    return (
-        Kernel(
-            f"cross_entropy_total_weight_{element}",
-            _build_total_weight(real),
-            (labels, elements, reals, *(types.int64,) * 3),
-            THREADS,
-        ),
-        Kernel(
-            f"cross_entropy_rows_{element}",
-            _build_rows(real),
-            (
-                elements,
-                labels,
-                elements,
-                reals,
-                elements,
-                reals,
-                elements,
-                *(types.int64,) * 3,
-                real,
-                real,
-                *(types.int64,) * 4,
-            ),
-            THREADS,
-        ),
-        Kernel(
-            f"cross_entropy_scale_rows_{element}",
-            _scale_rows,
-            (elements, elements, labels, types.int64, elements, *(types.int64,) * 6),
-            THREADS,
-        ),
-    )
-
-
-_KERNELS = {element: _kernels(element) for element in ELEMENTS}
+_TOTAL_WEIGHT = build_kernels("cross_entropy_total_weight", _build_total_weight, THREADS)
+_ROWS = build_kernels("cross_entropy_rows", _build_rows, THREADS)
+_SCALE_ROWS = build_kernels("cross_entropy_scale_rows", lambda real: _scale_rows, THREADS)
 
 
 def _lanes(num_classes: int) -> int:
     """Return how many threads share a row."""
-    if num_classes > LONG_ROW:
-        return THREADS
-    lanes = 1
-    while lanes < WARP and lanes * CHUNK < num_classes:
-        lanes *= 2
-    return lanes
+    return THREADS if num_classes > LONG_ROW else lanes_for(-(-num_classes // CHUNK))
 
 
 def _num_blocks(num_rows: int, num_classes: int) -> int:
@@ -336,7 +305,7 @@ def _num_blocks(num_rows: int, num_classes: int) -> int:
 
 
 def cross_entropy_partial_sums(num_rows: int, num_classes: int) -> int:
-    """Return how many numbers of scratch ``cross_entropy_forward`` needs for a mean or sum."""
+    """Return how many numbers of workspace ``cross_entropy_forward`` needs for a mean or sum."""
     blocks = _num_blocks(num_rows, num_classes)
     return 0 if blocks == 1 else blocks + 1
 
@@ -345,12 +314,10 @@ def cross_entropy_forward(
     logits: Array,
     target: Array,
     weight: Array | None,
-    ignore_index: int,
-    label_smoothing: float,
-    reduction: int,
+    options: CrossEntropyOptions,
     loss: Array,
     grad_logits: Array | None,
-    partial: Array | None,
+    partial_sums: Array | None,
     stream: Stream,
 ) -> None:
     """Write the loss and its gradient with respect to the logits.
@@ -359,62 +326,49 @@ def cross_entropy_forward(
     ----------
     logits : (N, C)
     target : (N,), int64
-        Class indices. One that is neither a class nor ignore_index is never used to read: its row's loss is
-        NaN, and its gradient is 0.
+        Class indices. One that is neither a class nor the ignore_index is never used to read: its row's loss
+        is NaN, and its gradient is 0.
     weight : (C,) or None
         A weight for each class, or none.
-    ignore_index : int
-        Rows with this label have no loss and no gradient.
-    label_smoothing : float
-        The part of a row's probability that is spread over all classes.
-    reduction : int
-        One of ``reduction.CODES``.
+    options : CrossEntropyOptions
+        Rows with the label ignore_index have no loss and no gradient.
     loss : (N,) without reduction, else (1,)
     grad_logits : (N, C) or None
         Of the reduced loss, or row by row of each loss; None where it isn't wanted.
-    partial : (cross_entropy_partial_sums(N, C),) or None
-        Scratch for a reduced loss, float64 or float32 as the logits are computed in.
+    partial_sums : (cross_entropy_partial_sums(N, C),) or None
+        Workspace for a reduced loss, float64 or float32 as the logits are computed in.
     stream : Stream
     """
     element = element_of(logits)
     num_rows, num_classes = logits.shape
+    ignore_index, smoothing, reduction = options
     if num_rows == 0 and reduction == NONE:
         return
-    scalar = SCALARS[element]
-    total_weight, rows, _ = _KERNELS[element]
-    blocks = _num_blocks(num_rows, num_classes)
-    sums_at = total_at = 0
-    if blocks > 1 and reduction != NONE:
-        sums_at = address(partial)
-        total_at = sums_at + blocks * scalar().itemsize if reduction == MEAN else 0
-    elif reduction == NONE:
-        blocks = -(-num_rows // (THREADS // _lanes(num_classes)))
-    if total_at:
-        total_weight.launch(
-            stream, 1, address(target), address(weight), total_at, num_rows, num_classes, ignore_index
+    lanes, blocks = _lanes(num_classes), _num_blocks(num_rows, num_classes)
+    has_partial_sums = blocks > 1 and reduction != NONE
+    if reduction == NONE:
+        blocks = -(-num_rows // (THREADS // lanes))
+    sums = partial_sums if has_partial_sums else None
+    rows = Rows(num_rows, num_classes, lanes, blocks, is_wide(num_classes, logits, grad_logits))
+    if has_partial_sums and reduction == MEAN:
+        _TOTAL_WEIGHT[element].launch(
+            stream, 1, target=target, weight=weight, partial_sums=sums, ignore_index=ignore_index, rows=rows
         )
-    rows.launch(
+    _ROWS[element].launch(
         stream,
         blocks,
-        address(logits),
-        address(target),
-        address(weight),
-        total_at,
-        address(loss),
-        sums_at,
-        address(grad_logits),
-        num_rows,
-        num_classes,
-        ignore_index,
-        scalar(1.0 - label_smoothing),
-        scalar(label_smoothing / max(num_classes, 1)),
-        reduction,
-        _lanes(num_classes),
-        blocks,
-        is_wide(num_classes, logits, grad_logits),
+        logits=logits,
+        target=target,
+        weight=weight,
+        shares=Shares(ignore_index, 1.0 - smoothing, smoothing / max(num_classes, 1), reduction),
+        results=Results(loss, sums, grad_logits),
+        rows=rows,
     )
-    if sums_at:
-        ADD_PARTIAL_SUMS[element].launch(stream, 1, sums_at, blocks, scalar(1.0), total_at, address(loss))
+    if has_partial_sums:
+        has_divisor = reduction == MEAN
+        ADD_PARTIAL_SUMS[element].launch(
+            stream, 1, partial_sums=sums, count=blocks, factor=1.0, has_divisor=has_divisor, loss=loss
+        )
 
 
 def cross_entropy_backward(
@@ -438,18 +392,14 @@ def cross_entropy_backward(
         return
     lanes = _lanes(num_classes)
     blocks = -(-num_rows // (THREADS // lanes))
-    _KERNELS[element_of(grad_logits)][2].launch(
+    _SCALE_ROWS[element_of(grad_logits)].launch(
         stream,
         blocks,
-        address(grad_loss),
-        address(grad_logits),
-        address(target),
-        ignore_index,
-        address(scaled),
-        num_rows,
-        num_classes,
-        size_of(grad_loss),
-        lanes,
-        blocks,
-        is_wide(num_classes, grad_logits, scaled),
+        grad_loss=grad_loss,
+        grad_logits=grad_logits,
+        target=target,
+        ignore_index=ignore_index,
+        scaled=scaled,
+        num_upstream=size_of(grad_loss),
+        rows=Rows(num_rows, num_classes, lanes, blocks, is_wide(num_classes, grad_logits, scaled)),
     )

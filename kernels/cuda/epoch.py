@@ -2,8 +2,8 @@
 
 For one hidden layer a step has three: ``dense.forward`` of the hidden layer, ``head``, and
 ``dense.backward_weight`` of both. A softmax regression has the last two alone. Each further hidden layer adds
-a forward and a ``dense.backward_data``; a last layer of many outputs has a forward of its own, and ``loss``
-in the place of ``head``.
+a forward and a ``dense.backward_data``; a last layer of many outputs has a forward of its own, and
+``output_loss`` instead of ``head``.
 
 What one kernel has written the next one reads: the end of a kernel is the only barrier between blocks. So a
 whole epoch of these launches, captured in a graph, is one launch for the CPU.
@@ -13,52 +13,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastdl.kernels.cuda import dense, head
-from fastdl.kernels.cuda.dense import Examples, Layer, Step
-from fastdl.kernels.cuda.head import MOST_OUTPUTS, Loss, Notes
-from fastdl.kernels.cuda.launch import Array, Stream
+from fastdl.kernels.cuda import dense
+from fastdl.kernels.cuda.head import MOST_OUTPUTS, head
+from fastdl.kernels.cuda.launch import Stream
+from fastdl.kernels.cuda.loss_row import Loss, RowResults
+from fastdl.kernels.cuda.output_loss import output_loss
+from fastdl.kernels.cuda.step import Layer, Source, Step, Updates, source_of
 
 
 def run_step(
     layers: Sequence[Layer],
-    examples: Examples,
+    examples: Source,
     loss: Loss,
-    options: Array,
-    notes: Notes,
+    updates: Updates,
+    results: RowResults,
     step: Step,
     trains: bool,
     stream: Stream,
 ) -> None:
     """Train on the rows of a step, or compute their losses alone.
 
-    Parameters
-    ----------
-    layers : sequence of Layer
-    examples : Examples
-    loss : Loss
-    options : (2 * layers, dense.NUM_OPTIONS)
-    notes : Notes
-        Gets each row's loss and outcome.
-    step : Step
-    trains : bool
-        Whether the layers' parameters and momentum buffers are updated.
-    stream : Stream
+    ``results`` gets each row's loss and outcome. Where it trains, the layers' parameters and momentum buffers
+    are updated.
     """
-    last = layers[-1]
-    has_head = last.weight.shape[0] <= MOST_OUTPUTS
-    source, scale = examples.X, examples.scale
-    order: Array | None = examples.order
+    has_head = layers[-1].weight.shape[0] <= MOST_OUTPUTS
+    inputs = examples
     for layer in layers[:-1] if has_head else layers:
-        dense.forward(source, order, layer, scale, step, stream)
-        source, order, scale = layer.output, None, 1.0
+        dense.forward(inputs, layer, step, stream)
+        inputs = source_of(layer.output)
     if has_head:
-        before = layers[-2] if len(layers) > 1 else None
-        head.head(examples, before, last, loss, notes, step, trains, stream)
+        head(examples, layers, loss, results, step, trains, stream)
     else:
-        head.loss(examples, last, loss, notes, step, trains, stream)
+        output_loss(layers[-1], loss, results, step, trains, stream)
     if trains:
         # the head has computed the gradient of the layer before the last
         done = 2 if has_head else 1
         for index in range(len(layers) - done, 0, -1):
             dense.backward_data(layers[index], layers[index - 1], step, stream)
-        dense.backward_weight(layers, examples, options, step, stream)
+        dense.backward_weight(layers, examples, updates, step, stream)

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from fastdl.kernels.cuda.chunks import load_chunk
 from fastdl.kernels.cuda.intrinsics import (
     add_outer_product,
     add_tuples,
@@ -32,28 +33,41 @@ from fastdl.kernels.cuda.intrinsics import (
     load,
     load_tuple,
     pointer_to,
+    relu_masked,
     store,
     store_rows,
     store_tuple,
-    zero_where_closed,
 )
-from fastdl.kernels.cuda.launch import (
-    CHUNK,
-    ELEMENTS,
-    Array,
-    Kernel,
-    Stream,
-    address,
-    element_of,
-    is_wide,
-    pointer,
-)
+from fastdl.kernels.cuda.launch import CHUNK, ELEMENTS, Array, Elements, Kernel, Stream, element_of, is_wide
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 
 # The three products of a linear layer: which operand is transposed, and what happens to a sum at its end.
 FORWARD, GRAD_INPUT, GRAD_WEIGHT = "forward", "grad_input", "grad_weight"
 # A row of a tile in shared memory is this much longer, so that a column's numbers lie in other banks.
 PADDING = 4
+
+
+class Matrix(NamedTuple):
+    """An operand of a product.
+
+    Parameters
+    ----------
+    array : (num_lines, length)
+    num_lines, length : int
+    is_wide : bool
+        Whether its lines can be read a chunk at a time.
+    """
+
+    array: Elements
+    num_lines: int
+    length: int
+    is_wide: bool
+
+
+def matrix_of(array: Array, mask: Array | None = None) -> Matrix:
+    """Return an array of two dimensions as an operand, with the mask that is read beside it."""
+    num_lines, length = array.shape
+    return Matrix(array, num_lines, length, is_wide(length, array, mask))
 
 
 @dataclass(frozen=True)
@@ -106,25 +120,25 @@ class Tile:
 
 
 # Below this many rows or columns of a product most of a larger tile would lie outside of it.
-THIN = 16
+SKINNY = 16
 # The H200 has 132 multiprocessors and the A100 108: with fewer large tiles some have nothing to do.
 FEW_TILES = 264
 
 # float64 is there for checks, and its buffers take twice the shared memory; a large product of float16 or
 # bfloat16 belongs on tensor cores, which torch's own product uses.
-_SMALL, _THIN = Tile(32, 4, 4), Tile(16, 2, 8)
+_SMALL, _SKINNY = Tile(32, 4, 4), Tile(16, 2, 8)
 TILES = {
-    "float32": {"thin": _THIN, "small": _SMALL, "large": Tile(64, 4, 1)},
-    "float64": {"thin": Tile(16, 2, 4), "small": Tile(32, 4, 2)},
-    "float16": {"thin": _THIN, "small": _SMALL},
-    "bfloat16": {"thin": _THIN, "small": _SMALL},
+    "float32": {"skinny": _SKINNY, "small": _SMALL, "large": Tile(64, 4, 1)},
+    "float64": {"skinny": Tile(16, 2, 4), "small": Tile(32, 4, 2)},
+    "float16": {"skinny": _SKINNY, "small": _SMALL},
+    "bfloat16": {"skinny": _SKINNY, "small": _SMALL},
 }
 
 
 def tile_for(element: str, num_rows: int, num_cols: int) -> str:
     """Return the name of the tile for a product of these sizes."""
-    if min(num_rows, num_cols) <= THIN:
-        return "thin"
+    if min(num_rows, num_cols) <= SKINNY:
+        return "skinny"
     large = TILES[element].get("large")
     if large and -(-num_rows // large.size) * -(-num_cols // large.size) >= FEW_TILES:
         return "large"
@@ -132,7 +146,7 @@ def tile_for(element: str, num_rows: int, num_cols: int) -> str:
 
 
 @cuda.jit(device=True, inline="always")
-def place_of_tile(block, num_cols, size):
+def tile_origin(block, num_cols, size):
     """Return the row and column of the product at which a block's tile begins; tiles come row by row."""
     # a division of 64 bits would take longer than a small tile's sums
     col_tiles = types.uint32(max(1, (num_cols + size - 1) // size))
@@ -141,16 +155,26 @@ def place_of_tile(block, num_cols, size):
     return types.int64(tile_row) * size, types.int64(tile_col) * size
 
 
-def build_sums(
-    tile: Tile,
-    real: Any,
-    load_a: Any,
-    load_b: Any,
-    widen_a: Any,
-    widen_b: Any,
-    a_runs_along_depth: bool,
-    b_runs_along_depth: bool,
-) -> tuple[Any, Any, Any]:
+class Operand(NamedTuple):
+    """How ``build_sums`` reads an operand.
+
+    Parameters
+    ----------
+    load
+        ``load(operand, line, offset)`` returns CHUNK numbers of a line as they are in memory, with 0 for
+        those outside of it.
+    widen
+        ``widen(operand, chunk)`` returns them in the type that is computed in.
+    runs_along_depth : bool
+        Whether a line runs along the depth of the product, or across it.
+    """
+
+    load: Any
+    widen: Any
+    runs_along_depth: bool
+
+
+def build_sums(tile: Tile, real: Any, a_operand: Operand, b_operand: Operand) -> tuple[Any, Any, Any]:
     """Return the device functions that every tiled product is made of.
 
     Parameters
@@ -158,24 +182,20 @@ def build_sums(
     tile : Tile
     real
         The type that is computed in.
-    load_a, load_b
-        ``load(operand, line, offset)`` returns CHUNK numbers of a line of an operand as they are in memory,
-        with 0 for those outside of it.
-    widen_a, widen_b
-        ``widen(operand, chunk)`` returns the CHUNK numbers in the type that is computed in.
-    a_runs_along_depth, b_runs_along_depth : bool
-        Whether a line runs along the depth of the product, or across it.
+    a_operand, b_operand : Operand
 
     Returns
     -------
     sum_tile
-        ``sum_tile(a, b, shared, row, col, num_steps, wants_sums)`` leaves the sums of the tile at this row
+        ``sum_tile(a, b, shared, (row, col), num_steps, wants_sums)`` leaves the sums of the tile at this row
         and column in shared memory, for each slice its own; with the sums of a over the depth, if wanted.
     total
-        ``total(shared, at)`` is the sum of all slices at a place of the tile.
+        ``total(shared, at)`` is the sum of all slices of a number of the tile.
     row_total
         ``row_total(shared, i)`` is the sum of all slices' sums of a, of a row of the tile.
     """
+    load_a, widen_a, a_runs_along_depth = a_operand
+    load_b, widen_b, b_runs_along_depth = b_operand
     size, square, slices, depth = tile.size, tile.square, tile.slices, tile.depth
     slice_threads, stride, buffer, tile_size = tile.slice_threads, tile.stride, tile.buffer, size * size
     square_size, sums_at = square * square, slices * size * size
@@ -184,7 +204,7 @@ def build_sums(
     unrolled = min(depth, 8)
 
     @cuda.jit(device=True, inline="always")
-    def place_of_chunk(runs_along_depth, lane, first, step):
+    def chunk_origin(runs_along_depth, lane, first, step):
         """Return the line and the offset in it of a thread's chunk."""
         if runs_along_depth:
             return first + lane // depth_chunks, step + lane % depth_chunks * CHUNK
@@ -203,7 +223,8 @@ def build_sums(
             store_tuple(shared, at + lane // size_chunks * stride + lane % size_chunks * CHUNK, chunk)
 
     @cuda.jit(device=True, inline="always")
-    def sum_tile(a, b, shared, row, col, num_steps, wants_sums):
+    def sum_tile(a, b, shared, origin, num_steps, wants_sums):
+        row, col = origin
         thread = types.int64(cuda.threadIdx.x)
         part, lane = thread // slice_threads, thread % slice_threads
         i, j = lane // (size // square) * square, lane % (size // square) * square
@@ -213,9 +234,9 @@ def build_sums(
         full, empty = part * 4 * buffer + 2 * buffer, part * 4 * buffer
         for done in range(-depth * slices, num_steps, depth * slices):
             step = done + (part + slices) * depth
-            line, offset = place_of_chunk(a_runs_along_depth, lane, row, step)
+            line, offset = chunk_origin(a_runs_along_depth, lane, row, step)
             a_chunk = load_a(a, line, offset)
-            line, offset = place_of_chunk(b_runs_along_depth, lane, col, step)
+            line, offset = chunk_origin(b_runs_along_depth, lane, col, step)
             b_chunk = load_b(b, line, offset)
             if done >= 0:
                 for start in range(0, depth, unrolled):
@@ -259,38 +280,23 @@ def as_it_is(operand, chunk):
     return chunk
 
 
-def build_load_chunk(real: Any) -> Any:
-    """Return ``load_chunk(array, at, left, wide)``: CHUNK numbers from a place on, 0 behind the last one."""
-
-    @cuda.jit(device=True, inline="always")
-    def load_chunk(array, at, left, wide):
-        if wide:
-            chunk = load_tuple(array, at, CHUNK)
-            return real(chunk[0]), real(chunk[1]), real(chunk[2]), real(chunk[3])
-        zero = real(0)
-        return (
-            real(load(array, at)),
-            real(load(array, at + 1)) if left > 1 else zero,
-            real(load(array, at + 2)) if left > 2 else zero,
-            real(load(array, at + 3)) if left > 3 else zero,
-        )
-
-    return load_chunk
+@cuda.jit(device=True, inline="always")
+def load_matrix(matrix, line, offset):
+    """Return a chunk of a line of a Matrix, with 0 for what is outside of it: a loader for ``build_sums``."""
+    if line >= matrix.num_lines or offset >= matrix.length:
+        return fill(matrix.array, 0, CHUNK)
+    at = line * matrix.length + offset
+    return load_chunk(matrix.array, at, matrix.length - offset, matrix.is_wide)
 
 
-def build_load_matrix(real: Any) -> Any:
-    """Return the loader for ``build_sums`` of an operand (array, lines, length of a line, wide)."""
-    load_chunk = build_load_chunk(real)
-
-    @cuda.jit(device=True, inline="always")
-    def load_matrix(matrix, line, offset):
-        array, lines, length, wide = matrix
-        zero = real(0)
-        if line >= lines or offset >= length:
-            return zero, zero, zero, zero
-        return load_chunk(array, line * length + offset, length - offset, wide)
-
-    return load_matrix
+@cuda.jit(device=True, inline="always")
+def with_bias_and_relu(total, bias, m, relu):
+    """Return a number of column m of a product as a layer gives it; NaN stays NaN."""
+    if not is_null(bias):
+        total += load(bias, m)
+    if relu:
+        total = relu_masked((total,), (total,))[0]
+    return total
 
 
 def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
@@ -298,40 +304,41 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
     shared_size = tile.shared_size
     a_runs_along_depth, b_runs_along_depth = kind != GRAD_WEIGHT, kind == FORWARD
     is_forward, is_grad_weight = kind == FORWARD, kind == GRAD_WEIGHT
-    load_matrix = build_load_matrix(real)
 
     @cuda.jit(device=True, inline="always")
-    def load_gated(operand, line, offset):
-        matrix, gate = operand
+    def load_masked(operand, line, offset):
+        matrix, mask = operand
         chunk = load_matrix(matrix, line, offset)
-        if not is_forward and not is_null(gate):
-            chunk = zero_where_closed(chunk, load_matrix((gate, *matrix[1:]), line, offset))
+        if not is_forward and not is_null(mask):
+            mask_matrix = Matrix(mask, matrix.num_lines, matrix.length, matrix.is_wide)
+            chunk = relu_masked(chunk, load_matrix(mask_matrix, line, offset))
         return chunk
 
     sum_tile, slices_total, row_total = build_sums(
         tile,
         real,
-        load_gated,
-        load_matrix,
-        as_it_is,
-        as_it_is,
-        a_runs_along_depth,
-        b_runs_along_depth,
+        Operand(load_masked, as_it_is, a_runs_along_depth),
+        Operand(load_matrix, as_it_is, b_runs_along_depth),
     )
 
     def product_of_tiles(
-        a, gate, b, bias, product, row_sums, num_rows, num_steps, num_cols, a_wide, b_wide, relu
-    ):
+        a: Matrix,
+        mask: Elements,
+        b: Matrix,
+        bias: Elements,
+        relu: bool,
+        product: Elements,
+        row_sums: Elements,
+    ) -> None:
         shared = pointer_to(cuda.shared.array(shared_size, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
-        row, col = place_of_tile(cuda.blockIdx.x, num_cols, size)
+        num_rows, num_steps = (a.num_lines, a.length) if a_runs_along_depth else (a.length, a.num_lines)
+        num_cols = b.num_lines if b_runs_along_depth else b.length
+        row, col = tile_origin(cuda.blockIdx.x, num_cols, size)
         wants_sums = is_grad_weight and col == 0 and not is_null(row_sums)
 
         # 1: the sums over each slice of the depth
-        a_lines, a_length = (num_rows, num_steps) if a_runs_along_depth else (num_steps, num_rows)
-        b_lines, b_length = (num_cols, num_steps) if b_runs_along_depth else (num_steps, num_cols)
-        a_matrix, b_matrix = (a, a_lines, a_length, a_wide), (b, b_lines, b_length, b_wide)
-        sum_tile((a_matrix, gate), b_matrix, shared, row, col, num_steps, wants_sums)
+        sum_tile((a, mask), b, shared, (row, col), num_steps, wants_sums)
 
         # 2: the slices' sums, one after the other
         for at in range(thread, tile_size, threads):
@@ -339,11 +346,7 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
             if n < num_rows and m < num_cols:
                 total = slices_total(shared, at)
                 if is_forward:
-                    if not is_null(bias):
-                        total += load(bias, m)
-                    # NaN <= 0 is false, so NaN stays
-                    if relu and total <= real(0):
-                        total = real(0)
+                    total = with_bias_and_relu(total, bias, m, relu)
                 store(product, n * num_cols + m, total)
         if wants_sums and thread < size and row + thread < num_rows:
             store(row_sums, row + thread, row_total(shared, thread))
@@ -353,9 +356,8 @@ def _build(tile: Tile, real: Any, kind: str) -> Callable[..., None]:
 
 def _kernel(element: str, name: str, kind: str) -> Kernel:
     tile = TILES[element][name]
-    arguments = (pointer(element),) * 6 + (types.int64,) * 6
     function = _build(tile, computed_in(ELEMENTS[element]), kind)
-    return Kernel(f"linear_{kind}_{name}_{element}", function, arguments, tile.threads)
+    return Kernel(f"linear_{kind}_{name}_{element}", function, tile.threads, element)
 
 
 _KERNELS = {
@@ -369,13 +371,14 @@ _KERNELS = {
 def gemm(
     kind: str,
     a: Array,
-    gate: Array | None,
     b: Array,
-    bias: Array | None,
-    relu: bool,
     product: Array | None,
-    row_sums: Array | None,
     stream: Stream,
+    *,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    relu: bool = False,
+    row_sums: Array | None = None,
 ) -> None:
     """Write one of the three products of a linear layer.
 
@@ -384,19 +387,21 @@ def gemm(
     kind : str
         ``FORWARD``: ``a @ b.T``, ``GRAD_INPUT``: ``a @ b``, ``GRAD_WEIGHT``: ``a.T @ b``.
     a, b : of those shapes
-    gate : of the shape of a, or None
-        A number of a counts as 0 where its gate is 0 or less. Not for ``FORWARD``.
+    product : Array, or None where it isn't wanted
+    stream : Stream
+    mask : of the shape of a, or None
+        The output of the ReLU that a is the gradient of: a number of a counts as 0 where this is 0 or less.
+        Not for ``FORWARD``.
     bias : (columns of the product,) or None
         Added to each row, for ``FORWARD``.
     relu : bool
         Write 0 for each number that is 0 or less, for ``FORWARD``.
-    product : Array, or None where it isn't wanted
     row_sums : (rows of the product,) or None
-        Gets the sums of the gated ``a.T``, for ``GRAD_WEIGHT``.
-    stream : Stream
+        Gets the sums of the masked ``a.T``, for ``GRAD_WEIGHT``.
     """
-    num_rows, num_steps = reversed(a.shape) if kind == GRAD_WEIGHT else a.shape
-    num_cols = 0 if product is None else b.shape[0 if kind == FORWARD else 1]
+    num_rows = a.shape[1 if kind == GRAD_WEIGHT else 0]
+    b_matrix = matrix_of(b) if product is not None else Matrix(b, b.shape[0], 0, False)
+    num_cols = b_matrix.num_lines if kind == FORWARD else b_matrix.length
     if num_rows == 0 or (num_cols == 0 and row_sums is None):
         return
     element = element_of(a)
@@ -405,16 +410,11 @@ def gemm(
     _KERNELS[element, name, kind].launch(
         stream,
         -(-num_rows // size) * max(1, -(-num_cols // size)),
-        address(a),
-        address(gate),
-        address(b),
-        address(bias),
-        address(product),
-        address(row_sums),
-        num_rows,
-        num_steps,
-        num_cols,
-        is_wide(a.shape[1], a, gate),
-        is_wide(b.shape[1], b),
-        int(relu),
+        a=matrix_of(a, mask),
+        mask=mask,
+        b=b_matrix,
+        bias=bias,
+        relu=relu,
+        product=product,
+        row_sums=row_sums,
     )

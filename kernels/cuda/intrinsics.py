@@ -76,6 +76,17 @@ def _index(context: Any, builder: Any, value: Any, index_type: Any) -> Any:
     return context.cast(builder, value, index_type, types.int64)
 
 
+def _store_vector(builder: Any, pointer: Any, index: Any, values: Any, lanes: range, element: Any) -> None:
+    """Write some elements of a tuple side by side, in one go."""
+    vector = ir.VectorType(_MEMORY[element], len(lanes))
+    packed = ir.Constant(vector, ir.Undefined)
+    for at, lane in enumerate(lanes):
+        value = _narrow(builder, builder.extract_value(values, lane), element)
+        packed = builder.insert_element(packed, value, ir.Constant(_INT32, at))
+    address = _address(builder, pointer, index, vector, element)
+    builder.store(packed, address, align=len(lanes) * _item_bytes(element))
+
+
 @extending.intrinsic
 def load(typing_context, pointer, index):
     """Return ``pointer[index]`` in the type that is computed in."""
@@ -149,21 +160,12 @@ def store_tuple(typing_context, pointer, index, values):
     element = pointer.dtype
     length = values.count
     wide = min(length, _VECTOR_BYTES // _item_bytes(element))
-    vector = ir.VectorType(_MEMORY[element], wide)
 
     def codegen(context, builder, signature, arguments):
         at = _index(context, builder, arguments[1], signature.args[1])
         for start in range(0, length, wide):
-            packed = ir.Constant(vector, ir.Undefined)
-            for lane in range(wide):
-                value = _narrow(builder, builder.extract_value(arguments[2], start + lane), element)
-                packed = builder.insert_element(packed, value, ir.Constant(_INT32, lane))
             offset = builder.add(at, ir.Constant(at.type, start))
-            builder.store(
-                packed,
-                _address(builder, arguments[0], offset, vector, element),
-                align=wide * _item_bytes(element),
-            )
+            _store_vector(builder, arguments[0], offset, arguments[2], range(start, start + wide), element)
         return context.get_dummy_value()
 
     return types.void(pointer, index, values), codegen
@@ -198,7 +200,7 @@ def bytes_of(typing_context, word):
 
 @extending.intrinsic
 def is_null(typing_context, pointer):
-    """Return whether the pointer is 0, which stands for an array left out."""
+    """Return whether the pointer is 0, which means an array left out."""
 
     def codegen(context, builder, signature, arguments):
         return builder.icmp_unsigned("==", arguments[0], ir.Constant(arguments[0].type, None))
@@ -240,21 +242,12 @@ def store_rows(typing_context, pointer, index, stride, values, length):
         return None
     element = pointer.dtype
     wide = length.literal_value
-    vector = ir.VectorType(_MEMORY[element], wide)
 
     def codegen(context, builder, signature, arguments):
         at = _index(context, builder, arguments[1], signature.args[1])
         step = _index(context, builder, arguments[2], signature.args[2])
         for start in range(0, values.count, wide):
-            packed = ir.Constant(vector, ir.Undefined)
-            for lane in range(wide):
-                value = _narrow(builder, builder.extract_value(arguments[3], start + lane), element)
-                packed = builder.insert_element(packed, value, ir.Constant(_INT32, lane))
-            builder.store(
-                packed,
-                _address(builder, arguments[0], at, vector, element),
-                align=wide * _item_bytes(element),
-            )
+            _store_vector(builder, arguments[0], at, arguments[3], range(start, start + wide), element)
             at = builder.add(at, step)
         return context.get_dummy_value()
 
@@ -276,27 +269,24 @@ def as_pointer(typing_context, address, like):
 
 
 @extending.intrinsic
-def row_of_block(typing_context, table, num_columns, size_column, block, block_size):
-    """Return the row of a table whose elements a block of the grid works on, and which of its blocks that is.
+def row_of_block(typing_context, table, size_field, block, block_size):
+    """Return the record of a table whose elements a block works on, and which of its blocks that is.
 
-    The table is laid out flat, with the number of a row's elements in one of its columns. A chain of selects
-    finds the row: a table that is indexed by a number known at run time would have to be copied to memory.
+    The number of a record's elements is in the field of this name. A chain of selects finds the record: a
+    table that is indexed by a number known at run time would have to be copied to memory.
     """
-    literals = (num_columns, size_column, block_size)
-    if not all(isinstance(literal, types.IntegerLiteral) for literal in literals):
+    if not (isinstance(size_field, types.StringLiteral) and isinstance(block_size, types.IntegerLiteral)):
         return None
-    columns, at_size, elements = (literal.literal_value for literal in literals)
-    row_type = types.UniTuple(types.int64, columns)
+    row_type, elements = table.dtype, block_size.literal_value
+    at_size = row_type.fields.index(size_field.literal_value)
 
     def codegen(context, builder, signature, arguments):
         integer = ir.IntType(64)
-        own = context.cast(builder, arguments[3], signature.args[3], types.int64)
+        own = context.cast(builder, arguments[2], signature.args[2], types.int64)
         first = ir.Constant(integer, 0)
-        found, found_block = [first] * columns, first
-        for row in range(table.count // columns):
-            numbers = [
-                builder.extract_value(arguments[0], row * columns + column) for column in range(columns)
-            ]
+        found, found_block = [first] * row_type.count, first
+        for row in range(table.count):
+            numbers = [builder.extract_value(arguments[0], [row, field]) for field in range(row_type.count)]
             padded = builder.add(numbers[at_size], ir.Constant(integer, elements - 1))
             stop = builder.add(first, builder.udiv(padded, ir.Constant(integer, elements)))
             is_here = builder.and_(builder.icmp_signed(">=", own, first), builder.icmp_signed("<", own, stop))
@@ -307,7 +297,7 @@ def row_of_block(typing_context, table, num_columns, size_column, block, block_s
         return context.make_tuple(builder, signature.return_type, [row_value, found_block])
 
     result = types.Tuple((row_type, types.int64))
-    return result(table, num_columns, size_column, block, block_size), codegen
+    return result(table, size_field, block, block_size), codegen
 
 
 @extending.intrinsic
@@ -344,17 +334,17 @@ def add_tuples(typing_context, a, b):
 
 
 @extending.intrinsic
-def zero_where_closed(typing_context, values, gate):
-    """Return each value, or 0 where its gate is 0 or less. A NaN gate is open, as ReLU lets NaN pass."""
+def relu_masked(typing_context, values, outputs):
+    """Return each value, or 0 where the ReLU's output is 0 or less; NaN isn't, as ReLU lets NaN pass."""
 
     def codegen(context, builder, signature, arguments):
         chosen = []
         for i in range(values.count):
             value = builder.extract_value(arguments[0], i)
-            closed = builder.fcmp_ordered(
+            is_masked = builder.fcmp_ordered(
                 "<=", builder.extract_value(arguments[1], i), ir.Constant(value.type, 0.0)
             )
-            chosen.append(builder.select(closed, ir.Constant(value.type, 0.0), value))
+            chosen.append(builder.select(is_masked, ir.Constant(value.type, 0.0), value))
         return context.make_tuple(builder, signature.return_type, chosen)
 
-    return values(values, gate), codegen
+    return values(values, outputs), codegen

@@ -5,6 +5,10 @@ machine code for the GPU that is there, and cuda.core loads and launches it. Num
 microseconds for its look at every argument; here the types are fixed, each argument is a number already, and
 a launch takes two.
 
+A kernel's arguments, and the fields of the records among them, are annotated: ``int`` and ``bool`` are 64-bit
+integers on the GPU, ``float`` is the type that the kernel computes in, the names below are pointers. Numba's
+types are made of this, and a launch names each argument.
+
 A kernel runs on the stream that its caller names, and nothing here waits for it.
 """
 
@@ -14,17 +18,17 @@ import hashlib
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 
+from fastdl.kernels import disk
 from fastdl.kernels.cuda.numba_cuda import core, cuda, driver, types
 from fastdl.kernels.garbage import collector_paused
-from fastdl.kernels.jit import cache_folder
 
 # the element types that ship, and the type of a scalar argument of a kernel for each
 ELEMENTS = {
@@ -35,11 +39,24 @@ ELEMENTS = {
 }
 SCALARS = {"float32": np.float32, "float64": np.float64, "float16": np.float32, "bfloat16": np.float32}
 
+# the annotations of pointers: to a kernel's element type, to what its sums are kept in, to int64, and to
+# uint8 or the element type. A launch is given arrays, or None for one left out.
+Elements = Annotated[Any, "elements"]
+Sums = Annotated[Any, "sums"]
+Integers = Annotated[Any, "integers"]
+Inputs = Annotated[Any, "inputs"]
+
 # PTX for this compute capability can be made into machine code for every newer GPU.
 OLDEST_CAPABILITY = (8, 0)
 # Kernels read and write so many elements at a time where an array's address and row length allow it.
 CHUNK = 4
 VECTOR_BYTES = 16
+# the packages that make machine code, whose names may end in CUDA's release, and where else it comes from
+_TOOLS = (
+    *("numba-cuda", "cuda-bindings", "cuda-core", "cuda-pathfinder", "cuda-toolkit"),
+    *("nvidia-cuda-nvcc", "nvidia-cuda-nvrtc", "nvidia-nvjitlink", "nvidia-nvvm"),
+)
+_TOOL_VARIABLES = ("NUMBA_CUDA_", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX")
 
 
 class Array(Protocol):
@@ -79,11 +96,9 @@ def size_of(array: Array) -> int:
     return math.prod(array.shape)
 
 
-def is_wide(length: int, *arrays: Array | None) -> int:
-    """Return 1 if rows of this length can be read a chunk at a time in all the arrays, else 0."""
-    if length % CHUNK:
-        return 0
-    return int(not any(address(array) % VECTOR_BYTES for array in arrays))
+def is_wide(length: int, *arrays: Array | None) -> bool:
+    """Return whether rows of this length can be read a chunk at a time in all the arrays."""
+    return length % CHUNK == 0 and not any(address(array) % VECTOR_BYTES for array in arrays)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -137,37 +152,91 @@ def _configuration(blocks: int, threads: int) -> Any:
 
 @cache
 def _toolchain() -> str:
-    """Return a digest of the versions of all that machine code is made with, besides the kernels' text."""
-    names = ("numba-cuda", "cuda-core", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink")
-    versions = []
-    for name in names:
-        try:
-            versions.append(f"{name} {version(name)}")
-        except ImportError:
-            continue
-    return hashlib.sha256(" ".join(versions).encode()).hexdigest()[:12]
+    """Return a digest of all that machine code is made with, besides the kernels' text and Numba."""
+    tools = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_TOOL_VARIABLES)]
+    for name in (f"{package}{release}" for package in _TOOLS for release in ("", "-cu12", "-cu13")):
+        with suppress(ImportError):
+            tools.append(f"{name} {version(name)}")
+    return hashlib.sha256(" ".join(sorted(tools)).encode()).hexdigest()[:12]
+
+
+class Table(NamedTuple):
+    """The type of an argument that is so many records of one kind."""
+
+    record: type
+    num_rows: int
+
+
+# a type of Numba's, and the expression that makes what the driver gets of what a launch is given
+_Scalar = tuple[Any, str]
+
+
+def _argument(hint: Any, name: str, scalars: dict[Any, _Scalar]) -> tuple[Any, list[str]]:
+    """Return an argument's type, and the expressions for the numbers that it is handed over as."""
+    if isinstance(hint, Table):
+        row, _ = _argument(hint.record, name, scalars)
+        return types.UniTuple(row, hint.num_rows), [f"*{name}"]
+    if hint in scalars:
+        kind, expression = scalars[hint]
+        return kind, [expression.format(name)]
+    hints = get_type_hints(hint, include_extras=True)
+    fields = [_argument(field, f"{name}.{key}", scalars) for key, field in hints.items()]
+    kinds = [kind for kind, _ in fields]
+    return types.BaseTuple.from_types(kinds, hint), [each for _, numbers in fields for each in numbers]
 
 
 class Kernel:
-    """A kernel for fixed argument types and a fixed number of threads a block.
+    """A kernel for one element type and a fixed number of threads a block.
 
     Parameters
     ----------
     name : str
         What profilers show, and the name of its file on disk.
     function
-        The kernel's Python, in the part of it that Numba compiles for CUDA.
-    arguments
-        Their Numba types: pointers, ``int64``, ``float32`` or ``float64``.
+        The kernel's Python, in the part of it that Numba compiles for CUDA, with annotated arguments.
     threads : int
         Threads of a block.
+    element : str
+        The name of the type that `Elements` are of.
+    inputs : str, optional
+        The name of the type that `Inputs` are of; the element type without it.
+    **tables : Table
+        The types of arguments whose size is no annotation's.
     """
 
-    def __init__(self, name: str, function: Callable[..., None], arguments: Sequence[Any], threads: int):
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., None],
+        threads: int,
+        element: str,
+        inputs: str | None = None,
+        **tables: Table,
+    ):
+        real = real_of(element)
+        array = "0 if {0} is None else {0}.data_ptr()"
+        scalars: dict[Any, _Scalar] = {
+            int: (types.int64, "{0}"),
+            bool: (types.int64, "int({0})"),
+            float: (real, "real({0})"),
+            Elements: (pointer(element), array),
+            Sums: (types.CPointer(real), array),
+            Integers: (pointer("int64"), array),
+            Inputs: (pointer(inputs or element), array),
+        }
+        hints = get_type_hints(function, include_extras=True) | tables
+        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
+        kinds, numbers = zip(*(_argument(hints[each], each, scalars) for each in arguments), strict=True)
         self.name = name
         self.function = function
-        self.signature = types.void(*arguments)
+        self.signature = types.void(*kinds)
         self.threads = threads
+        # as Python makes a NamedTuple's constructor: names are resolved here, and a launch takes no longer
+        namespace: dict[str, Any] = {"real": SCALARS[element]}
+        expressions = ", ".join(each for several in numbers for each in several)
+        exec(f"def {name}(*, {', '.join(arguments)}): return ({expressions},)", namespace)
+        # what the driver gets for a launch's arguments: a number for each pointer and scalar
+        self.numbers: Callable[..., tuple[Any, ...]] = namespace[name]
         self._loaded: dict[str, Any] = {}
         KERNELS[name] = self
 
@@ -189,22 +258,24 @@ class Kernel:
 
     def machine_code(self, architecture: str) -> bytes:
         """Return the kernel's machine code, from the disk if it is there. This needs no GPU."""
-        folder = cache_folder()
-        if folder is None:
-            return link(self.ptx(), architecture)[0]
-        path = folder / f"cuda.{self.name}-{architecture}-{_toolchain()}.cubin"
-        if not path.exists():
+        file = f"cuda.{self.name}-{architecture}-{_toolchain()}.cubin"
+        code = disk.read(file)
+        if code is None:
             code, _ = link(self.ptx(), architecture)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=path.stem, suffix=".tmp")
-            with os.fdopen(handle, "wb") as file:
-                file.write(code)
-            os.replace(temporary, path)
-        return path.read_bytes()
+            disk.write(file, code)
+        return code
 
-    def launch(self, stream: Stream, blocks: int, *arguments: Any) -> None:
-        """Start so many blocks on a stream; arrays are given by their addresses."""
+    def launch(self, stream: Stream, blocks: int, /, **arguments: Any) -> None:
+        """Start so many blocks on a stream.
+
+        Raises
+        ------
+        TypeError
+            If an argument is missing, or is none of the kernel's; the message names it.
+        """
         kernel = self._loaded.get(stream.architecture) or self._load(stream)
-        core.launch(stream.core, _configuration(blocks, self.threads), kernel, *arguments)
+        numbers = self.numbers(**arguments)
+        core.launch(stream.core, _configuration(blocks, self.threads), kernel, *numbers)
 
     def _load(self, stream: Stream) -> Any:
         if stream.is_capturing():
@@ -221,6 +292,14 @@ class Kernel:
 KERNELS: dict[str, Kernel] = {}
 
 
+def build_kernels(name: str, build: Callable[[Any], Callable[..., None]], threads: int) -> dict[str, Kernel]:
+    """Return a kernel for each element type; ``build`` makes its Python for the type that is computed in."""
+    return {
+        element: Kernel(f"{name}_{element}", build(real_of(element)), threads, element)
+        for element in ELEMENTS
+    }
+
+
 def link(ptx: str, architecture: str) -> tuple[bytes, str]:
     """Return the machine code for an architecture, and the report of its registers, stack and spills."""
     linker = core.Linker(
@@ -229,6 +308,11 @@ def link(ptx: str, architecture: str) -> tuple[bytes, str]:
     )
     code = linker.link("cubin").code
     return bytes(code), linker.get_info_log()
+
+
+def real_of(element: str) -> Any:
+    """Return the type that sums of elements of this name are computed in."""
+    return ELEMENTS[SCALARS[element].__name__]
 
 
 def pointer(element: str) -> Any:

@@ -32,7 +32,7 @@ def linear_forward(
     output : (N, M)
     stream : Stream
     """
-    gemm(FORWARD, input, None, weight, bias, relu, output, None, stream)
+    gemm(FORWARD, input, weight, output, stream, bias=bias, relu=relu)
 
 
 def linear_grad_input(
@@ -49,7 +49,7 @@ def linear_grad_input(
     grad_input : (N, K)
     stream : Stream
     """
-    gemm(GRAD_INPUT, grad_output, output, weight, None, False, grad_input, None, stream)
+    gemm(GRAD_INPUT, grad_output, weight, grad_input, stream, mask=output)
 
 
 def linear_grad_weight(
@@ -73,4 +73,4 @@ def linear_grad_weight(
     grad_bias : (M,), or None where it isn't wanted
     stream : Stream
     """
-    gemm(GRAD_WEIGHT, grad_output, output, input, None, False, grad_weight, grad_bias, stream)
+    gemm(GRAD_WEIGHT, grad_output, input, grad_weight, stream, mask=output, row_sums=grad_bias)

@@ -8,44 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdl.kernels.cuda.intrinsics import (
-    computed_in,
-    is_null,
-    load,
-    load_tuple,
-    pointer_to,
-    store,
-    store_tuple,
-)
+from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
+from fastdl.kernels.cuda.intrinsics import is_null, load, pointer_to, store
 from fastdl.kernels.cuda.launch import (
     CHUNK,
-    ELEMENTS,
-    SCALARS,
     Array,
-    Kernel,
+    Elements,
     Stream,
-    address,
+    Sums,
+    build_kernels,
     element_of,
     is_wide,
-    pointer,
     size_of,
 )
 from fastdl.kernels.cuda.numba_cuda import cuda, types
-from fastdl.kernels.cuda.reduction import (
-    ADD_PARTIAL_SUMS,
-    MAX_BLOCKS,
-    MEAN,
-    NONE,
-    THREADS,
-    WARPS,
-    block_sum,
-)
+from fastdl.kernels.cuda.reduction import ADD_PARTIAL_SUMS, MAX_BLOCKS, MEAN, NONE, THREADS, WARPS, block_sum
 
 # chunks of a thread, where there are enough for more blocks than the GPU runs at a time
 _CHUNKS_PER_THREAD = 4
 
 
-def _elements(input, target, loss, size):
+def _elements(input: Elements, target: Elements, loss: Elements, size: int) -> None:
     i = types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x
     if i < size:
         difference = load(input, i) - load(target, i)
@@ -53,133 +36,107 @@ def _elements(input, target, loss, size):
 
 
 def _build_block_sums(real: Any) -> Callable[..., None]:
-    def block_sums(input, target, partial, loss, factor, size, num_blocks, wide):
-        """Write each block's sum to partial, or the only block's sum times factor to loss."""
+    def block_sums(
+        input: Elements,
+        target: Elements,
+        partial_sums: Sums,
+        loss: Elements,
+        factor: float,
+        size: int,
+        num_blocks: int,
+        wide: bool,
+    ) -> None:
+        """Write each block's sum to partial_sums, or the only block's sum times factor to loss."""
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         total = real(0)
         start = (types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * CHUNK
         for at in range(start, size, num_blocks * THREADS * CHUNK):
-            if wide and at + CHUNK <= size:
-                x, y = load_tuple(input, at, CHUNK), load_tuple(target, at, CHUNK)
-                total += (x[0] - y[0]) * (x[0] - y[0])
-                total += (x[1] - y[1]) * (x[1] - y[1])
-                total += (x[2] - y[2]) * (x[2] - y[2])
-                total += (x[3] - y[3]) * (x[3] - y[3])
-            else:
-                for i in range(at, min(at + CHUNK, size)):
-                    difference = load(input, i) - load(target, i)
-                    total += difference * difference
+            left = size - at
+            whole = wide != 0 and left >= CHUNK
+            x, y = load_chunk(input, at, left, whole), load_chunk(target, at, left, whole)
+            for i in range(CHUNK):
+                total += (x[i] - y[i]) * (x[i] - y[i])
         total = block_sum(total, shared)
         if cuda.threadIdx.x == 0:
-            if is_null(partial):
+            if is_null(partial_sums):
                 store(loss, 0, total * factor)
             else:
-                store(partial, types.int64(cuda.blockIdx.x), total)
+                store(partial_sums, types.int64(cuda.blockIdx.x), total)
 
     return block_sums
 
 
-def _backward(grad_loss, input, target, factor, grad_input, size, num_upstream, wide):
+def _backward(
+    grad_loss: Elements,
+    input: Elements,
+    target: Elements,
+    factor: float,
+    grad_input: Elements,
+    size: int,
+    num_upstream: int,
+    wide: bool,
+) -> None:
     start = (types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * CHUNK
-    if wide and num_upstream == 1 and start + CHUNK <= size:
-        upstream = load(grad_loss, 0)
-        x, y = load_tuple(input, start, CHUNK), load_tuple(target, start, CHUNK)
+    if start < size:
+        left = size - start
+        whole = wide != 0 and left >= CHUNK
+        x, y = load_chunk(input, start, left, whole), load_chunk(target, start, left, whole)
+        first = load(grad_loss, 0)
+        upstream = (first, first, first, first)
+        if num_upstream > 1:
+            upstream = load_chunk(grad_loss, start, left, False)
         chunk = (
-            factor * (x[0] - y[0]) * upstream,
-            factor * (x[1] - y[1]) * upstream,
-            factor * (x[2] - y[2]) * upstream,
-            factor * (x[3] - y[3]) * upstream,
+            factor * (x[0] - y[0]) * upstream[0],
+            factor * (x[1] - y[1]) * upstream[1],
+            factor * (x[2] - y[2]) * upstream[2],
+            factor * (x[3] - y[3]) * upstream[3],
         )
-        store_tuple(grad_input, start, chunk)
-    else:
-        for i in range(start, min(start + CHUNK, size)):
-            upstream = load(grad_loss, i if num_upstream > 1 else 0)
-            store(grad_input, i, factor * (load(input, i) - load(target, i)) * upstream)
+        store_chunk(grad_input, start, left, whole, chunk)
 
 
-def _real(element: str) -> Any:
-    return computed_in(ELEMENTS[element])
-
-
-_ELEMENTS = {
-    element: Kernel(
-        f"mse_loss_elements_{element}", _elements, (*(pointer(element),) * 3, types.int64), THREADS
-    )
-    for element in ELEMENTS
-}
-_BLOCK_SUMS = {
-    element: Kernel(
-        f"mse_loss_block_sums_{element}",
-        _build_block_sums(_real(element)),
-        (
-            pointer(element),
-            pointer(element),
-            types.CPointer(_real(element)),
-            pointer(element),
-            _real(element),
-            types.int64,
-            types.int64,
-            types.int64,
-        ),
-        THREADS,
-    )
-    for element in ELEMENTS
-}
-_BACKWARD = {
-    element: Kernel(
-        f"mse_loss_backward_{element}",
-        _backward,
-        (
-            *(pointer(element),) * 3,
-            _real(element),
-            pointer(element),
-            types.int64,
-            types.int64,
-            types.int64,
-        ),
-        THREADS,
-    )
-    for element in ELEMENTS
-}
+_ELEMENTS = build_kernels("mse_loss_elements", lambda real: _elements, THREADS)
+_BLOCK_SUMS = build_kernels("mse_loss_block_sums", _build_block_sums, THREADS)
+_BACKWARD = build_kernels("mse_loss_backward", lambda real: _backward, THREADS)
 
 
 def mse_loss_partial_sums(size: int) -> int:
-    """Return how many numbers of scratch ``mse_loss_forward`` needs for a mean or sum over size elements."""
+    """Return how many numbers of workspace ``mse_loss_forward`` needs for a reduced loss of size elements."""
     blocks = -(-size // (THREADS * CHUNK * _CHUNKS_PER_THREAD))
     return 0 if blocks <= 1 else min(blocks, MAX_BLOCKS)
 
 
 def mse_loss_forward(
-    input: Array, target: Array, reduction: int, loss: Array, partial: Array | None, stream: Stream
+    input: Array, target: Array, reduction: int, loss: Array, partial_sums: Array | None, stream: Stream
 ) -> None:
     """Write ``(input - target) ** 2`` of n elements each to loss, of n elements or reduced (1,).
 
-    ``partial`` is scratch for ``mse_loss_partial_sums(n)`` numbers of the type that is computed in.
+    ``partial_sums`` is workspace for ``mse_loss_partial_sums(n)`` numbers of the type that is computed in.
     """
     element, size = element_of(input), size_of(input)
     if reduction == NONE:
         if size > 0:
-            _ELEMENTS[element].launch(
-                stream, -(-size // THREADS), address(input), address(target), address(loss), size
-            )
+            blocks = -(-size // THREADS)
+            _ELEMENTS[element].launch(stream, blocks, input=input, target=target, loss=loss, size=size)
         return
     # the mean of nothing is 0 / 0
-    factor = SCALARS[element](1.0 if reduction != MEAN else 1.0 / size if size > 0 else float("nan"))
+    factor = 1.0 if reduction != MEAN else 1.0 / size if size > 0 else float("nan")
     blocks = max(1, mse_loss_partial_sums(size))
     _BLOCK_SUMS[element].launch(
         stream,
         blocks,
-        address(input),
-        address(target),
-        address(partial) if blocks > 1 else 0,
-        address(loss),
-        factor,
-        size,
-        blocks,
-        is_wide(0, input, target),
+        input=input,
+        target=target,
+        partial_sums=partial_sums if blocks > 1 else None,
+        loss=loss,
+        factor=factor,
+        size=size,
+        num_blocks=blocks,
+        wide=is_wide(0, input, target),
     )
     if blocks > 1:
-        ADD_PARTIAL_SUMS[element].launch(stream, 1, address(partial), blocks, factor, 0, address(loss))
+        ADD_PARTIAL_SUMS[element].launch(
+            stream, 1, partial_sums=partial_sums, count=blocks, factor=factor, has_divisor=False, loss=loss
+        )
 
 
 def mse_loss_backward(
@@ -189,18 +146,17 @@ def mse_loss_backward(
 
     ``grad_loss`` has n elements without reduction, else 1. The gradient of the target is the negative.
     """
-    element, size = element_of(input), size_of(input)
-    if size == 0:
-        return
-    _BACKWARD[element].launch(
-        stream,
-        -(-size // (THREADS * CHUNK)),
-        address(grad_loss),
-        address(input),
-        address(target),
-        SCALARS[element](2.0 / size if reduction == MEAN else 2.0),
-        address(grad_input),
-        size,
-        size_of(grad_loss),
-        is_wide(0, input, target, grad_input),
-    )
+    size = size_of(input)
+    if size > 0:
+        _BACKWARD[element_of(input)].launch(
+            stream,
+            -(-size // (THREADS * CHUNK)),
+            grad_loss=grad_loss,
+            input=input,
+            target=target,
+            factor=2.0 / size if reduction == MEAN else 2.0,
+            grad_input=grad_input,
+            size=size,
+            num_upstream=size_of(grad_loss),
+            wide=is_wide(0, input, target, grad_input),
+        )

@@ -1,4 +1,4 @@
-"""The one place that imports numba-cuda, and NVIDIA's Python packages, which it brings along.
+"""The one file that imports numba-cuda, and NVIDIA's Python packages, which it brings along.
 
 Without the package numba-cuda the name ``numba.cuda`` is Numba's own deprecated target, which lacks what the
 kernels need.

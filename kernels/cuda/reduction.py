@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastdl.kernels.cuda.intrinsics import computed_in, is_null, load, pointer_to, store
-from fastdl.kernels.cuda.launch import ELEMENTS, Kernel, pointer
+from fastdl.kernels.cuda.intrinsics import load, pointer_to, store
+from fastdl.kernels.cuda.launch import Elements, Sums, build_kernels
 from fastdl.kernels.cuda.numba_cuda import cuda, types
 
 # the codes by which a kernel is told the reduction
@@ -23,6 +23,11 @@ THREADS = 512
 WARPS = THREADS // WARP
 # a sum is made of the sums of at most so many blocks
 MAX_BLOCKS = 1024
+
+
+def lanes_for(count: int) -> int:
+    """Return how many lanes share so many numbers: the least power of 2 that has one for each, or a warp."""
+    return min(WARP, 1 << max(0, count - 1).bit_length())
 
 
 @cuda.jit(device=True, inline="always")
@@ -47,7 +52,7 @@ def lanes_max(value, lanes):
 
 @cuda.jit(device=True, inline="always")
 def block_sum(value, shared):
-    """Return the sum over the block's threads to all of them; shared is scratch for WARPS numbers."""
+    """Return the sum over the block's threads to all of them; shared is workspace for WARPS numbers."""
     thread = cuda.threadIdx.x
     value = lanes_sum(value, WARP)
     if thread % WARP == 0:
@@ -56,7 +61,7 @@ def block_sum(value, shared):
     total = load(shared, 0)
     for warp in range(1, WARPS):
         total += load(shared, warp)
-    # the scratch may be written anew
+    # the workspace may be written anew
     cuda.syncthreads()
     return total
 
@@ -76,24 +81,33 @@ def block_max(value, shared):
     return greatest
 
 
+def build_mean(real: Any) -> Any:
+    """Return ``mean(total, weight)``: a loss's sum over the sum of its rows' weights."""
+
+    @cuda.jit(device=True, inline="always")
+    def mean(total, weight):
+        # where no row has a weight, torch's loss has a part that is 0 / 0, whatever a smoothed label adds
+        return total / weight if weight != real(0) else real(float("nan"))
+
+    return mean
+
+
 def _build(real: Any) -> Callable[..., None]:
-    def add_partial_sums(partial, count, factor, divisor, loss):
-        """Write the sum of partial (count,), times factor or over the divisor, to loss (1,)."""
+    mean = build_mean(real)
+
+    def add_partial_sums(
+        partial_sums: Sums, count: int, factor: float, has_divisor: bool, loss: Elements
+    ) -> None:
+        """Write partial_sums (count,) summed to loss (1,), times factor or over the number behind them."""
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         total = real(0)
         for i in range(types.int64(cuda.threadIdx.x), count, THREADS):
-            total += load(partial, i)
+            total += load(partial_sums, i)
         total = block_sum(total, shared)
         if cuda.threadIdx.x == 0:
-            store(loss, 0, total * factor if is_null(divisor) else total / load(divisor, 0))
+            store(loss, 0, mean(total, load(partial_sums, count)) if has_divisor else total * factor)
 
     return add_partial_sums
 
 
-def _kernel(element: str) -> Kernel:
-    real = computed_in(ELEMENTS[element])
-    arguments = (types.CPointer(real), types.int64, real, types.CPointer(real), pointer(element))
-    return Kernel(f"add_partial_sums_{element}", _build(real), arguments, THREADS)
-
-
-ADD_PARTIAL_SUMS = {element: _kernel(element) for element in ELEMENTS}
+ADD_PARTIAL_SUMS = build_kernels("add_partial_sums", _build, THREADS)

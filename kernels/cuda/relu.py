@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from fastdl.kernels.cuda.intrinsics import load, load_tuple, store, store_tuple, zero_where_closed
+from fastdl.kernels.cuda.chunks import load_chunk, store_chunk
+from fastdl.kernels.cuda.intrinsics import relu_masked
 from fastdl.kernels.cuda.launch import (
     CHUNK,
-    ELEMENTS,
     Array,
-    Kernel,
+    Elements,
     Stream,
-    address,
+    build_kernels,
     element_of,
     is_wide,
-    pointer,
     size_of,
 )
 from fastdl.kernels.cuda.numba_cuda import cuda, types
@@ -20,35 +19,30 @@ from fastdl.kernels.cuda.numba_cuda import cuda, types
 THREADS = 256
 
 
-def _masked(values, gate, masked, size, wide):
-    """Write the values, or 0 where the gate is 0 or less; NaN <= 0 is false, so a NaN gate is open."""
+def _masked(values: Elements, output: Elements, masked: Elements, size: int, wide: bool) -> None:
+    """Write the values, or 0 where the output is 0 or less; NaN <= 0 is false."""
     start = (types.int64(cuda.blockIdx.x) * THREADS + cuda.threadIdx.x) * CHUNK
-    if wide and start + CHUNK <= size:
-        chunk = zero_where_closed(load_tuple(values, start, CHUNK), load_tuple(gate, start, CHUNK))
-        store_tuple(masked, start, chunk)
-    else:
-        for i in range(start, min(start + CHUNK, size)):
-            value = (load(values, i),)
-            store(masked, i, zero_where_closed(value, (load(gate, i),))[0])
+    if start < size:
+        left = size - start
+        whole = wide != 0 and left >= CHUNK
+        chunk, outputs = load_chunk(values, start, left, whole), load_chunk(output, start, left, whole)
+        store_chunk(masked, start, left, whole, relu_masked(chunk, outputs))
 
 
-_MASKED = {
-    element: Kernel(f"relu_{element}", _masked, (pointer(element),) * 3 + (types.int64, types.int64), THREADS)
-    for element in ELEMENTS
-}
+_MASKED = build_kernels("relu", lambda real: _masked, THREADS)
 
 
-def _launch(values: Array, gate: Array, masked: Array, stream: Stream) -> None:
+def _launch(values: Array, output: Array, masked: Array, stream: Stream) -> None:
     size = size_of(values)
     if size > 0:
         _MASKED[element_of(values)].launch(
             stream,
             -(-size // (THREADS * CHUNK)),
-            address(values),
-            address(gate),
-            address(masked),
-            size,
-            is_wide(0, values, gate, masked),
+            values=values,
+            output=output,
+            masked=masked,
+            size=size,
+            wide=is_wide(0, values, output, masked),
         )
 
 

@@ -335,7 +335,7 @@ def test_what_it_cannot_train_is_an_error_that_names_the_layer(seed):
         "1 (Dropout)": nn.Sequential(nn.Linear(784, 10), nn.Dropout()),
         "0 (Conv1d)": nn.Sequential(nn.Conv1d(1, 1, 3), nn.Linear(784, 10)),
         "same parameter": nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(784, 10)),
-        "2 (Linear), which has a hook": hooked,
+        "2 (Linear), which has a forward hook": hooked,
         "torch.float16": mlp(784, 10).half(),
         "takes 700 features": mlp(700, 10),
     }
@@ -540,11 +540,6 @@ def test_real_fashion_mnist_trains_as_the_loop_does(fashion_mnist_data, seed):
     net = models.SoftmaxRegression().double()
     (ours, theirs) = both(net, images.X_train[:5000], images.y_train[:5000], batch_size=256)
     assert_same((ours, theirs), **FLOAT64)
-
-
-test_real_fashion_mnist_trains_as_the_loop_does = pytest.mark.real_data(
-    test_real_fashion_mnist_trains_as_the_loop_does
-)
 
 
 def test_data_batches_take_rows_in_the_same_order(seed):

@@ -186,6 +186,60 @@ def test_a_label_that_is_no_class_is_found_at_the_end_of_its_epoch():
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("device", ["cpu", DEVICE])
+@pytest.mark.parametrize("label", [10, -1])
+def test_a_label_that_a_callback_made_invalid_is_found_and_its_epoch_undone(label, device):
+    X, y = images(device=device)
+    net = mlp(784, 10)
+    optimizer, finished = optimizer_of(net, momentum=0.9), []
+
+    def on_epoch(history):
+        finished.append(copy.deepcopy(net.state_dict()))
+        y[17] = label
+
+    with pytest.raises(IndexError, match=rf"Target {label} is out of bounds: row 17"):
+        fastdl.fit(
+            net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=3, batch_size=64, progress=False,
+            on_epoch=on_epoch,
+        )  # fmt: skip
+    assert len(finished) == 1
+    assert all(torch.equal(value, finished[0][key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("device", ["cpu", DEVICE])
+def test_labels_that_a_callback_changed_count_from_the_next_epoch_on(device):
+    net, runs = mlp(784, 10).double(), []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        X, y = images(device=device)
+
+        def on_epoch(history, y=y):
+            y[:100] = -100
+
+        runs.append(fitted(net, X, y, epochs=3, on_epoch=on_epoch, compiled=compiled))
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("widths", [(784, 10), (784, 40, 10), (784, 40, 35)], ids=str)
+@pytest.mark.parametrize("train_is_uint8", [True, False])
+def test_train_and_test_sets_are_each_read_as_what_they_are(train_is_uint8, widths):
+    X, y = images(num_classes=widths[-1])
+    floats = X.double() / 255
+    train, test = (X, floats) if train_is_uint8 else (floats, X)
+    net = mlp(*widths).double()
+    assert_same(*(fitted(net, train, y, test=(test, y), compiled=compiled) for compiled in (True, False)))
+
+
+def test_a_momentum_buffer_that_does_not_fit_is_refused_by_name():
+    X, y = images()
+    net = mlp(784, 10)
+    before, optimizer = copy.deepcopy(net.state_dict()), optimizer_of(net, momentum=0.9)
+    optimizer.state[net[0].weight]["momentum_buffer"] = torch.zeros(1, device=DEVICE)
+    with pytest.raises(RuntimeError, match=r"the momentum buffer of 0\.weight has shape \(1,\)"):
+        fastdl.fit(net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=1, batch_size=64, progress=False)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
 def test_ctrl_c_answers_soon_and_leaves_the_last_finished_epoch():
     X, y = images(60000)
     net = mlp(784, 1024, 1024, 10)

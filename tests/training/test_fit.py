@@ -162,7 +162,7 @@ def test_integers_reach_the_net_as_they_are(seed):
         ({"X": torch.rand(0, 784), "y": torch.zeros(0)}, ValueError, r"at least one row"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
         ({"epochs": -1}, ValueError, "epochs must be 0 or more, not -1"),
-        ({"loss": nn.CrossEntropyLoss(reduction="none")}, ValueError, "reduction='mean' or 'sum'"),
+        ({"loss": nn.CrossEntropyLoss(reduction="none")}, ValueError, "training needs 'mean' or 'sum'"),
         ({"test": (torch.rand(3, 784), torch.zeros(2))}, ValueError, "test X and test y"),
         ({"loss": nn.MSELoss(), "y": torch.rand(4)}, ValueError, r"gives \(10,\).*y has \(\)"),
         (

@@ -39,6 +39,55 @@ def test_a_notebook_shows_a_table():
     assert "<td>0.9000</td>" in html
 
 
+class _Reluctant(list):
+    """A list to which nothing can be appended."""
+
+    def append(self, value):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"])
+def test_an_epoch_that_cannot_be_appended_leaves_no_trace(name, error):
+    history = classifier_history()
+    before = history.figures()
+    reluctant = _Reluctant(getattr(history, name))
+    reluctant.error = error
+    setattr(history, name, reluctant)
+    with pytest.raises(type(error)):
+        history.append(1.0, Scores(0.1, 0.9), Scores(0.2, 0.8))
+    assert history.figures() == before
+    assert len(history) == 2
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (Scores(0.1), Scores(0.2, 0.3)),
+        (Scores(0.1, 0.2), Scores(0.2)),
+        (Scores(0.1), Scores(0.2)),
+        (Scores(0.1, 0.2), None),
+        (None, Scores(0.1, 0.2)),
+        (Scores(0.1, 0.2), (0.1, 0.2)),
+    ],
+)
+def test_an_epoch_with_other_figures_than_the_first_is_refused(train, test):
+    history = classifier_history()
+    before = json.dumps(history.figures())
+    with pytest.raises((ValueError, AttributeError)):
+        history.append(1.0, train, test)
+    assert json.dumps(history.figures()) == before
+    assert len(history.rows()) == 3
+
+
+def test_figures_that_come_later_are_refused_by_name():
+    history = History()
+    history.append(0.5, Scores(0.75))
+    with pytest.raises(ValueError, match=r"the first, train_loss, seconds, but this one has .*test_accuracy"):
+        history.append(0.5, Scores(0.75), Scores(0.5, 0.5))
+    assert history.figures() == {"train_loss": [0.75], "seconds": [0.5]}
+
+
 def test_save_writes_json_with_settings_first(tmp_path):
     path = tmp_path / "new" / "history.json"
     classifier_history().save(path, {"lr": 0.1})

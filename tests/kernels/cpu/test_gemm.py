@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastdl.kernels.cpu.gemm import gemm
+from fastdl.kernels.cpu.gemm import Left, Right, gemm
 from tests.kernels.cpu import widths
 
 # around the edges of every tile: 4, 6 or 14 rows, 2 to 32 columns, and the 32 steps of a shallow product
@@ -35,16 +35,17 @@ def _random(rng, rows, cols, dtype, transposed=False):
     return matrix.astype(dtype)
 
 
-def _multiply(a, b, forms=(False, False), gate=None, bias=None, relu=False, sums=None, num_threads=1):
+def _multiply(a, b, forms=(False, False), mask_source=None, bias=None, relu=False, sums=None, num_threads=1):
     """Return what gemm writes to a product that was NaN before."""
     a_is_transposed, b_is_transposed = forms
     rows = a.shape[1] if a_is_transposed else a.shape[0]
     cols = b.shape[0] if b_is_transposed else b.shape[1]
     product = np.full((rows, cols), np.nan, a.dtype)
-    gate = np.empty((0, 0), a.dtype) if gate is None else gate
+    mask_source = np.empty((0, 0), a.dtype) if mask_source is None else mask_source
     bias = np.empty(0, a.dtype) if bias is None else bias
     sums = np.empty(0, a.dtype) if sums is None else sums
-    gemm(a, a_is_transposed, gate, b, b_is_transposed, bias, relu, product, sums, num_threads)
+    left, right = Left(a, a_is_transposed, mask_source), Right(b, b_is_transposed)
+    gemm(left, right, bias, relu, product, sums, num_threads)
     return product
 
 
@@ -76,25 +77,25 @@ def test_product_is_right_at_every_size(forms, dtype, seed):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("forms", FORMS)
-def test_gate_bias_relu_and_sums_are_part_of_the_product(forms, dtype, seed):
+def test_mask_bias_relu_and_sums_are_part_of_the_product(forms, dtype, seed):
     rng = np.random.default_rng(seed)
     for n, k, m in [*((*rng.choice(SIZES[1:], 2), m) for m in SIZES[1:]), *LARGE]:
         a, b = _random(rng, n, k, dtype, forms[0]), _random(rng, k, m, dtype, forms[1])
-        gate = _random(rng, *a.shape, dtype)
-        gate.flat[:: max(1, gate.size // 5)] = np.nan
-        gate.flat[1 :: max(1, gate.size // 3)] = 0
+        mask_source = _random(rng, *a.shape, dtype)
+        mask_source.flat[:: max(1, mask_source.size // 5)] = np.nan
+        mask_source.flat[1 :: max(1, mask_source.size // 3)] = 0
         bias = rng.standard_normal(m).astype(dtype)
         sums = np.full(a.shape[1], np.nan, dtype)
-        result = _multiply(a, b, forms, gate, bias, True, sums)
-        gated = np.where(gate <= 0, dtype(0), a)
-        left = np.concatenate([gated.T if forms[0] else gated, np.ones((n, 1), dtype)], axis=1)
+        result = _multiply(a, b, forms, mask_source, bias, True, sums)
+        masked = np.where(mask_source <= 0, dtype(0), a)
+        left = np.concatenate([masked.T if forms[0] else masked, np.ones((n, 1), dtype)], axis=1)
         right = np.concatenate([b.T if forms[1] else b, bias[None]])
         # ReLU changes no two numbers by more than they differ, so the bound on the product is one on this
         exact = left.astype(np.longdouble) @ right.astype(np.longdouble)
         allowed = 4 * np.finfo(dtype).eps * (np.abs(left) @ np.abs(right)).max()
         allowed += 2 * np.abs(left @ right - exact).max()
         assert np.abs(result - np.maximum(exact, 0)).max() <= allowed, (n, k, m)
-        _check(np.ones((1, len(gated)), dtype), gated, sums[None], (n, k, m))
+        _check(np.ones((1, len(masked)), dtype), masked, sums[None], (n, k, m))
 
 
 @pytest.mark.parametrize("forms", FORMS)
@@ -130,7 +131,8 @@ def test_nothing_is_read_or_written_outside_the_arrays(forms):
         a, b, product = views
         a[:], b[:] = 1, 1
         none = np.empty(0, np.float32)
-        gemm(a, forms[0], np.empty((0, 0), np.float32), b, forms[1], none, False, product, none, 1)
+        left = Left(a, forms[0], np.empty((0, 0), np.float32))
+        gemm(left, Right(b, forms[1]), none, False, product, none, 1)
         assert (product == k).all()
         assert np.isnan(memory).sum() == memory.size - a.size - b.size - product.size
 
@@ -142,12 +144,12 @@ def test_number_of_threads_changes_no_bit(forms, size, dtype, seed):
     rng = np.random.default_rng(seed)
     n, k, m = size
     a, b = _random(rng, n, k, dtype, forms[0]), _random(rng, k, m, dtype, forms[1])
-    gate = _random(rng, *a.shape, dtype)
+    mask_source = _random(rng, *a.shape, dtype)
     outcomes = []
     for num_threads in (1, 2, 3):
         sums = np.full(a.shape[1], np.nan, dtype)
         outcomes.append((_multiply(a, b, forms, num_threads=num_threads), sums))
-        outcomes.append((_multiply(a, b, forms, gate, sums=sums, num_threads=num_threads), sums))
+        outcomes.append((_multiply(a, b, forms, mask_source, sums=sums, num_threads=num_threads), sums))
     for alone, shared in ((0, 2), (0, 4), (1, 3), (1, 5)):
         for one, other in zip(outcomes[alone], outcomes[shared], strict=True):
             np.testing.assert_array_equal(one, other)
@@ -165,7 +167,7 @@ def _python(*arguments, **variables):
 
 
 def run_with(width):
-    return widths.run(width, __file__, "gate_bias or zero_times")
+    return widths.run(width, __file__, "mask_bias or zero_times")
 
 
 @pytest.mark.ahead(run_with, "width")

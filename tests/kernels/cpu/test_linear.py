@@ -98,7 +98,7 @@ def test_no_terms_give_the_bias_forward_and_zeros_backward(dtype):
     assert not grad_bias.any()
 
 
-def test_nan_passes_the_relu_and_opens_its_mask(dtype):
+def test_nan_passes_the_relu_forward_and_backward(dtype):
     input = np.array([[np.nan], [-1], [2]], dtype)
     output = _nan(3, 1, dtype=dtype)
     linear_forward(input, np.ones((1, 1), dtype), np.empty(0, dtype), True, output, 1)

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no CUDA kernel was compiled")
 
-from benchmarks import compile_report
 from fastdl.kernels.cuda.launch import KERNELS
+from tests import compile_report
 
 if compile_report.disassembler() is None:
     pytest.skip("nvdisasm is not installed: no CUDA kernel was disassembled", allow_module_level=True)
@@ -43,7 +43,7 @@ def test_a_kernel_keeps_its_limits(kernel, architecture, ahead):
 def test_the_table_of_the_results_is_that_of_these_kernels(ahead):
     table = json.loads((compile_report.RESULTS / "cuda-kernels.json").read_text())
     names = {(row["kernel"], row["architecture"]) for row in table["kernels"]}
-    remedy = "run python -m benchmarks.compile_report"
+    remedy = "run python -m tests.compile_report"
     assert names == {(name, arch) for name in KERNELS for arch in compile_report.ARCHITECTURES}, remedy
     if table["tools"] == compile_report.tools():
         built = {kernel: ahead(compile_report.build, kernel) for kernel in KERNELS}

@@ -16,11 +16,20 @@ pytest.importorskip("numba_cuda", reason="numba-cuda is not installed: no launch
 
 from cuda.core._kernel_arg_handler import ParamHolder
 
-from benchmarks.compile_report import build
 from fastdl.kernels import cuda as kernels
+from fastdl.kernels import disk
 from fastdl.kernels.cuda import launch
+from fastdl.kernels.cuda.head import MOST_OUTPUTS
 from fastdl.kernels.cuda.launch import KERNELS, Kernel, Stream
+from fastdl.kernels.options import CrossEntropyOptions, SGDOptions
+from tests.compile_report import build
 
+
+def _at(address):
+    return SimpleNamespace(data_ptr=lambda: address)
+
+
+ARGUMENTS = {"values": _at(1), "output": _at(2), "masked": _at(3), "size": 4, "wide": True}
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -69,14 +78,14 @@ def loaded(driver, monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(disk, "_folders", lambda configuration: (tmp_path,))
     return tmp_path
 
 
 def _kernel():
     """Return a kernel of its own beside the ones that ship."""
     shipped = KERNELS["relu_float32"]
-    kernel = Kernel("relu_float32", shipped.function, shipped.signature.args, shipped.threads)
+    kernel = Kernel("relu_float32", shipped.function, shipped.threads, "float32")
     KERNELS["relu_float32"] = shipped
     return kernel
 
@@ -87,34 +96,117 @@ def test_a_kernel_is_compiled_and_loaded_once_for_each_architecture(driver, cach
     monkeypatch.setattr(Kernel, "ptx", lambda self: compiled.append(self.name) or ptx(self))
     driver.capability = (9, 0)
     for handle in (0, 7, 7):
-        kernel.launch(launch.stream(0, handle), 3, 1, 2, 3, 4, 5)
+        kernel.launch(launch.stream(0, handle), 3, **ARGUMENTS)
     assert len(compiled) == len(driver.loaded) == 1
     driver.capability = (8, 6)
-    kernel.launch(launch.stream(1, 0), 3, 1, 2, 3, 4, 5)
+    kernel.launch(launch.stream(1, 0), 3, **ARGUMENTS)
     assert len(compiled) == len(driver.loaded) == 2
     names = sorted(path.name.split("-")[1] for path in cache.iterdir())
     assert names == ["sm_86", "sm_90a"], "one file for each architecture, and no temporary one"
     # another process finds the machine code on the disk
-    _kernel().launch(launch.stream(0, 0), 3, 1, 2, 3, 4, 5)
+    _kernel().launch(launch.stream(0, 0), 3, **ARGUMENTS)
     assert len(compiled) == 2
     assert len(driver.loaded) == 3
 
 
+@pytest.mark.parametrize("release", ["", "-cu12", "-cu13"])
+@pytest.mark.parametrize(
+    "package", ["nvidia-cuda-nvcc", "nvidia-nvjitlink", "nvidia-nvvm", "numba-cuda", "cuda-core"]
+)
+def test_another_release_of_what_makes_machine_code_has_files_of_its_own(package, release, monkeypatch):
+    installed = {}
+
+    def version(name):
+        if name not in installed:
+            raise ImportError(name)
+        return installed[name]
+
+    monkeypatch.setattr(launch, "version", version)
+    digests = []
+    for found in ("1.0", "1.1"):
+        installed[f"{package}{release}"] = found
+        launch._toolchain.cache_clear()
+        digests.append(launch._toolchain())
+    launch._toolchain.cache_clear()
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("variable", ["NUMBA_CUDA_DEBUGINFO", "CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"])
+def test_other_settings_of_cuda_have_files_of_their_own(variable, monkeypatch):
+    launch._toolchain.cache_clear()
+    before = launch._toolchain()
+    monkeypatch.setenv(variable, "/elsewhere")
+    launch._toolchain.cache_clear()
+    assert launch._toolchain() != before
+    launch._toolchain.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda code: code[: len(code) // 2], lambda code: b"", lambda code: code[::-1]]
+)
+def test_damaged_machine_code_is_made_anew(damage, driver, cache):
+    _kernel().machine_code("sm_90a")
+    (path,) = cache.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    code = _kernel().machine_code("sm_90a")
+    assert code[:4] == b"\x7fELF"
+    # written anew, and read by the next
+    assert _kernel().machine_code("sm_90a") == code == disk.read(path.name)
+
+
 def test_without_a_folder_to_write_to_kernels_still_load(driver, monkeypatch):
-    monkeypatch.setattr(launch, "cache_folder", lambda: None)
-    _kernel().launch(launch.stream(0, 0), 1, 1, 2, 3, 4, 5)
+    monkeypatch.setattr(disk, "_folders", lambda configuration: ())
+    _kernel().launch(launch.stream(0, 0), 1, **ARGUMENTS)
     assert len(driver.loaded) == len(driver.launches) == 1
 
 
 def test_the_launch_goes_to_the_given_stream_with_the_given_blocks(driver, cache):
     kernel = _kernel()
     for handle in (0, 7):
-        kernel.launch(launch.stream(0, handle), 3, 1, 2, 3, 4, 5)
+        kernel.launch(launch.stream(0, handle), 3, **ARGUMENTS)
     streams, configurations, names, arguments = zip(*driver.launches, strict=True)
     assert streams == ("the default stream", "stream 7")
     assert {(config.grid, config.block) for config in configurations} == {((3, 1, 1), (kernel.threads, 1, 1))}
     assert set(names) == {"relu_float32"}
-    assert set(arguments) == {(1, 2, 3, 4, 5)}
+    assert set(arguments) == {(1, 2, 3, 4, 1)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": None}, r"relu_float32\(\) missing 1 required keyword-only argument: 'size'"),
+        ({"length": 4}, r"relu_float32\(\) got an unexpected keyword argument 'length'"),
+        ({"size": None, "sizes": 4}, r"relu_float32\(\) got an unexpected keyword argument 'sizes'"),
+    ],
+    ids=["missing", "unknown", "misspelt"],
+)
+def test_a_launch_with_a_wrong_argument_names_kernel_and_argument(loaded, changes, message):
+    arguments = {key: value for key, value in (ARGUMENTS | changes).items() if value is not None}
+    with pytest.raises(TypeError, match=message):
+        KERNELS["relu_float32"].launch(launch.stream(0, 0), 1, **arguments)
+    assert not loaded
+
+
+def test_a_launch_with_an_argument_twice_or_by_position_names_it(loaded):
+    kernel, stream = KERNELS["relu_float32"], launch.stream(0, 0)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'size'"):
+        kernel.launch(stream, 1, **ARGUMENTS, **{"size": 4})
+    with pytest.raises(TypeError, match="positional"):
+        kernel.launch(stream, 1, *ARGUMENTS.values())
+    assert not loaded
+
+
+def test_a_launch_takes_its_arguments_in_any_order(loaded):
+    stream = launch.stream(0, 0)
+    for arguments in (ARGUMENTS, dict(reversed(ARGUMENTS.items()))):
+        KERNELS["relu_float32"].launch(stream, 1, **arguments)
+    assert loaded[0] == loaded[1]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_has_a_long_list_of_arguments(name):
+    code = KERNELS[name].function.__code__
+    assert code.co_argcount + code.co_kwonlyargcount <= 8
 
 
 def test_one_stream_object_is_kept_for_each_handle_of_each_device(driver):
@@ -140,11 +232,11 @@ def test_a_kernel_that_a_capture_meets_first_says_what_to_do(driver, cache):
     kernel, stream = _kernel(), launch.stream(0, 7)
     driver.capturing = True
     with pytest.raises(RuntimeError, match="run the same step once before the capture"):
-        kernel.launch(stream, 1, 1, 2, 3, 4, 5)
+        kernel.launch(stream, 1, **ARGUMENTS)
     driver.capturing = False
-    kernel.launch(stream, 1, 1, 2, 3, 4, 5)
+    kernel.launch(stream, 1, **ARGUMENTS)
     driver.capturing = True
-    kernel.launch(stream, 1, 1, 2, 3, 4, 5)
+    kernel.launch(stream, 1, **ARGUMENTS)
     assert len(driver.launches) == 2
 
 
@@ -174,26 +266,27 @@ def _calls(dtype):
     target = torch.zeros(n, dtype=torch.int64)
     loss = torch.empty(1, dtype=dtype)
     kernels.linear_forward(input, weight, bias, True, output, stream)
-    yield (input, 0, weight, bias, output, 0, n, k, m, 1, 1, 1)
+    yield (input, n, k, 1, 0, weight, m, k, 1, bias, 1, output, 0)
     kernels.linear_grad_input(output, None, weight, grad_input, stream)
     # rows of 5 numbers don't begin at multiples of 16 bytes
-    yield (output, 0, weight, 0, grad_input, 0, n, m, k, 0, 1, 0)
+    yield (output, n, m, 0, 0, weight, m, k, 1, 0, 0, grad_input, 0)
     kernels.linear_grad_weight(output, output, input, grad_weight, grad_bias, stream)
-    yield (output, output, input, 0, grad_weight, grad_bias, m, n, k, 0, 1, 0)
+    yield (output, n, m, 0, output, input, n, k, 1, 0, 0, grad_weight, grad_bias)
     kernels.relu_forward(input, grad_input, stream)
     yield (input, input, grad_input, n * k, 1)
     kernels.relu_backward(input, input, grad_input, stream)
     yield (input, input, grad_input, n * k, 1)
-    kernels.cross_entropy_forward(output, target, bias, -100, 0.25, 1, loss, None, None, stream)
-    yield (output, target, bias, 0, loss, 0, 0, n, m, -100, 0.75, 0.05, 1, 2, 1, 0)
+    options = CrossEntropyOptions(-100, 0.25, 1)
+    kernels.cross_entropy_forward(output, target, bias, options, loss, None, None, stream)
+    yield (output, target, bias, -100, 0.75, 0.05, 1, loss, 0, 0, n, m, 2, 1, 0)
     kernels.cross_entropy_backward(loss, output, target, -100, output, stream)
-    yield (loss, output, target, -100, output, n, m, 1, 2, 1, 0)
+    yield (loss, output, target, -100, output, 1, n, m, 2, 1, 0)
     kernels.mse_loss_forward(input, input, 1, loss, None, stream)
     yield (input, input, 0, loss, 1 / (n * k), n * k, 1, 1)
     kernels.mse_loss_backward(loss, input, input, 2, grad_input, stream)
     yield (loss, input, input, 2.0, grad_input, n * k, 1, 1)
     table = [(weight.data_ptr(), grad_weight.data_ptr(), bias.data_ptr(), m * k, 1)]
-    kernels.sgd(table, weight, 0.5, 0.25, 0.125, 2.0, True, False, stream)
+    kernels.sgd(table, weight, SGDOptions(0.5, 0.25, 0.125, 2.0, True, False), stream)
     yield (*table[0], *[0] * 15, 0.5, 0.25, 0.125, 2.0, 1, 0)
 
 
@@ -221,20 +314,21 @@ def _steps(dtype, examples, num_outputs):
             torch.zeros(2, num_outputs, **reals),
         )
         outputs = torch.zeros(2, 4, num_outputs, **reals)
-        return kernels.dense.Layer(weights[0], biases[0], weights[1], biases[1], *outputs, relu)
+        return kernels.step.Layer(weights[0], biases[0], weights[1], biases[1], *outputs, relu)
 
     layers = [layer(12, 8, True), layer(8, 8, True), layer(8, num_outputs, False)]
-    given = kernels.dense.Examples(X, order, 0.25)
-    loss = kernels.head.Loss(
-        kernels.head.CROSS_ENTROPY, True, order, None, torch.zeros(num_outputs, **reals), 2.5,
-        torch.zeros(2, **reals), -100, 0.125,
+    source = kernels.step.source_of(X, 0.25, True)
+    loss = kernels.loss_row.Loss(
+        kernels.loss_row.CROSS_ENTROPY, True, order, None, torch.zeros(num_outputs, **reals), 2.5,
+        torch.zeros(2, **reals), -100, 0.875, 0.125,
     )  # fmt: skip
-    options = torch.zeros(6, kernels.dense.NUM_OPTIONS, **reals)
-    notes = kernels.head.Notes(torch.zeros(8, **reals), order)
-    step = kernels.dense.Step(3, torch.zeros(3, dtype=torch.int64), 4)
-    kernels.epoch.run_step(layers, given, loss, options, notes, step, True, stream)
+    updates = kernels.step.Updates(torch.zeros(6, len(SGDOptions._fields), **reals), torch.zeros(6).long())
+    results = kernels.loss_row.RowResults(torch.zeros(8, **reals), order)
+    step = kernels.step.Step(3, 4, order, *torch.zeros(3, dtype=torch.int64).unbind())
+    kernels.epoch.run_step(layers, source, loss, updates, results, step, True, stream)
     target = torch.zeros(8, 1, **reals)
-    kernels.small.run_small_epoch(layer(3, 1, False), given, target, True, options, target[0], 8, 4, stream)
+    examples = kernels.small.Examples(X, order, target, 0.25, 8, 3)
+    kernels.small.run_small_epoch(layer(3, 1, False), examples, True, updates, target[0], 4, stream)
 
 
 @pytest.mark.parametrize("num_outputs", [4, 40])
@@ -245,7 +339,7 @@ def test_every_argument_of_a_training_step_arrives_as_the_type_that_the_kernel_h
     loaded, ahead, dtype, examples, num_outputs
 ):
     _steps(dtype, examples, num_outputs)
-    has_head = num_outputs <= kernels.head.MOST_OUTPUTS
+    has_head = num_outputs <= MOST_OUTPUTS
     assert len(loaded) == (6 if has_head else 8)
     for _, configuration, name, arguments in loaded:
         assert _packed(ahead(build, name).result().ptx, arguments) == [
@@ -260,7 +354,8 @@ def test_a_loss_over_much_data_adds_up_the_blocks_sums_last(loaded, reduction):
     logits, target = torch.empty(5000, 10), torch.empty(5000, dtype=torch.int64)
     loss = torch.empty(5000 if reduction == 0 else 1)
     partial = torch.empty(kernels.cross_entropy_partial_sums(5000, 10))
-    kernels.cross_entropy_forward(logits, target, None, -100, 0.0, reduction, loss, None, partial, stream)
+    options = CrossEntropyOptions(-100, 0.0, reduction)
+    kernels.cross_entropy_forward(logits, target, None, options, loss, None, partial, stream)
     names = [name.removesuffix("_float32") for _, _, name, _ in loaded]
     total = ["cross_entropy_total_weight"] if reduction == 1 else []
     last = ["add_partial_sums"] if reduction else []

@@ -203,15 +203,14 @@ def add_tuples(a, b):
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
-def zero_where_closed(values, gate):
-    return tuple(type(value)(0) if by <= 0 else value for value, by in zip(values, gate, strict=True))
+def relu_masked(values, outputs):
+    return tuple(type(value)(0) if by <= 0 else value for value, by in zip(values, outputs, strict=True))
 
 
-def row_of_block(table, num_columns, size_column, block, block_size):
+def row_of_block(table, size_field, block, block_size):
     first = 0
-    for start in range(0, len(table), num_columns):
-        row = table[start : start + num_columns]
-        blocks = -(-row[size_column] // block_size)
+    for row in table:
+        blocks = -(-getattr(row, size_field) // block_size)
         if first <= block < first + blocks:
             return row, block - first
         first += blocks

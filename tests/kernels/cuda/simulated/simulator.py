@@ -28,7 +28,7 @@ assert "fastdl.kernels.cuda" not in sys.modules
 sys.modules["fastdl.kernels.cuda.intrinsics"] = intrinsics
 
 from fastdl.kernels import cuda as kernels  # noqa: E402
-from fastdl.kernels.cuda import cross_entropy, head  # noqa: E402
+from fastdl.kernels.cuda import cross_entropy, loss_row  # noqa: E402
 from fastdl.kernels.cuda.launch import Kernel  # noqa: E402
 
 WARP = 32
@@ -127,43 +127,40 @@ for _name, _module in list(sys.modules.items()):
         _module.cuda = _cuda_module
 FakeCUDAKernel.__call__ = lambda self, *arguments: self.fn(*arguments)
 # Python's own raise an error where a GPU returns infinity
-for _module in (cross_entropy, head):
+for _module in (cross_entropy, loss_row):
     _module.exp, _module.log = np.exp, np.log
 
 
-def _arguments(signature, arguments):
-    """Return the arguments as the kernel sees them: addresses as pointers, a flattened table as a tuple."""
-    rest = list(arguments)
-    for kind in signature.args:
-        if isinstance(kind, types.UniTuple):
-            yield tuple(rest[: kind.count])
-            del rest[: kind.count]
-            continue
-        argument = rest.pop(0)
-        if isinstance(kind, types.CPointer):
-            pointer = intrinsics.MEMORY.pointer(argument, intrinsics.current_thread)
-            if not intrinsics.is_null(pointer):
-                assert pointer.region.element == intrinsics._NAMES[kind.dtype]
-            yield pointer
-        elif kind == types.int64:
-            assert type(argument) is int
-            yield argument
-        else:
-            assert type(argument) is (np.float64 if kind == types.float64 else np.float32)
-            yield argument
-    assert not rest
+def _argument(kind, numbers):
+    """Return an argument as the kernel sees it: an address as a pointer, records and tables as such."""
+    if isinstance(kind, types.BaseNamedTuple):
+        return kind.instance_class(*(_argument(each, numbers) for each in kind.types))
+    if isinstance(kind, types.UniTuple):
+        return tuple(_argument(kind.dtype, numbers) for _ in range(kind.count))
+    number = next(numbers)
+    if isinstance(kind, types.CPointer):
+        pointer = intrinsics.MEMORY.pointer(number, intrinsics.current_thread)
+        assert intrinsics.is_null(pointer) or pointer.region.element == intrinsics._NAMES[kind.dtype]
+        return pointer
+    if kind == types.int64:
+        assert type(number) is int
+    else:
+        assert type(number) is (np.float64 if kind == types.float64 else np.float32)
+    return number
 
 
 LAUNCHES: list[str] = []
 
 
-def _launch(self, stream, blocks, *arguments):
+def _launch(self, stream, blocks, /, **arguments):
     assert stream is STREAM
     assert 0 < blocks < 2**31
     LAUNCHES.append(self.name)
     intrinsics.MEMORY.forget()
     with np.errstate(all="ignore"):
-        seen = tuple(_arguments(self.signature, arguments))
+        numbers = iter(self.numbers(**arguments))
+        seen = tuple(_argument(kind, numbers) for kind in self.signature.args)
+        assert next(numbers, None) is None
         for block in random.sample(range(blocks), blocks):
             _block.run(self.function, block, self.threads, seen)
 

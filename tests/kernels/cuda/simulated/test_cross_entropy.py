@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from fastdl.kernels.cuda import cross_entropy
 from fastdl.kernels.cuda.reduction import CODES
+from fastdl.kernels.options import CrossEntropyOptions
 from tests.kernels.cuda.simulated.near import assert_near
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray, kernels
 
@@ -22,8 +23,8 @@ def _run(logits, target, weight, smoothing, reduction, offset=0):
     grad_logits = DeviceArray.nan((num_rows, num_classes), dtype, offset)
     count = cross_entropy.cross_entropy_partial_sums(num_rows, num_classes)
     partial = DeviceArray.nan((count,), "float64" if dtype == "float64" else "float32") if count else None
-    arguments = (logits, target, weight, IGNORE, smoothing, CODES[reduction], loss)
-    kernels.cross_entropy_forward(*arguments, grad_logits, partial, STREAM)
+    options = CrossEntropyOptions(IGNORE, smoothing, CODES[reduction])
+    kernels.cross_entropy_forward(logits, target, weight, options, loss, grad_logits, partial, STREAM)
     return loss, grad_logits
 
 
@@ -96,6 +97,24 @@ def test_a_long_row_is_a_whole_blocks(seed, smoothing):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("num_rows", [3, 600])
+@pytest.mark.parametrize("weights", [[0, 0, 0], [0, 0, 1]], ids=str)
+def test_class_weights_of_zero_count_as_in_torch(weights, num_rows, smoothing, reduction, monkeypatch):
+    # many rows take several blocks, and their divisor a launch of its own
+    monkeypatch.setattr(cross_entropy, "_ROWS_OF_ONE_BLOCK", 0)
+    logits = DeviceArray(np.linspace(-1, 1, 3 * num_rows).reshape(num_rows, 3))
+    # no row of the class that has a weight: the mean divides by 0
+    target = DeviceArray([IGNORE, *[0, 1] * num_rows][:num_rows], "int64")
+    weight = DeviceArray(weights)
+    loss, grad_logits = _run(logits, target, weight, smoothing, reduction)
+    exact_loss, exact_grad = _truth(logits, target, weight, smoothing, reduction)
+    assert np.isnan(exact_loss).any() == (reduction == "mean")
+    assert_near(loss, exact_loss, 4.0 * num_rows, 8 + num_rows)
+    assert_near(grad_logits, exact_grad, 1.0, 16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label", [-1, 5, 2**40, -(2**62)])
 def test_an_invalid_label_gives_a_nan_loss_and_a_zero_gradient_row_and_reads_nothing(label, reduction):
     logits = DeviceArray(np.arange(15.0).reshape(3, 5))
@@ -144,13 +163,7 @@ def test_the_mean_over_ignored_rows_alone_is_nan_with_a_zero_gradient(smoothing)
 
 def test_the_gradient_is_left_out_where_it_is_not_wanted():
     loss = DeviceArray.nan((1,))
-    arguments = (
-        DeviceArray(np.zeros((2, 4))),
-        DeviceArray([0, 3], "int64"),
-        None,
-        IGNORE,
-        0.0,
-        CODES["mean"],
-    )
-    kernels.cross_entropy_forward(*arguments, loss, None, None, STREAM)
+    logits, target = DeviceArray(np.zeros((2, 4))), DeviceArray([0, 3], "int64")
+    options = CrossEntropyOptions(IGNORE, 0.0, CODES["mean"])
+    kernels.cross_entropy_forward(logits, target, None, options, loss, None, None, STREAM)
     np.testing.assert_allclose(loss.numpy(), [np.log(4)], rtol=1e-6)

@@ -9,11 +9,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastdl.kernels.cuda import dense, head
-from fastdl.kernels.cuda.dense import Examples, Layer, Step
+from fastdl.kernels.cuda import dense
 from fastdl.kernels.cuda.epoch import run_step
-from fastdl.kernels.cuda.head import CROSS_ENTROPY, INVALID, RIGHT, SQUARED_ERROR, WRONG, Loss, Notes
-from fastdl.kernels.cuda.small import MAX_INPUTS, run_small_epoch
+from fastdl.kernels.cuda.loss_row import (
+    CROSS_ENTROPY,
+    INVALID,
+    RIGHT,
+    SQUARED_ERROR,
+    WRONG,
+    Loss,
+    RowResults,
+)
+from fastdl.kernels.cuda.output_loss import output_loss
+from fastdl.kernels.cuda.small import MAX_INPUTS, Examples, run_small_epoch
+from fastdl.kernels.cuda.step import Layer, Step, Updates, source_of
+from fastdl.kernels.options import SGDOptions
 from tests.kernels.cuda.simulated.near import assert_near
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray
 
@@ -71,11 +81,26 @@ class _Problem:
             for index, ((weight, bias), relu) in enumerate(zip(self.arrays, self.relus, strict=True))
         ]
 
-    def options(self, *groups):
-        """Return the table of options: one group for all, or one for each weight and bias."""
+    def updates(self, *groups):
+        """Return the tables of options: one group for all, or one for each weight and bias."""
         rows = groups * 2 * len(self.arrays) if len(groups) == 1 else groups
-        names = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        return DeviceArray([[*(float(row.get(name, 0)) for name in names), 1.0] for row in rows], self.dtype)
+        values = [[float(row.get(name, 0)) for name in SGDOptions._fields] for row in rows]
+        return Updates(DeviceArray(values, self.dtype), DeviceArray(np.ones(len(rows)), "int64"))
+
+    def step(self, number, batch_size, steps_before=0, num_rows=None):
+        counters = (steps_before, self.num if num_rows is None else num_rows, 0)
+        order, progress = (
+            DeviceArray(self.order, "int64"),
+            (DeviceArray([each], "int64") for each in counters),
+        )
+        return Step(number, batch_size, order, *progress)
+
+    def examples(self):
+        return source_of(self.X, self.scale, True)
+
+    def small_examples(self):
+        order = DeviceArray(self.order, "int64")
+        return Examples(self.X, order, self.targets, self.scale, self.num, self.widths[0])
 
     def loss(self, kind, **options):
         """Return the loss on the simulated GPU, and torch's, of outputs and the rows that they are for."""
@@ -84,7 +109,7 @@ class _Problem:
         reduction = "mean" if is_mean else "sum"
         if kind == SQUARED_ERROR:
             targets = torch.from_numpy(self.targets.numpy())
-            ours = Loss(kind, is_mean, None, self.targets, None, self.widths[-1], None, -100, 0.0)
+            ours = Loss(kind, is_mean, None, self.targets, None, self.widths[-1], None, -100, 1.0, 0.0)
             return ours, lambda outputs, rows: F.mse_loss(outputs, targets[rows], reduction=reduction)
         labels = torch.from_numpy(self.labels)
         exact = None if weight is None else torch.from_numpy(weight.numpy())
@@ -102,7 +127,8 @@ class _Problem:
             float(self.widths[-1] if exact is None else exact.sum()),
             divisors,
             ignore_index,
-            smoothing,
+            1.0 - smoothing,
+            smoothing / self.widths[-1],
         )
         return ours, lambda outputs, rows: F.cross_entropy(
             outputs, labels[rows], exact, None, ignore_index, None, reduction, smoothing
@@ -129,9 +155,9 @@ def _check(seed, widths, batch_size, kind=CROSS_ENTROPY, *, groups=({"lr": 0.1},
         options["class_weight"] = DeviceArray(problem.rng.random(widths[-1]) + 0.5, problem.dtype)
     loss, torchs_loss = problem.loss(kind, batch=batch_size, **options)
     layers = problem.layers(batch_size, frozen)
-    examples = Examples(problem.X, DeviceArray(problem.order, "int64"), problem.scale)
-    notes = Notes(problem.nan(problem.num), DeviceArray(np.full(problem.num, 7), "int64"))
-    table = problem.options(*groups)
+    examples = problem.examples()
+    results = RowResults(problem.nan(problem.num), DeviceArray(np.full(problem.num, 7), "int64"))
+    table = problem.updates(*groups)
     truth, per_parameter = problem.truth, list(groups) * (len(problem.truth) if len(groups) == 1 else 1)
     optimizer = torch.optim.SGD(
         [{"params": [p], **group} for p, group in zip(truth, per_parameter, strict=True)], lr=0.1
@@ -141,24 +167,23 @@ def _check(seed, widths, batch_size, kind=CROSS_ENTROPY, *, groups=({"lr": 0.1},
     num_steps = -(-problem.num // batch_size)
     # the second step of a graph of two: what is before it comes from the GPU's memory
     for index in range(num_steps + 1):
-        progress = DeviceArray([index - index % 2, problem.num, 0], "int64")
-        step = Step(index % 2, progress, batch_size)
+        step = problem.step(index % 2, batch_size, index - index % 2)
         rows = order[index * batch_size : (index + 1) * batch_size]
-        run_step(layers, examples, loss, table, notes, step, trains, STREAM)
+        run_step(layers, examples, loss, table, results, step, trains, STREAM)
         if len(rows) == 0:
             continue
         outputs = problem.forward(rows)
         exact = torchs_loss(outputs, rows)
         first = index * batch_size
-        noted = notes.losses.numpy()[first : first + len(rows)].sum()
+        found = results.losses.numpy()[first : first + len(rows)].sum()
         factor = len(rows) if options.get("is_mean", True) else 1
         # a loss of the size of 1 to 10 for each row, in a hundred roundings
         np.testing.assert_allclose(
-            noted / factor, exact.item(), rtol=1e-12 if problem.dtype == "float64" else 2e-5
+            found / factor, exact.item(), rtol=1e-12 if problem.dtype == "float64" else 2e-5
         )
         if kind == CROSS_ENTROPY:
             is_right = outputs.argmax(1).numpy() == problem.labels[rows]
-            outcomes = notes.outcomes.numpy()[first : first + len(rows)]
+            outcomes = results.outcomes.numpy()[first : first + len(rows)]
             np.testing.assert_array_equal(outcomes, np.where(is_right, RIGHT, WRONG))
         if trains:
             optimizer.zero_grad()
@@ -273,15 +298,15 @@ def test_examples_at_an_odd_address_are_read_one_by_one(seed):
 
 
 @pytest.mark.parametrize("widths", [(9, 4), (9, 6, 4), (9, 6, 40)], ids=str)
-def test_evaluation_notes_the_losses_and_changes_nothing(seed, widths):
+def test_evaluation_finds_the_losses_and_changes_nothing(seed, widths):
     problem, layers = _check(seed, widths, 4, trains=False, num=6)
     assert np.isnan(layers[-1].grad.numpy()).all()
     assert np.isnan(layers[0].weight_buffer.numpy()).all()
     assert problem.arrays[0][0] is layers[0].weight
 
 
-def test_a_batch_of_more_rows_than_a_block_keeps_at_hand(seed, monkeypatch):
-    monkeypatch.setattr(dense, "ROWS_AT_HAND", 3)
+def test_a_batch_of_more_rows_than_a_block_prefetches(seed, monkeypatch):
+    monkeypatch.setattr(dense, "PREFETCHED_ROWS", 3)
     for examples in ("float", "uint8"):
         _check(seed, (9, 5, 3), 4, num=7, examples=examples)
 
@@ -313,12 +338,19 @@ def test_an_invalid_label_costs_its_row_alone(seed, width):
     labels[problem.order] = [1, width, -7, 2**40]
     loss = loss._replace(labels=DeviceArray(labels, "int64"))
     layers = problem.layers(4)
-    notes = Notes(problem.nan(4), DeviceArray(np.full(4, 7), "int64"))
-    examples = Examples(problem.X, DeviceArray(problem.order, "int64"), 1.0)
-    step = Step(0, DeviceArray([0, 4, 0], "int64"), 4)
-    run_step(layers, examples, loss, problem.options({"lr": 0.1}), notes, step, True, STREAM)
-    assert np.isnan(notes.losses.numpy()).tolist() == [False, True, True, True]
-    assert notes.outcomes.numpy()[1:].tolist() == [INVALID] * 3
+    results = RowResults(problem.nan(4), DeviceArray(np.full(4, 7), "int64"))
+    run_step(
+        layers,
+        problem.examples(),
+        loss,
+        problem.updates({"lr": 0.1}),
+        results,
+        problem.step(0, 4),
+        True,
+        STREAM,
+    )
+    assert np.isnan(results.losses.numpy()).tolist() == [False, True, True, True]
+    assert results.outcomes.numpy()[1:].tolist() == [INVALID] * 3
     assert not layers[0].grad.numpy()[1:].any()
     assert layers[0].grad.numpy()[0].all()
     assert np.isfinite(layers[0].weight.numpy()).all()
@@ -330,11 +362,18 @@ def test_ignored_rows_alone_have_no_gradient_and_no_mean(seed):
     loss, _ = problem.loss(CROSS_ENTROPY, ignore_index=1, batch=4)
     layers = problem.layers(4)
     before = layers[0].weight.numpy()
-    notes = Notes(problem.nan(4), DeviceArray(np.full(4, 7), "int64"))
-    examples = Examples(problem.X, DeviceArray(problem.order, "int64"), 1.0)
-    step = Step(0, DeviceArray([0, 4, 0], "int64"), 4)
-    run_step(layers, examples, loss, problem.options({"lr": 0.1}), notes, step, True, STREAM)
-    assert np.isnan(notes.losses.numpy()).all()
+    results = RowResults(problem.nan(4), DeviceArray(np.full(4, 7), "int64"))
+    run_step(
+        layers,
+        problem.examples(),
+        loss,
+        problem.updates({"lr": 0.1}),
+        results,
+        problem.step(0, 4),
+        True,
+        STREAM,
+    )
+    assert np.isnan(results.losses.numpy()).all()
     np.testing.assert_array_equal(layers[0].weight.numpy(), before)
 
 
@@ -345,15 +384,15 @@ def test_the_greatest_output_is_torchs_argmax_with_ties_and_nan():
         weight = DeviceArray(np.eye(3))
         layer = Layer(weight, None, None, None, DeviceArray.nan((5, 3)), DeviceArray.nan((5, 3)), False)
         labels = DeviceArray(np.full(5, label), "int64")
-        loss = Loss(CROSS_ENTROPY, False, labels, None, None, 3.0, None, -100, 0.0)
-        notes = Notes(DeviceArray.nan((5,)), DeviceArray(np.full(5, 7), "int64"))
-        # NaN times 0 would spread through the product, so loss is given the outputs
+        loss = Loss(CROSS_ENTROPY, False, labels, None, None, 3.0, None, -100, 1.0, 0.0)
+        results = RowResults(DeviceArray.nan((5,)), DeviceArray(np.full(5, 7), "int64"))
+        # NaN times 0 would spread through the product, so output_loss is given the outputs
         layer.output._stored[:] = outputs.reshape(-1)
-        step = Step(0, DeviceArray([0, 5, 0], "int64"), 5)
-        examples = Examples(weight, DeviceArray(np.arange(5), "int64"), 1.0)
-        head.loss(examples, layer, loss, notes, step, False, STREAM)
+        counters = (DeviceArray([each], "int64") for each in (0, 5, 0))
+        step = Step(0, 5, DeviceArray(np.arange(5), "int64"), *counters)
+        output_loss(layer, loss, results, step, False, STREAM)
         expected = torch.from_numpy(outputs).argmax(1).numpy() == label
-        np.testing.assert_array_equal(notes.outcomes.numpy(), np.where(expected, RIGHT, WRONG))
+        np.testing.assert_array_equal(results.outcomes.numpy(), np.where(expected, RIGHT, WRONG))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -372,11 +411,11 @@ def test_an_epoch_of_linear_regression_in_one_launch(
     layer = problem.layers(1)[0]
     loss = problem.nan(1)
     group = {"lr": 0.01} | options
-    given = Examples(problem.X, DeviceArray(problem.order, "int64"), problem.scale)
-    table = problem.options(group)
+    given = problem.small_examples()
+    table = problem.updates(group)
     # pieces of two batches, and of one
     monkeypatch.setattr("fastdl.kernels.cuda.small.MAX_ROWS", 2 * batch_size)
-    run_small_epoch(layer, given, problem.targets, is_mean, table, loss, num, batch_size, STREAM)
+    run_small_epoch(layer, given, is_mean, table, loss, batch_size, STREAM)
     optimizer = torch.optim.SGD(problem.truth, **group)
     exact, order = 0.0, torch.from_numpy(problem.order)
     for rows in order.split(batch_size):
@@ -393,11 +432,11 @@ def test_an_epoch_of_linear_regression_in_one_launch(
 
 def test_frozen_parameters_of_linear_regression_stay(seed):
     problem = _Problem(seed, (2, 1), num=5)
-    table = problem.options({"lr": 0.1})
-    given = Examples(problem.X, DeviceArray(problem.order, "int64"), 1.0)
+    table = problem.updates({"lr": 0.1})
+    given = problem.small_examples()
     for frozen in ("weight", "bias"):
         before = [array.numpy() for array in problem.parameters()]
         layer = problem.layers(1, {(0, frozen)})[0]
-        run_small_epoch(layer, given, problem.targets, True, table, problem.nan(1), 5, 2, STREAM)
+        run_small_epoch(layer, given, True, table, problem.nan(1), 2, STREAM)
         changed = [(a.numpy() != b).any() for a, b in zip(problem.parameters(), before, strict=True)]
         assert changed == [frozen == "bias", frozen == "weight"]

@@ -26,14 +26,14 @@ def _check(rng, sizes, dtype, relu=True, has_bias=True, offset=0):
     exact = x @ w.T + b
     assert_near(output, np.maximum(exact, 0) if relu else exact, np.abs(x) @ np.abs(w.T) + np.abs(b), k + 2)
 
-    gate = output if relu else None
+    mask = output if relu else None
     masked = np.where(output.numpy() <= 0, 0, g) if relu else g
     grad_input = DeviceArray.nan((n, k), dtype, offset)
-    kernels.linear_grad_input(grad_output, gate, weight, grad_input, STREAM)
+    kernels.linear_grad_input(grad_output, mask, weight, grad_input, STREAM)
     assert_near(grad_input, masked @ w, np.abs(masked) @ np.abs(w), m + 1)
 
     grad_weight, grad_bias = DeviceArray.nan((m, k), dtype, offset), DeviceArray.nan((m,), dtype, offset)
-    kernels.linear_grad_weight(grad_output, gate, input, grad_weight, grad_bias, STREAM)
+    kernels.linear_grad_weight(grad_output, mask, input, grad_weight, grad_bias, STREAM)
     assert_near(grad_weight, masked.T @ x, np.abs(masked.T) @ np.abs(x), n + 1)
     assert_near(grad_bias, masked.sum(0), np.abs(masked).sum(0), n + 1)
 

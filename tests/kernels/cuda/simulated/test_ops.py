@@ -6,6 +6,8 @@ kernel is copied to the simulated memory and back.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 
 import fastdl.optim
 from fastdl import functional
+from fastdl.kernels.options import SGDOptions
 from fastdl.ops import _cuda, cross_entropy, linear, mse_loss, relu
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray
 from tests.ops.cases import CASES, IDS
@@ -29,8 +32,20 @@ NAMES = [
     (cross_entropy, "cross_entropy_backward"),
     (mse_loss, "mse_loss_forward"),
     (mse_loss, "mse_loss_backward"),
-    (fastdl.optim, "sgd"),
 ]
+
+
+def _op(name):
+    """Return what an op does with CUDA tensors."""
+    module = next(module for module, of_module in NAMES if of_module == name)
+    allocate = getattr(module, name).__wrapped__
+
+    def call(*arguments):
+        outputs = allocate(*arguments)
+        getattr(_cuda, name)(outputs, *arguments)
+        return outputs
+
+    return call
 
 
 class _Copies:
@@ -68,8 +83,8 @@ def on_the_simulator(seed, monkeypatch):
         copies.bring_back()
 
     monkeypatch.setattr(_cuda, "run", run)
-    for module, name in NAMES:
-        monkeypatch.setattr(module, name, getattr(_cuda, name))
+    for (module, name), op in zip(NAMES, [_op(name) for _, name in NAMES], strict=True):
+        monkeypatch.setattr(module, name, op)
     LAUNCHES.clear()
 
 
@@ -143,7 +158,7 @@ def test_inputs_that_are_not_contiguous_are_copied():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_summed_in_float32(dtype):
     input, weight, bias = (torch.randn(shape).to(dtype) for shape in ((9, 24), (17, 24), (17,)))
-    output = _cuda.linear_forward(input, weight, bias, False)
+    output = linear.linear_forward(input, weight, bias, False)
     truth = F.linear(input.double(), weight.double(), bias.double())
     # one rounding to the stored type
     assert output.dtype == dtype
@@ -180,14 +195,18 @@ def test_the_optimizer_updates_all_parameters_in_one_launch(options, monkeypatch
         copies.bring_back()
 
     given = []
+    empty_like = torch.empty_like
+
+    def remember(*arguments, **options):
+        given.append(empty_like(*arguments, **options))
+        return given[-1]
+
+    def sgd(table, like, options, num_threads):
+        _cuda.sgd(table.tolist(), params[0], SGDOptions(*options))
+
     monkeypatch.setattr(_cuda, "run", run)
-    sgd = _cuda.sgd
-
-    def remember(*arguments):
-        given.extend(arguments[2])
-        sgd(*arguments)
-
-    monkeypatch.setattr(fastdl.optim, "sgd", remember)
+    monkeypatch.setattr(torch, "empty_like", remember)
+    monkeypatch.setattr("fastdl.ops.sgd.cpu_kernels", lambda: SimpleNamespace(sgd=sgd))
     for _ in range(2):
         for param, twin in zip(params, twins, strict=True):
             param.grad = torch.randn(param.shape)

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from fastdl.kernels.cuda.sgd import BLOCK
+from fastdl.kernels.options import SGDOptions
 from tests.kernels.cuda.simulated.near import assert_near
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray, kernels
 
+PLAIN = SGDOptions(0.1, 0.0, 0.0, 0.0, False, False)
 OPTIONS = [
     {"lr": 0.1},
     {"lr": 0.1, "weight_decay": 0.3, "maximize": True},
@@ -40,17 +42,7 @@ def _check(seed, sizes, options, dtype="float32", offset=0, steps=2):
             )
             for param, grad, buffer, size in zip(params, grads, buffers, sizes, strict=True)
         ]
-        kernels.sgd(
-            table,
-            params[0],
-            options["lr"],
-            options.get("momentum", 0.0),
-            options.get("dampening", 0.0),
-            options.get("weight_decay", 0.0),
-            options.get("nesterov", False),
-            options.get("maximize", False),
-            STREAM,
-        )
+        kernels.sgd(table, params[0], PLAIN._replace(**options), STREAM)
         for param, grad in zip(truth, grads, strict=True):
             param.grad = torch.from_numpy(grad.numpy())
         optimizer.step()
@@ -98,5 +90,5 @@ def test_nothing_is_launched_for_empty_parameters():
     LAUNCHES.clear()
     empty = DeviceArray(np.empty(0))
     row = (empty.data_ptr(), empty.data_ptr(), 0, 0, 0)
-    kernels.sgd(list(itertools.repeat(row, 3)), empty, 0.1, 0.0, 0.0, 0.0, False, False, STREAM)
+    kernels.sgd(list(itertools.repeat(row, 3)), empty, PLAIN, STREAM)
     assert not LAUNCHES

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastdl.kernels.cuda.reduction import MEAN
+from fastdl.kernels.options import CrossEntropyOptions, SGDOptions
 from tests.kernels.cuda.simulated.near import assert_near
 from tests.kernels.cuda.simulated.simulator import STREAM, DeviceArray, kernels
 
@@ -31,17 +32,17 @@ class _Layer:
 
     def forward(self, input, relu):
         self.input, self.output = input, self.empty(input.shape[0], self.weight.shape[0])
-        self.gate = self.output if relu else None
+        self.mask = self.output if relu else None
         kernels.linear_forward(input, self.weight, self.bias, relu, self.output, STREAM)
         return self.output
 
     def backward(self, grad_output, need_input):
         self.grads = [self.empty(*array.shape) for array in (self.weight, self.bias)]
-        kernels.linear_grad_weight(grad_output, self.gate, self.input, *self.grads, STREAM)
+        kernels.linear_grad_weight(grad_output, self.mask, self.input, *self.grads, STREAM)
         if not need_input:
             return None
         grad_input = self.empty(*self.input.shape)
-        kernels.linear_grad_input(grad_output, self.gate, self.weight, grad_input, STREAM)
+        kernels.linear_grad_input(grad_output, self.mask, self.weight, grad_input, STREAM)
         return grad_input
 
 
@@ -53,8 +54,8 @@ def _step(layers, input, target, step):
     one = DeviceArray([1.0], layers[0].dtype)
     if target.element == "int64":
         grad_logits = layers[0].empty(*hidden.shape)
-        arguments = (hidden, target, None, -100, 0.0, MEAN, loss, grad_logits, None, STREAM)
-        kernels.cross_entropy_forward(*arguments)
+        options = CrossEntropyOptions(-100, 0.0, MEAN)
+        kernels.cross_entropy_forward(hidden, target, None, options, loss, grad_logits, None, STREAM)
         kernels.cross_entropy_backward(one, grad_logits, target, -100, grad, STREAM)
     else:
         kernels.mse_loss_forward(hidden, target, MEAN, loss, None, STREAM)
@@ -66,8 +67,8 @@ def _step(layers, input, target, step):
         for layer in layers
         for param, grad, buffer in zip((layer.weight, layer.bias), layer.grads, layer.buffers, strict=True)
     ]
-    options = (OPTIONS["lr"], OPTIONS["momentum"], 0.0, OPTIONS["weight_decay"], False, False)
-    kernels.sgd(table, layers[0].weight, *options, STREAM)
+    options = SGDOptions(OPTIONS["lr"], OPTIONS["momentum"], 0.0, OPTIONS["weight_decay"], False, False)
+    kernels.sgd(table, layers[0].weight, options, STREAM)
     return loss
 
 

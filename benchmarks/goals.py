@@ -1,0 +1,176 @@
+"""What fastdl is to reach, on the CPU and on a GPU, held against the figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from benchmarks.peers import names
+from benchmarks.results import Line, Results, duration, number
+from fastdl.programs import RECIPES, Model
+
+PEER, EAGER, TEXTBOOK = "the fastest other program", names.EAGER, names.TEXTBOOK
+# times as fast as another program, in an epoch by the recipe
+EPOCHS: Mapping[str, Mapping[Model, Mapping[str, float]]] = {
+    "cpu": {
+        "linear": {PEER: 5.0, EAGER: 500.0},
+        "softmax": {PEER: 6.0, TEXTBOOK: 200.0},
+        "mlp": {PEER: 2.0, TEXTBOOK: 20.0},
+    },
+    "cuda": {"linear": {PEER: 20.0}, "softmax": {PEER: 2.5}, "mlp": {PEER: 2.0}},
+}
+# times as fast as torch eager, with the fused SGD where that is faster, in a step of the drop-in loop
+STEPS: Mapping[str, Mapping[Model, float]] = {
+    "cpu": {"linear": 1.0, "softmax": 2.0, "mlp": 1.3},
+    "cuda": {"linear": 1.0, "softmax": 1.0, "mlp": 1.5},
+}
+GRID = 0.95
+# microseconds of a step of fit on a GPU
+_GPU_STEPS: Mapping[Model, float] = {"softmax": 8.0, "mlp": 15.0}
+_CACHES = {"empty cache": 20.0, "filled cache": 0.6}
+_PRODUCTS = ("forward", "grad_input", "grad_weight")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure, None where it wasn't measured, and what it must reach: at least the goal, or less than it."""
+
+    what: str
+    figure: float | None
+    goal: float
+    unit: str = "x"
+    at_least: bool = True
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the goal is reached; None where nothing was measured."""
+        if self.figure is None or math.isnan(self.figure):
+            return None
+        return self.figure >= self.goal if self.at_least else self.figure < self.goal
+
+    def cells(self) -> list[str]:
+        """Return a row of the table of goals."""
+        figure = "" if self.met is None else f"{number(self.figure or 0.0)} {self.unit}"
+        goal = f"{'at least' if self.at_least else 'under'} {self.goal:g} {self.unit}"
+        verdict = {True: "met", False: "**missed**", None: "not measured"}[self.met]
+        return [self.what, goal, figure, verdict, self.note]
+
+
+def fastest(found: Mapping[str, Line]) -> Line | None:
+    """Return the fastest of the programs that fastdl is compared with."""
+    lines = [line for name, line in found.items() if names.is_peer(name)]
+    return min(lines, key=lambda line: float(line["median"]), default=None)
+
+
+def rate(line: Line) -> float:
+    """Return the FLOPs a second of a product."""
+    return float(line["info"]["flops"] / line["median"])
+
+
+def grid(results: Results) -> list[tuple[tuple[int, int, int], float, Line, Line]]:
+    """Return each cell: depth, width and batch; the fastest peer's time over fit's; the lines of both."""
+    cells = []
+    for depth, width, batch in sorted(results.values("test_cell", "depth", "width", "batch")):
+        found = results.find("test_cell", depth=depth, width=width, batch=batch)
+        fit, other = found.get(names.FIT), fastest(found)
+        if fit is not None and other is not None:
+            cells.append(((depth, width, batch), other["median"] / fit["median"], fit, other))
+    return cells
+
+
+def goals(results: Results) -> list[Goal]:
+    """Return every goal of a device, met, missed or not measured."""
+    device = results.session["device"]
+    own = _cpu_goals(results) if device == "cpu" else _gpu_goals(results)
+    return [*_ratios(results, device), *own]
+
+
+def _over(what: str, ours: Line | None, other: Line | None, goal: float) -> Goal:
+    if ours is None or other is None:
+        return Goal(what, None, goal)
+    note = f"{duration(ours['median'])} beside {duration(other['median'])} ({other['program']})"
+    return Goal(what, other["median"] / ours["median"], goal, note=note)
+
+
+def _ratios(results: Results, device: str) -> Iterator[Goal]:
+    for model, wanted in EPOCHS[device].items():
+        found = results.find("test_epoch", model=model, calls="recipe")
+        for name, goal in wanted.items():
+            other = fastest(found) if name == PEER else found.get(name)
+            yield _over(
+                f"{RECIPES[model].title}, epoch by the recipe: fit over {name}",
+                found.get(names.FIT),
+                other,
+                goal,
+            )
+    for model, goal in STEPS[device].items():
+        found = results.find("test_step", model=model, precision="float32")
+        eager = fastest({name: line for name, line in found.items() if name.startswith(EAGER)})
+        yield _over(
+            f"{RECIPES[model].title}: step of a loop over torch eager", found.get(names.MODULES), eager, goal
+        )
+
+
+def _cpu_goals(results: Results) -> Iterator[Goal]:
+    ours, scan = (results.find("test_epoch_alone").get(name) for name in names.ALONE)
+    yield _over("Linear regression: the compiled epoch alone over JAX's scan alone", ours, scan, 10.0)
+    for product in _PRODUCTS:
+        found = results.find("test_product", shape=(256, 784, 256), threads=1, product=product)
+        shares = {
+            name: 100 * rate(line) / rate(found["peak"]) for name, line in found.items() if "peak" in found
+        }
+        note = f"torch {number(shares['torch'])} %" if "torch" in shares else ""
+        what = f"Product of 256 x 784 x 256 on one core, {product}: share of the peak"
+        yield Goal(what, shares.get("fastdl"), 90.0, "%", note=note)
+    found = results.find("test_threads", model="mlp")
+    one, two = (found.get(f"{names.FIT}, {count}") for count in ("1 thread", "2 threads"))
+    yield _over("Multilayer perceptron: epoch of fit, 1 to 2 threads", two, one, 1.8)
+    for model in ("mlp", "softmax"):
+        info = results.find("test_memory", model=model).get("fit", {}).get("info", {})
+        share = info["training"] / info["data"] if info else None
+        what = f"{RECIPES[model].title}: memory that fit adds to uint8 images"
+        yield Goal(what, share, 0.3, "x the images", at_least=False)
+    for model in RECIPES:
+        calls = results.find("test_first_call", call=f"fit {model}")
+        for name, goal in _CACHES.items():
+            seconds = calls[name]["median"] if name in calls else None
+            yield Goal(
+                f"{RECIPES[model].title}: first call of fit, {name}", seconds, goal, "s", at_least=False
+            )
+    cells = grid(results)
+    worst = min(cells, key=lambda cell: cell[1], default=None)
+    note = "" if worst is None else "{} x {}, batch {}".format(*worst[0])
+    yield Goal(
+        f"Other sizes, the worst cell: fit over {PEER}", None if worst is None else worst[1], GRID, note=note
+    )
+
+
+def _gpu_goals(results: Results) -> Iterator[Goal]:
+    for model, goal in _GPU_STEPS.items():
+        line = results.find("test_epoch", model=model, calls="recipe").get(names.FIT)
+        figure = None if line is None else 1e6 * line["median"] / line["info"]["steps"]
+        yield Goal(f"{RECIPES[model].title}: a step of fit", figure, goal, "us", at_least=False)
+    line = results.find("test_linear_step").get(names.FIT)
+    # a difference that is lost in the noise is no figure
+    figure = None if line is None or line["median"] <= 0 else 1e6 * line["median"]
+    yield Goal("Linear regression: a step of fit's kernel", figure, 0.3, "us", at_least=False)
+    large = [
+        results.find("test_gpu_product", precision="float32", size=(4096, 65536), product=p)
+        for p in _PRODUCTS
+    ]
+    shares = [
+        100 * found["cuBLAS"]["median"] / found["op"]["median"]
+        for found in large
+        if {"op", "cuBLAS"} <= found.keys()
+    ]
+    what = "Linear layer, width 4096, batch 65536: share of cuBLAS, the worst product"
+    yield Goal(what, min(shares, default=None), 60.0, "%")
+    for kernel, title in (("cross_entropy", "Softmax cross entropy"), ("SGD", "SGD")):
+        lines = [
+            line for line in results.lines.values() if line["params"].get("kernel", "").startswith(kernel)
+        ]
+        own = [100 * line["info"]["copy_s"] / line["median"] for line in lines if line["program"] == "fastdl"]
+        what = f"{title} at large sizes: share of the copy's bandwidth"
+        yield Goal(what, min(own, default=None), 85.0, "%")

@@ -1,1 +1,0 @@
-"""The parts of a visit to a GPU; ``benchmarks/gpu_report.py`` puts them together."""

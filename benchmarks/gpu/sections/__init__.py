@@ -1,1 +1,0 @@
-"""The sections of a visit, each run in a process of its own."""
