@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as all_modules
 from torch.optim import optimizer as all_optimizers
 
 from fastdl import torch_private
@@ -20,7 +21,9 @@ TREE = ast.parse(Path(torch_private.__file__).read_text())
 EXAMPLES = {
     "torch": torch,
     "forward_ad": forward_ad,
-    "all_optimizers": all_optimizers,
+    "_module": all_modules,
+    "_optimizer": all_optimizers,
+    "kind": nn.Linear,
     "module": nn.Linear(2, 2),
     "optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))]),
     "tensor": torch.ones(1),
@@ -34,7 +37,11 @@ def _is_private(name):
 def _attributes():
     """Return what stands before each private attribute, and the attribute; strings are a module's."""
     found = set()
+    # the parts of a name that is put together are no names
+    parts = {id(part) for node in ast.walk(TREE) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(TREE):
+        if id(node) in parts:
+            continue
         if isinstance(node, ast.Attribute) and _is_private(node.attr) and isinstance(node.ctx, ast.Load):
             found.add((ast.unparse(node.value), node.attr))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_private(node.value):
