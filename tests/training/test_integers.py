@@ -14,11 +14,12 @@ import fastdl
 from fastdl.arrays import cpu_kernels
 from fastdl.training.lower import lower
 from fastdl.training.program import Program
+from tests.kernels.cpu import widths
 from tests.training.test_compiled import images, mlp, optimizer_of
 
 needs_units = pytest.mark.skipif(
     cpu_kernels().tiles.integer_units() == "off",
-    reason="integers are off: FASTDL_INTEGER_UNITS=amx or emulated runs these",
+    reason="no integer units: the emulation runs these",
 )
 # by the rule of fastdl.reference.parity
 TIMES_TORCH, OF_STARTING_SCALE = 4.0, 1e-6
@@ -114,13 +115,13 @@ def test_options_of_sgd(shape, options, num_threads, seed):
 
 
 @needs_units
-@pytest.mark.xfail(reason="from some starts, images all alike lose more digits than float32", strict=False)
 @pytest.mark.parametrize("fill", [0, 255])
 @pytest.mark.parametrize("shape", [(784, 40, 10), (784, 10)])
 def test_images_of_one_byte(shape, fill, seed):
     X, y = torch.full((200, 784), fill, dtype=torch.uint8), torch.randint(10, (200,))
     net = mlp(*shape)
-    assert_parity(net, train(net, X, y))
+    # at 0.1 the sum of 784 equal weights swings ever further, and with it whatever any kernel has rounded
+    assert_parity(net, train(net, X, y, options={"lr": 0.01}))
 
 
 @needs_units
