@@ -124,6 +124,12 @@ def _cpu_goals(results: Results) -> Iterator[Goal]:
         note = f"torch {number(shares['torch'])} %" if "torch" in shares else ""
         what = f"Product of 256 x 784 x 256 on one core, {product}: share of the peak"
         yield Goal(what, shares.get("fastdl"), 90.0, "%", note=note)
+    for product in ("forward", "grad_weight"):
+        found = results.find("test_bytes_product", shape=(256, 784, 256), product=product)
+        times = rate(found["fastdl"]) / rate(found["peak"]) if {"fastdl", "peak"} <= found.keys() else None
+        yield Goal(
+            f"Product of 256 x 784 x 256 with bytes on one core, {product}: times the peak", times, 6.0
+        )
     found = results.find("test_threads", model="mlp")
     one, two = (found.get(f"{names.FIT}, {count}") for count in ("1 thread", "2 threads"))
     yield _over("Multilayer perceptron: epoch of fit, 1 to 2 threads", two, one, 1.8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.peers.problem import Problem
 from fastdl import arrays, cuda_arrays, data, optim
+from fastdl.kernels.cpu.memory import aligned
 from fastdl.ops import _cuda
 from fastdl.ops.cross_entropy import cross_entropy_forward
 from fastdl.ops.linear import linear_forward, linear_grad_input, linear_grad_weight
@@ -77,6 +78,78 @@ def products(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, Prod
             lambda: upstream.double().t() @ X.double(),
         ),
     }
+
+
+def bytes_products(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, Product]:
+    """Return the products of a layer with bytes, in integers: packed operands in, float32 in panels out."""
+    from fastdl.kernels.cpu import integer
+    from fastdl.kernels.cpu import tiles as units
+    from fastdl.kernels.cpu.intrinsics import FROM_ZERO, Epilogue, Matrix
+    from fastdl.kernels.cpu.tiles import DEPTH, SIDE
+    from fastdl.kernels.jit import jit
+
+    tile_begin: Any = units.tile_begin
+    tile_end: Any = units.tile_end
+
+    @jit
+    def fill(digits: Any, matrix: Any, size: Any) -> None:
+        own = integer.digits_of(digits, 0)
+        tiles = 0, own.inverses.size // SIDE
+        integer.note_largest(matrix, (0, size[0]), tiles, digits.largest[0])
+        for tile in range(tiles[1]):
+            integer.find_scales(own, tile, size[1], np.float32(1))
+        integer.write_columns(own, matrix, (0, size[0]), size, tiles)
+
+    @jit
+    def multiply(tiles: Any, a: Any, rows: int, digits: Any, output: Any, epilogue: Any) -> None:
+        own = integer.digits_of(digits, 0)
+        columns = 0, own.inverses.size // SIDE
+        tile_begin(tiles.registers[0])
+        tile = integer.Tiles(tiles.registers[0], tiles.sums[0])
+        integer.multiply_bytes(tile, a, (0, rows), own, columns, own.blocks, output, epilogue)
+        tile_end()
+
+    def product(left: Tensor, right: Tensor) -> Product:
+        """Return the product of bytes, rows by depth, with floats, depth by columns."""
+        (rows, depth), columns = left.shape, right.shape[1]
+        panel, line = integer.PANEL, DEPTH
+        stride, blocks, panels = rows + 5, -(-depth // line), -(-columns // panel)
+        words = torch.zeros(blocks, stride, line, dtype=torch.uint8)
+        words[:, :rows] = F.pad(left, (0, blocks * line - depth)).reshape(rows, blocks, line).transpose(0, 1)
+        memory = aligned(words.numel() + line * line, np.uint8)
+        memory[: words.numel()] = words.flatten().numpy()
+        matrix = F.pad(right, (0, panels * panel - columns)).reshape(depth, panels, panel).transpose(0, 1)
+        digits = integer.digits_memory(depth, columns, 1)
+        fill(digits, Matrix(matrix.flatten().numpy(), 0, depth * panel), (depth, columns))
+        output = aligned(panels * stride * panel, np.float32)
+        arguments = (
+            integer.tiles_memory(1),
+            integer.Bytes(memory, stride),
+            rows,
+            digits,
+            Matrix(output, 0, stride * panel),
+            Epilogue(output, 0, FROM_ZERO, False),
+        )
+        floats, torchs = left.float(), torch.empty(rows, columns)
+
+        def results() -> tuple[Tensor, Tensor]:
+            ours = torch.from_numpy(output).reshape(panels, stride, panel)[:, :rows]
+            return ours.transpose(0, 1).reshape(rows, -1)[:, :columns], torchs
+
+        return Product(
+            lambda count: multiply(*arguments),
+            lambda: torch.mm(floats, right, out=torchs),
+            results,
+            lambda: left.double() @ right.double(),
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    shape = num_rows, num_inputs
+    X = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    # half of the pixels of a garment are 0
+    X *= torch.rand(shape, generator=generator) < 0.5
+    weight, upstream = (torch.randn(size, num_outputs, generator=generator) for size in shape[::-1])
+    return {"forward": product(X, weight), "grad_weight": product(X.t().contiguous(), upstream)}
 
 
 def gpu_products(

@@ -17,6 +17,7 @@ from benchmarks.internals import PRODUCTS
 from benchmarks.peak import peak_program
 from benchmarks.setup import Setup
 from benchmarks.turns import Work
+from fastdl import machine
 
 BATCH, WIDTHS = 256, (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHAPES = ((BATCH, 784, 256), (BATCH, 784, 10), (BATCH, 256, 10), (1, 784, 256), (10, 2, 1))
@@ -27,6 +28,11 @@ _ROUNDS = 5
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     setup = metafunc.config.stash[SETUP]
+    if metafunc.function is test_bytes_product:
+        metafunc.parametrize("product", ("forward", "grad_weight"))
+        metafunc.parametrize("program", ("fastdl", "torch", "peak"))
+        metafunc.parametrize("shape", SHAPES[:2], ids=lambda shape: "x".join(map(str, shape)))
+        return
     metafunc.parametrize("product", PRODUCTS)
     if metafunc.function is test_product:
         shapes = [*SHAPES, *((BATCH, width, width) for width in WIDTHS)]
@@ -65,6 +71,31 @@ def test_product(turns: Turns, setup: Setup, threads: int, shape: tuple[int, int
     try:
         title = f"{product} of {' x '.join(map(str, shape))}, {threads} thread{'s' * (threads > 1)}"
         turns(title, make, seconds=setup.seconds / 10)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.only("cpu")
+def test_bytes_product(turns: Turns, setup: Setup, shape: tuple[int, int, int], product: str) -> None:
+    """Time a product of bytes in integers on one core, operands packed; torch's has them in float32."""
+    if machine.integer_units().endswith("(used: off)"):
+        pytest.skip("no integer units")
+
+    def make(name: str) -> Work:
+        torch.set_num_threads(1)
+        if name == "peak":
+            peak, flops = peak_program(1)
+            return Work(peak, info={"flops": flops})
+        found = internals.bytes_products(*shape)[product]
+        found.ours(1)
+        found.torchs()
+        ours, torchs = found.results()
+        info = {"flops": 2.0 * math.prod(shape), "parity": same_results([ours], [torchs], [found.truth()])}
+        return Work(partial(found.ours, 1) if name == "fastdl" else found.torchs, info=info)
+
+    before = torch.get_num_threads()
+    try:
+        turns(f"{product} of {' x '.join(map(str, shape))} with bytes", make, seconds=setup.seconds / 10)
     finally:
         torch.set_num_threads(before)
 

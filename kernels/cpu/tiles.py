@@ -58,7 +58,7 @@ def has_amx() -> bool:
 def integer_units() -> str:
     """Return what multiplies integers: ``"amx"``, ``"emulated"``, or ``"off"`` where nothing should.
 
-    The variable ``FASTDL_INTEGER_UNITS`` chooses one; without it nothing is computed in integers.
+    The variable ``FASTDL_INTEGER_UNITS`` forces one; else it is AMX where the process may use it.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def integer_units() -> str:
     forced = _forced_units()
     if forced == "amx" and not has_amx():
         raise RuntimeError("FASTDL_INTEGER_UNITS is 'amx', which this process can't use; unset it.")
-    return forced or "off"
+    return forced or ("amx" if has_amx() else "off")
 
 
 def _emit(context, builder, name, tiles, operands=()):
@@ -208,7 +208,7 @@ def _emulated_store(registers, tile, target, target_at):
 # A machine without AMX must not compile the instructions; whether the process may use them is asked later.
 IS_EMULATED = _forced_units() == "emulated" or not cpu_features() >= _AMX_FEATURES
 # whether kernels that may multiply integers are compiled for it
-USES_INTEGERS = _forced_units() == "emulated" or (_forced_units() == "amx" and not IS_EMULATED)
+USES_INTEGERS = _forced_units() == "emulated" or (_forced_units() != "off" and not IS_EMULATED)
 
 # tile_begin(registers) comes before all others, tile_end() after them, before the thread may sleep.
 # The registers are (NUM_TILES * TILE_BYTES,) uint8, a multiple of 64 bytes from 0; tiles are literals.

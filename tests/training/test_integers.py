@@ -14,11 +14,12 @@ import fastdl
 from fastdl.arrays import cpu_kernels
 from fastdl.training.lower import lower
 from fastdl.training.program import Program
+from tests.kernels.cpu import widths
 from tests.training.test_compiled import images, mlp, optimizer_of
 
 needs_units = pytest.mark.skipif(
     cpu_kernels().tiles.integer_units() == "off",
-    reason="integers are off: FASTDL_INTEGER_UNITS=amx or emulated runs these",
+    reason="no integer units: the emulation runs these",
 )
 # by the rule of fastdl.reference.parity
 TIMES_TORCH, OF_STARTING_SCALE = 4.0, 1e-6
@@ -114,13 +115,13 @@ def test_options_of_sgd(shape, options, num_threads, seed):
 
 
 @needs_units
-@pytest.mark.xfail(reason="from some starts, images all alike lose more digits than float32", strict=False)
 @pytest.mark.parametrize("fill", [0, 255])
 @pytest.mark.parametrize("shape", [(784, 40, 10), (784, 10)])
 def test_images_of_one_byte(shape, fill, seed):
     X, y = torch.full((200, 784), fill, dtype=torch.uint8), torch.randint(10, (200,))
     net = mlp(*shape)
-    assert_parity(net, train(net, X, y))
+    # at 0.1 the sum of 784 equal weights swings ever further, and with it whatever any kernel has rounded
+    assert_parity(net, train(net, X, y, options={"lr": 0.01}))
 
 
 @needs_units
@@ -207,7 +208,9 @@ def test_gradients_that_are_not_finite(shape, target, num_threads, seed):
     y = torch.randn(200, 4)
     y[120, 2] = target
     net = mlp(*shape)
-    ours, loop, _ = train(net, X, y, loss=nn.MSELoss(reduction="sum"), orders=[torch.arange(200)])
+    ours, loop, _ = train(
+        net, X, y, loss=nn.MSELoss(reduction="sum"), options={"lr": 1e-4}, orders=[torch.arange(200)]
+    )
     for found, expected in zip(ours.parameters(), loop.parameters(), strict=True):
         torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
 
@@ -296,3 +299,14 @@ def test_small_batches_and_other_dtypes_are_read_in_other_ways(seed):
     ):
         lowered = lower(net, nn.CrossEntropyLoss(), optimizer_of(net), (784,))
         assert Program(lowered, examples, y, batch_size, 1 / 255)._data[2].mode != layout.INTEGER
+
+
+def run_in(environment):
+    return widths.run(environment, __file__, "every_shape or finite or tiny")
+
+
+@pytest.mark.ahead(run_in, "environment")
+@pytest.mark.parametrize("environment", widths.EMULATED)
+def test_these_tests_pass_in_the_emulation(environment, ahead):
+    run = ahead(run_in, environment).result()
+    assert run.returncode == 0, run.stdout + run.stderr
