@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -98,10 +99,9 @@ class History:
 
     def scaled(self, factor: float) -> History:
         """Return a copy whose losses are multiplied by `factor`."""
-        copy = replace(self)
-        copy.train_loss = [factor * loss for loss in self.train_loss]
-        copy.test_loss = [factor * loss for loss in self.test_loss]
-        return copy
+        losses = ("train_loss", "test_loss")
+        scaled = {name: [factor * loss for loss in getattr(self, name)] for name in losses}
+        return replace(deepcopy(self), **scaled)
 
     def rows(self) -> list[list[str]]:
         """Return the table as text: a row of headings, then a row for each epoch."""

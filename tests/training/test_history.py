@@ -129,6 +129,12 @@ def test_scaled_multiplies_losses_alone():
     assert classifier_history().train_loss[0] == 0.75
 
 
+def test_scaled_shares_no_list_with_the_history():
+    history = classifier_history()
+    history.scaled(2.0).append(1.0, Scores(1.0, 0.5), Scores(1.0, 0.5))
+    assert history == classifier_history()
+
+
 def test_plot_writes_a_picture(tmp_path):
     classifier_history().plot(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
