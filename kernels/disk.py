@@ -91,7 +91,7 @@ def _folders(configuration: str) -> tuple[Path, ...]:
 
 def _roots() -> Iterator[Path]:
     chosen = os.environ.get("FASTDL_CACHE_DIR")
-    if chosen and _is_out_of_reach(root := Path(os.path.realpath(chosen))):
+    if chosen and _is_out_of_reach(root := Path(os.path.realpath(os.path.expanduser(chosen)))):
         yield root
     # whoever can write here can write the kernels themselves
     yield _PACKAGE / "__pycache__"

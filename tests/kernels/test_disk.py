@@ -366,6 +366,13 @@ def test_permissions_are_those_of_the_umask_but_never_let_others_write(umask, fi
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {file_mode}
 
 
+def test_a_folder_below_the_users_home_is_found(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root))
+    monkeypatch.setenv("FASTDL_CACHE_DIR", "~/kept")
+    disk._folders.cache_clear()
+    assert disk.cache_folder().parent == root / "kept"
+
+
 def test_a_folder_that_is_removed_while_a_process_runs_is_made_anew(file, root):
     shutil.rmtree(root)
     assert compiles(_add_two, 1, 3)
