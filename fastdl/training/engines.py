@@ -113,12 +113,16 @@ class CompiledEngine:
         self._lowered = lower(net, loss, optimizer, tuple(example_shape), tensors)
         identity = None
         if is_watched:
+            if self._lowered.class_weight is not None:
+                tensors["class weight"] = self._lowered.class_weight
             memory = [
                 (each.data_ptr(), each.dtype, each.shape, each.stride(), version_of(each))
                 for each in tensors.values()
             ]
             identity = self._lowered.identity(), memory
-        if identity is None or identity != self._identity:
+        # of a copy, no write of numpy's would be noticed
+        is_copied = not all(each.is_contiguous() for each in tensors.values())
+        if identity is None or identity != self._identity or is_copied:
             self._build()
             self._identity = identity
 

@@ -54,7 +54,8 @@ def fit(
 
     A callback may change anything: values, options, the net, the data in place. The compiled engine looks at
     all of it again before the next epoch, and raises what it would raise at the start; the finished epochs
-    stay. A copy of data that isn't contiguous or on the net's device is made anew where torch wrote to it.
+    stay. A copy of data on the net's device is made anew where torch wrote to it; labels of another integer
+    type are converted once.
 
     Parameters
     ----------

@@ -68,8 +68,8 @@ class Lowered:
         modules = [layer.module for layer in self.layers]
         parameters = [parameter for module in modules for parameter in (module.weight, module.bias)]
         return (
-            *(self.is_classifier, self.is_mean, id(self.class_weight)),
-            *(self.ignore_index, self.label_smoothing, self.dtype, parameters[0].device),
+            *(self.is_classifier, self.is_mean, self.ignore_index, self.label_smoothing),
+            *(self.dtype, parameters[0].device),
             *((layer.has_relu, layer.weight_group, layer.bias_group) for layer in self.layers),
             *((id(parameter), parameter is not None and parameter.shape) for parameter in parameters),
         )
@@ -186,7 +186,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if method is not None:
         raise refusal(f"with an optimizer whose {method} was replaced")
     check_optimizer(optimizer)
-    if any(group["differentiable"] for group in optimizer.param_groups):
+    if any(group.get("differentiable") for group in optimizer.param_groups):
         raise refusal("with differentiable=True")
 
 

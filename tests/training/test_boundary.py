@@ -638,6 +638,38 @@ def test_what_a_callback_changes_is_seen_or_refused_with_the_finished_epochs(nam
     assert_trained_alike(ours, torchs)
 
 
+def _strided(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
+# what a callback writes past torch's count of writes, where the engine has a copy or a view
+UNSEEN = {
+    "X by numpy": _in_place("X", lambda t: t.numpy().__imul__(-1)),
+    "X of other data": _in_place("X", lambda t: t.data.neg_()),
+    "y by numpy": _numpy_labels,
+    "class weights of other data": _set("loss.weight.data", lambda _: WEIGHTS),
+    "class weights set": _in_place("loss.weight", lambda t: t.set_(WEIGHTS)),
+    "class weights by numpy": _in_place("loss.weight", lambda t: t.numpy().__imul__(WEIGHTS.numpy())),
+    "strided class weights": _set("loss.weight.data", lambda _: _strided(WEIGHTS)),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_a_callback_writes_unseen_by_torch_is_seen(name, seed):
+    ours, torchs = classes(seed), classes(seed)
+
+    def on_epoch(problem):
+        problem.X, problem.y = _strided(problem.X), _strided(problem.y)
+        problem.loss = nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64))
+        return lambda history: UNSEEN[name](problem) if len(history) == 1 else None
+
+    callbacks = on_epoch(ours), on_epoch(torchs)
+    ours.fit(epochs=3, on_epoch=callbacks[0])
+    torchs.loop(3, callbacks[1])
+    assert_trained_alike(ours, torchs)
+
+
 def test_a_scheduler_sees_the_same_checks_as_a_callback(seed):
     problem, twin = classes(seed), classes(seed)
     for each in (problem, twin):
