@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -250,6 +252,23 @@ def test_rows_that_are_all_ignored_give_torchs_nan_and_zero():
         torch.testing.assert_close(output, expected, equal_nan=True)
         grads = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (output, expected)]
         torch.testing.assert_close(*grads, equal_nan=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weight", [None, [1, 0, 2], [1, math.inf, 2], [1, 1, math.nan]], ids=str)
+def test_an_ignored_row_has_torchs_nan(weight, reduction, smoothing):
+    rows = [[math.nan, 1, 2], [1, math.inf, 2], [-math.inf, 1, 2], [-math.inf] * 3, [1e300, 1, 2], [1, 2, 3]]
+    options = {"ignore_index": 1, "reduction": reduction, "label_smoothing": smoothing}
+    options["weight"] = None if weight is None else torch.tensor(weight, dtype=torch.float64)
+    for labels in ([1] * 6, [1] * 5 + [0]):
+        logits = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
+        losses = [
+            f(logits, torch.tensor(labels), **options) for f in (functional.cross_entropy, F.cross_entropy)
+        ]
+        grads = [torch.autograd.grad(loss.sum(), logits)[0] for loss in losses]
+        assert torch.equal(*(grad[:5].isnan() for grad in grads))
+        assert torch.equal(*(grad[:5] == 0 for grad in grads))
 
 
 @pytest.mark.parametrize("label", [-1, 4, 2**40, -(2**62)])

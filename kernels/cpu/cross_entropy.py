@@ -157,7 +157,11 @@ def cross_entropy_block(columns, target, weight, options, scale, losses, best, n
         return
     # 5: the gradients
     for n in range(count):
-        total[n] = (factor[n] + weight_of_all) * (scale / total[n])
+        # an ignored row's is torch's 0 or, by a logit or a smoothed class weight, NaN, also where scale is
+        # infinite, as all rows are ignored
+        ignored = zero * (total[n] + weight_of_all)
+        scaled = (factor[n] + weight_of_all) * (scale / total[n])
+        total[n] = ignored if target[n] == ignore_index else scaled
     for c in range(num_classes):
         grads = columns[c]
         class_scale = zero
@@ -168,9 +172,8 @@ def cross_entropy_block(columns, target, weight, options, scale, losses, best, n
     for n in range(count):
         label = target[n]
         if label == ignore_index:
-            # by its weight of 0 it would be NaN where all rows are ignored: scale is infinite then
             for c in range(num_classes):
-                columns[c, n] = zero
+                columns[c, n] = total[n]
         else:
             columns[label, n] -= scale * factor[n]
 

@@ -241,7 +241,8 @@ def _build_rows(real: Any) -> Callable[..., None]:
                 factors = factor, of_all, scale * share_of_label * label_weight
                 for c in range(lane * CHUNK, stop, lanes * CHUNK):
                     x = load_padded(logits, at + c, num_classes - c, wide, least)
-                    g0, g1, g2, g3 = zero, zero, zero, zero
+                    # an ignored row's is torch's 0 or, by a logit or a smoothed class weight, NaN
+                    g0 = g1 = g2 = g3 = zero * (exponentials + share_of_all * weight_sum)
                     if is_class:
                         g0 = gradient(x[0] - greatest, c, label, weight, num_classes, factors)
                         g1 = gradient(x[1] - greatest, c + 1, label, weight, num_classes, factors)
@@ -331,7 +332,7 @@ def cross_entropy_forward(
     weight : (C,) or None
         A weight for each class, or none.
     options : CrossEntropyOptions
-        Rows with the label ignore_index have no loss and no gradient.
+        Rows with the label ignore_index have no loss, and a gradient of 0, or NaN as torch's.
     loss : (N,) without reduction, else (1,)
     grad_logits : (N, C) or None
         Of the reduced loss, or row by row of each loss; None where it isn't wanted.

@@ -154,7 +154,8 @@ def build_loss_row(real: Any) -> tuple[Any, Any]:
                 if output > chosen or (is_nan and not chosen_is_nan) or (c < label and is_equal):
                     beaten = one
                 if not is_null(grads):
-                    g = zero
+                    # an ignored row's is torch's 0 or, by an output or a smoothed class weight, NaN
+                    g = zero * (exponentials + loss.share_of_all * loss.weight_sum)
                     if counts:
                         g = gradient(output - greatest, c, label, loss.class_weight, width, factors)
                     store(grads, grads_at + c, zero if relu and output <= zero else g)

@@ -161,6 +161,17 @@ def test_the_mean_over_ignored_rows_alone_is_nan_with_a_zero_gradient(smoothing)
     assert not grad_logits.numpy().any()
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [None, [1, np.inf, 1], [np.nan, 1, 1]], ids=str)
+def test_an_ignored_row_has_torchs_nan(weight, smoothing):
+    logits = DeviceArray([[np.nan, 1, 2], [1, np.inf, 2], [-np.inf] * 3, [-np.inf, 1, 2], [1, 2, 3]])
+    target = DeviceArray([IGNORE] * 5, "int64")
+    weight = None if weight is None else DeviceArray(weight)
+    _, grad_logits = _run(logits, target, weight, smoothing, "mean")
+    _, exact_grad = _truth(logits, target, weight, smoothing, "mean")
+    np.testing.assert_array_equal(grad_logits.numpy(), exact_grad)
+
+
 def test_the_gradient_is_left_out_where_it_is_not_wanted():
     loss = DeviceArray.nan((1,))
     logits, target = DeviceArray(np.zeros((2, 4))), DeviceArray([0, 3], "int64")

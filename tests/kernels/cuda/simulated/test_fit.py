@@ -228,6 +228,15 @@ def test_the_mean_over_rows_of_unequal_weight(loss, seed, monkeypatch):
     _assert_same(_both(_net(7, 3), X, y, loss=loss, test=_images(8), options={"lr": 0.02}, epochs=1))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_ignored_row_that_is_not_finite(value, seed):
+    X, y = _images(6)
+    X = X.double()
+    X[2] = value
+    results = _both(_net(7, 3), X, torch.full_like(y, -100), shuffle=False, epochs=1)
+    assert all(parameter.isnan().all() for net, *_ in results for parameter in net.parameters())
+
+
 def test_the_examples_lie_as_they_are_and_parameters_in_groups_keep_their_options(seed):
     X, y = _images(6)
     net = _net(7, 4, 3)
