@@ -212,12 +212,14 @@ def _train(model: Model, options: _Options) -> None:
     failures: dict[str, str] = {}
     if finished is not None:
         weights, history = finished
-        with replacing(folder / "weights.safetensors") as temporary:
-            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
         about = {"model": model, "impl": impl, "data": examples.name, "device": str(device), **update}
         about |= {name: getattr(options, name) for name in ("epochs", "batch_size", "seed", "examples")}
         about["machine"] = machine.describe()
-        history.save(folder / "history.json", about)
+        try:
+            history.save(folder / "history.json", about)
+        finally:
+            with replacing(folder / "weights.safetensors") as temporary:
+                temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
         _print_history(history, f"{title}, {impl}, {examples.name} data, {seconds:.1f} s")
         if model == "linear":
             errors = (points.true_w - weights["0.weight"].reshape(-1)).tolist()

@@ -72,7 +72,8 @@ def _picture(
         figure = Figure(figsize=(width, height), **options)
         yield figure
         with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=_DOTS_PER_INCH)
+            # told the format, matplotlib appends no suffix to the name
+            figure.savefig(temporary, format=temporary.suffix[1:] or "png", dpi=_DOTS_PER_INCH)
 
 
 def _import_matplotlib() -> None:
@@ -96,7 +97,7 @@ def curves(histories: Mapping[str, Any], path: str | os.PathLike[str], *, title:
     histories : mapping of str to History
         By the run's name, up to four: what has `figures`; the first is drawn as lines, the others as marks.
     path : path
-        Its suffix chooses the format.
+        Its suffix chooses the format, PNG without one.
     title : str
         Above the picture.
 
@@ -152,7 +153,7 @@ def predictions(
     labels, predicted : sequence of str
         The N names of the true and of the predicted classes; a wrong prediction is drawn in red.
     path : path
-        Its suffix chooses the format.
+        Its suffix chooses the format, PNG without one.
     """
     width = 1.4 * len(images) + 1
     with _picture(path, width, 2, _STYLE | {"axes.grid": False}) as figure:
@@ -176,7 +177,7 @@ def residuals(y: Tensor, y_hat: Tensor, path: str | os.PathLike[str]) -> None:
     y, y_hat : Tensor
         Labels and predictions, of one size.
     path : path
-        Its suffix chooses the format.
+        Its suffix chooses the format, PNG without one.
     """
     with _picture(path, 7, 3.5, layout="constrained") as figure:
         axes = figure.add_subplot()
@@ -197,7 +198,7 @@ def speedup(
     seconds : mapping of str to mapping of str to float
         By the model's title and the program's name; a model's first program is the baseline.
     path : path
-        Its suffix chooses the format.
+        Its suffix chooses the format, PNG without one.
     note : str
         Under the picture: what it was measured on.
     """

@@ -244,6 +244,16 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_part_of_a_file(limit, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["history.json", "weights.safetensors"])
+def test_of_history_and_weights_one_that_cannot_be_written_costs_not_the_other(name, tmp_path):
+    _block_by_a_folder(None, tmp_path, name)
+    result = invoke("train", "linear", "--impl", "concise", "--out", tmp_path)
+    assert isinstance(result.exception, OSError)
+    assert result.exception.filename == str(tmp_path / name)
+    kept = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert kept == {"history.json", "weights.safetensors"} - {name}
+
+
 def test_a_disk_that_has_no_place_for_pictures_keeps_all_else(tmp_path):
     # room for the weights and the history, which are short
     result = run_command("train", "linear", "--impl", "concise", "--out", tmp_path, limit=8000)

@@ -93,7 +93,7 @@ class CompiledEngine:
                 "outside of them"
             )
         parameter = floating(net)
-        mode = active_modes("cpu" if parameter is None else parameter.device.type)
+        mode = active_modes("cuda" if parameter is not None and parameter.is_cuda else "cpu")
         if mode is not None:
             raise refusal(mode)
         tensors: dict[str, Tensor] = {}
@@ -102,9 +102,9 @@ class CompiledEngine:
         for name, tensor in tensors.items():
             why = unreadable(tensor)
             if why is None and tensor.requires_grad:
-                why = f"requires a gradient: pass {name.split()[-1]}.detach()"
+                why = f"requires a gradient, unlike {name.split()[-1]}.detach()"
             if why is not None:
-                raise UnsupportedError(f"the compiled engine takes no {name} that {why}, or {WAY_OUT}")
+                raise UnsupportedError(f"the compiled engine takes no {name} that {why}: {WAY_OUT}")
         example_shape = data[0][0].shape[1:]
         if len(data[0][0]) != orders.num_examples or any(
             X.shape[:1] != y.shape[:1] or X.shape[1:] != example_shape for X, y in data

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastdl import data
 from fastdl.training.examples import Array, checked, checked_examples, floating, unpacked
 from fastdl.training.loop import Scores, evaluate_epoch
+from fastdl.training.options import check_kinds
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,9 +42,11 @@ def evaluate(net: nn.Module, X: Any, y: Array | None = None, loss: Loss | None =
     ValueError, TypeError
         As for `fit`.
     """
+    check_kinds(net=net)
     X, y = checked(net, *unpacked(X, y))
     if loss is None:
         loss = nn.MSELoss() if y.is_floating_point() else nn.CrossEntropyLoss()
+    check_kinds(loss=loss)
     if isinstance(loss, nn.MSELoss):
         check_targets(y, output_shape(net, X))
     with restored_modes(net):
@@ -71,6 +74,7 @@ def predict(net: nn.Module, X: Array) -> Tensor:
     ValueError, TypeError
         As for `fit`.
     """
+    check_kinds(net=net)
     X = checked_examples(floating(net), X)
     with restored_modes(net), torch.no_grad():
         net.eval()

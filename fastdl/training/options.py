@@ -43,6 +43,8 @@ _SGD = {"lr": 0, "momentum": 0, "weight_decay": 0, "dampening": -math.inf}
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
     return repr(value) if isinstance(value, (int, float, str, NoneType)) else f"a {type(value).__name__}"
 
 
@@ -50,7 +52,7 @@ def check_kinds(where: str = "", **arguments: object) -> None:
     """Raise TypeError if an argument is of another kind than it may be."""
     for name, value in arguments.items():
         kinds, text = _ARGUMENTS[name]
-        if not isinstance(value, kinds):
+        if not isinstance(value, kinds) or (name == "loss" and isinstance(value, type)):
             raise TypeError(f"{name}{where} must be {text}, not {_shown(value)}")
 
 
@@ -76,9 +78,7 @@ def number(name: str, value: Any, least: float = -math.inf, most: float = math.i
 
 
 def check_loss(loss: Any) -> None:
-    """Raise TypeError or ValueError if a loss can't train, as it is a class or by an option."""
-    if isinstance(loss, type):
-        raise TypeError(f"loss must be an instance, such as {loss.__name__}(), not the class itself")
+    """Raise TypeError or ValueError if a loss can't train by an option."""
     reduction = getattr(loss, "reduction", None)
     if (isinstance(reduction, str) and reduction == "none") or (
         type(loss) in LOSSES and reduction not in ("mean", "sum")

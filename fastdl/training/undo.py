@@ -71,7 +71,10 @@ def _undo_tensor(tensor: Tensor) -> Callable[[], object]:
     def undo() -> None:
         memory.copy_(values)
         if type(tensor) in (Tensor, nn.Parameter) and (
-            tensor.dtype != memory.dtype or tensor.device != memory.device or not tensor.is_set_to(memory)
+            memory.is_meta
+            or tensor.dtype != memory.dtype
+            or tensor.device != memory.device
+            or not tensor.is_set_to(memory)
         ):
             tensor.data = memory
         if tensor.is_leaf:

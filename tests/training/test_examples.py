@@ -52,7 +52,7 @@ X_KINDS = {
     "negative view": (_negative, None, None),
     "a Parameter": (lambda X: nn.Parameter(X, requires_grad=False), None, None),
     "in inference mode": (lambda X: _in_inference(X), None, None),
-    "with a gradient": (lambda X: X.requires_grad_(), r"X.*requires a gradient: pass X\.detach\(\)", None),
+    "with a gradient": (lambda X: X.requires_grad_(), r"X.*requires a gradient, unlike X\.detach\(\)", None),
     "a subclass": (lambda X: X.as_subclass(_Tensor), "X.*_Tensor", None),
     "masked": (lambda X: np.ma.masked_greater(X.numpy(), 0.5), "masked array", "masked array"),
     "float32": (lambda X: X.float(), "X is torch.float32", "X is torch.float32"),

@@ -195,6 +195,29 @@ def test_evaluate_chooses_the_loss_by_the_labels(seed):
     assert scores.accuracy is None
 
 
+@pytest.mark.parametrize("function", [fastdl.evaluate, fastdl.predict])
+@pytest.mark.parametrize("net", [3, None, nn.Linear, lambda X: X])
+def test_only_a_module_is_evaluated(function, net):
+    X, y = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"net must be an nn\.Module, not"):
+        function(net, X, y) if function is fastdl.evaluate else function(net, X)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss, "mse", 3])
+def test_evaluate_refuses_what_is_no_loss(loss):
+    with pytest.raises(TypeError, match="loss must be callable"):
+        fastdl.evaluate(nn.Linear(3, 2), torch.ones(2, 3), torch.zeros(2, dtype=torch.int64), loss)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_net_without_memory_is_named(compiled):
+    net = nn.Linear(3, 2, device="meta")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    X, y = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises((ValueError, RuntimeError), match="is on meta" if compiled else "item.* on meta"):
+        fastdl.fit(net, nn.CrossEntropyLoss(), optimizer, X, y, epochs=1, batch_size=2, compiled=compiled)
+
+
 def test_predict_gives_the_outputs_of_every_row(seed):
     X, _ = images(2500)
     net = classifier()

@@ -135,6 +135,12 @@ def test_scaled_shares_no_list_with_the_history():
     assert history == classifier_history()
 
 
+def test_a_picture_without_a_suffix_is_a_png(tmp_path):
+    classifier_history().plot(tmp_path / "curves")
+    assert [path.name for path in tmp_path.iterdir()] == ["curves"]
+    assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+
+
 def test_plot_writes_a_picture(tmp_path):
     classifier_history().plot(tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

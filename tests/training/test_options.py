@@ -58,7 +58,12 @@ ARGUMENTS = [
     ("net", 3, TypeError, "net must be an nn.Module, not 3"),
     ("loss", "mse", TypeError, "loss must be callable"),
     ("loss", None, TypeError, "loss must be callable"),
-    ("loss", nn.CrossEntropyLoss, TypeError, "loss must be an instance, such as CrossEntropyLoss()"),
+    (
+        "loss",
+        nn.CrossEntropyLoss,
+        TypeError,
+        "not the class CrossEntropyLoss",
+    ),
     ("optimizer", 0.1, TypeError, "optimizer must be a torch.optim.Optimizer"),
     ("optimizer", torch.optim.SGD, TypeError, "optimizer must be a torch.optim.Optimizer"),
     ("X", [[1.0] * 6] * 20, TypeError, "X is a list: it must be a tensor"),
