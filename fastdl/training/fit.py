@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -14,7 +15,7 @@ from fastdl.training.engines import CompiledEngine, LoopEngine, Training
 from fastdl.training.evaluation import Loss, restored_modes
 from fastdl.training.examples import Array, checked, unpacked
 from fastdl.training.history import History
-from fastdl.training.options import check_kinds, integer, number
+from fastdl.training.options import FLAGS, check_kinds, integer, number
 from fastdl.training.orders import Orders
 from fastdl.training.progress import EpochProgress
 
@@ -155,6 +156,8 @@ def fit(
             )
     if input_scale is not None:
         input_scale = float(number("input_scale", input_scale))
+        if math.isinf(input_scale):
+            raise ValueError(f"input_scale must be finite, not {input_scale}")
         if all(examples.dtype != torch.uint8 for examples, _ in sets):
             raise ValueError(f"input_scale is for uint8 examples, but X is {X.dtype}: scale X itself")
     used = len(X) // batch_size * batch_size if drop_last else len(X)
@@ -184,8 +187,8 @@ def fit(
                 scheduler.step((tested or train).loss)
             elif scheduler is not None:
                 scheduler.step()
-            go_on = on_epoch is None or on_epoch(history) is not False
+            answer = None if on_epoch is None else on_epoch(history)
             bar.epoch_done(history)
-            if not go_on:
+            if isinstance(answer, FLAGS) and not answer:
                 break
     return history

@@ -21,7 +21,8 @@ LOSSES = (nn.CrossEntropyLoss, fastdl_nn.CrossEntropyLoss, nn.MSELoss, fastdl_nn
 OPTIMIZERS = (torch.optim.SGD, SGD)
 
 _INT64 = 1 << 63
-_FLAG = (bool, np.bool_), "True or False"
+FLAGS = bool, np.bool_
+_FLAG = FLAGS, "True or False"
 # by argument of `fit`: the classes it may have, and how a message calls them
 _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "net": (nn.Module, "an nn.Module"),
@@ -59,7 +60,7 @@ def check_kinds(where: str = "", **arguments: object) -> None:
 def integer(name: str, value: Any, least: float, most: float = math.inf) -> int:
     """Return an integer, or raise TypeError or ValueError if it is none or out of range."""
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, FLAGS):
             raise TypeError
         return int(number(name, operator.index(value), least, most))
     except TypeError:

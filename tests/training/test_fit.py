@@ -134,8 +134,9 @@ def test_finished_epochs_outlive_an_interrupt(seed):
     assert kept[0] is kept[1]
 
 
-def test_on_epoch_can_stop_early(seed):
-    history = fit(classifier(), *images(), epochs=5, on_epoch=lambda history: len(history) < 3)
+@pytest.mark.parametrize("kind", [bool, np.bool_])
+def test_on_epoch_can_stop_early(kind, seed):
+    history = fit(classifier(), *images(), epochs=5, on_epoch=lambda history: kind(len(history) < 3))
     assert len(history) == 3
 
 

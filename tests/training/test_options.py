@@ -86,7 +86,8 @@ ARGUMENTS = [
     ("input_scale", torch.tensor(0.1), TypeError, "input_scale must be a number, not a Tensor"),
     ("input_scale", np.array(0.1), TypeError, "input_scale must be a number, not a ndarray"),
     ("input_scale", float("nan"), ValueError, "input_scale must be a number, not nan"),
-    ("input_scale", float("inf"), ValueError, "input_scale is for uint8"),
+    ("input_scale", float("inf"), ValueError, "input_scale must be finite, not inf"),
+    ("input_scale", float("-inf"), ValueError, "input_scale must be finite, not -inf"),
     ("input_scale", 0.1, ValueError, "input_scale is for uint8 examples, but X is torch.float64"),
 ]
 
