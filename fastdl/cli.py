@@ -311,6 +311,9 @@ def env() -> None:
 
     table = Table(show_header=False)
     rows = machine.describe() | {"kernel cache": str(jit.cache_folder() or "none: no folder can be written")}
+    table.add_column(no_wrap=True)
+    # a path has no spaces: what doesn't fit goes on in the next line
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)

@@ -366,6 +366,19 @@ def test_env_names_what_a_bug_report_needs():
     assert torch.__version__.partition("+")[0] in result.stdout
 
 
+@pytest.mark.parametrize("columns", ["80", "41"])
+def test_env_shows_a_long_path_whole_in_a_pipe(tmp_path, columns):
+    # each folder's name is longer than a line of the table
+    folder = tmp_path.joinpath(*(letter * 90 for letter in "ab"))
+    result = run_command("env", FASTDL_CACHE_DIR=str(folder), COLUMNS=columns)
+    assert result.returncode == 0, result.stderr
+    # the second cell of each line of the table
+    cells = [line.split("│")[2].strip() for line in result.stdout.splitlines() if line.count("│") == 3]
+    assert str(folder) in "".join(cells)
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= int(columns)
+
+
 def test_version_is_printed():
     result = invoke("--version")
     assert result.exit_code == 0
