@@ -101,6 +101,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nonsense", "tkagg", "module://nowhere"])
 def test_a_picture_needs_no_backend_and_plots_need_no_history(backend, tmp_path):
     paths = [tmp_path / f"curves.{suffix}" for suffix in ("png", "svg", "pdf")]

@@ -103,10 +103,16 @@ def test_an_error_in_a_callback_is_raised(where, error):
 
 
 def test_callbacks_run_in_the_calling_thread():
-    seen = []
+    seen, called = [], threading.Event()
+
+    def tick(steps):
+        seen.append((steps, threading.current_thread()))
+        called.set()
+
+    # the threads work once a callback has been seen, however long that takes
     Team(2).run(
-        lambda thread, shared: (time.sleep(0.1), _meet(thread, shared, 7)),
-        lambda steps: seen.append((steps, threading.current_thread())),
+        lambda thread, shared: (called.wait(60), _meet(thread, shared, 7)),
+        tick,
         lambda: seen.append((None, threading.current_thread())),
     )
     assert seen[0][0] is None
@@ -121,13 +127,15 @@ def test_a_second_interrupt_while_the_first_is_handled_leaves_nobody(monkeypatch
         sleeps.append(seconds)
         if len(sleeps) < 4:
             raise KeyboardInterrupt(f"number {len(sleeps) + 1}")
+        pause.set()
 
     monkeypatch.setattr("fastdl.kernels.cpu.team.time.sleep", interrupted)
     pause = threading.Event()
 
     def work(thread, shared):
         _meet(thread, shared, 10**12)
-        pause.wait(0.2)
+        # until the last interrupt has come, however long that takes
+        pause.wait(60)
 
     def first(_):
         raise KeyboardInterrupt("number 1")
@@ -221,6 +229,7 @@ print(interrupted)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["epoch", "evaluate"])
 def test_ctrl_c_at_any_moment_hangs_nothing_and_leaves_nothing(kind, seed):
     done = subprocess.run(
