@@ -169,7 +169,7 @@ while thread.is_alive():
     turns += 1
 print(before_and_after[1] - before_and_after[0])
 """
-    # some 200 turns of this thread on a quiet machine; none while the kernel holds the GIL, one or two around it
+    # some 200 turns of this thread on a quiet machine; none while a kernel holds the GIL
     assert int(_run(program)) >= 20
 
 

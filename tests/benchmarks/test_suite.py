@@ -178,7 +178,8 @@ def test_a_visit_goes_on_after_what_fails_and_does_not_do_again_what_is_done(tmp
 def test_what_takes_too_long_is_cut_off_with_all_that_it_started_and_is_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.visit._LEAST_SECONDS", 0.1)
     held = tmp_path / "held"
-    child = f"import fcntl, time; file = open({str(held)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX); time.sleep(600)"
+    lock = f"file = open({str(held)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+    child = f"import fcntl, time; {lock}; time.sleep(600)"
     text = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     visit = Visit(tmp_path / "visit")
     assert not visit.go([python("slow", text, seconds=1.0), python("late", "", seconds=0.0)], 60.0)

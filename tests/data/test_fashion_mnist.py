@@ -233,7 +233,7 @@ def test_a_host_that_gives_nothing_is_given_up_in_time(stand_ins, tmp_path, answ
         start = time.monotonic()
         with pytest.raises(data.DataUnavailableError, match=r"less than 256 KiB arrived in 0\.6 s"):
             data.fashion_mnist(tmp_path, timeout=0.6)
-        # 0.6 s, and starting and ending one process; wide, since the hosts would hold on for a minute or for ever
+        # 0.6 s, and a process starts and ends: wide, as these hosts would hold on for a minute or for ever
         assert 0.5 < time.monotonic() - start < 30
     assert list(tmp_path.iterdir()) == []
 
@@ -269,7 +269,7 @@ def test_a_slow_download_that_gets_on_may_take_longer_than_the_timeout(stand_ins
             time.sleep(0.01)
 
     def arrived(name):
-        return sum(path.stat().st_size for path in tmp_path.glob(f".fastdl-*/**/{name}"))
+        return sum(path.stat().st_size for path in tmp_path.rglob(name))
 
     def send_slowly(handler, name):
         handler.send_response(200)
