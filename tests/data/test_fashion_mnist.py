@@ -254,7 +254,8 @@ def test_a_host_that_accepts_and_says_nothing_makes_auto_take_garments(stand_ins
 
 
 def test_a_slow_download_that_gets_on_may_take_longer_than_the_timeout(stand_ins, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_LEAST_PROGRESS", 100)
+    # less than a piece
+    monkeypatch.setattr(module, "_LEAST_PROGRESS", 20)
     # a clock of its own, which goes on by a second for each piece once fastdl has looked at that piece
     clock, looks = [0.0], [0]
 
