@@ -69,6 +69,7 @@ print(all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0],
     assert _run(program) == "True"
 
 
+@pytest.mark.slow
 def test_a_forked_child_computes_on_one_thread():
     program = """
 import os, torch
@@ -266,6 +267,7 @@ def test_a_subclass_is_never_updated_by_the_kernel(place, monkeypatch):
     assert param[0] < 1
 
 
+@pytest.mark.slow
 def test_a_first_use_under_another_default_device_works():
     program = """
 import torch

@@ -359,6 +359,7 @@ def test_a_gpu_that_cannot_be_had_is_one_sentence_and_auto_falls_back_with_a_lin
     assert json.loads((folder / "history.json").read_text())["settings"]["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_command_line_ends_with_that_sentence(tmp_path):
     command = [*COMMAND, "train", "linear", "--device", "cuda", "--out", str(tmp_path / "out")]
     hidden = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}

@@ -383,6 +383,7 @@ def graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_makes_one_graph_for_all_batches(nets, graphs, dynamic):
     def backend(graph, _):

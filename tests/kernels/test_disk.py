@@ -618,6 +618,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_without_numbas_compiler_the_first_kernel_says_so_in_a_sentence():
     first, second = _run(ROOT, _DISABLED, NUMBA_DISABLE_JIT="1").splitlines()
     assert first == second
