@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is another device's, and what is finished already, where that is wanted; all are slow."""
+    """Mark all as slow; leave out what is another device's and, where that is wanted, what is finished."""
     for item in items:
         if item.path.is_relative_to(ROOT / "benchmarks"):
             item.add_marker(pytest.mark.slow)

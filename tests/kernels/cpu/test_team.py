@@ -231,7 +231,7 @@ print(interrupted)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["epoch", "evaluate"])
 def test_ctrl_c_at_any_moment_hangs_nothing_and_leaves_nothing(kind, seed):
-    # a hang would last for ever; the threads share one core, so that 4 s become 45 beside many busy neighbours
+    # a hang would last for ever; 4 s become 45 beside many busy neighbours, as the threads share one core
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, kind, "100", str(seed)], capture_output=True, text=True, timeout=450
     )
