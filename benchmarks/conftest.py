@@ -64,8 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[LOG] = Log(path, config.stash[SETUP] if measures else None, config.getoption("resume"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is another device's, and what is finished already, where that is wanted."""
+    """Mark all as slow; leave out what is another device's and, where that is wanted, what is finished."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "benchmarks"):
+            item.add_marker(pytest.mark.slow)
     device, done = config.stash[SETUP].device_name, config.stash[LOG].finished()
 
     def stays(item: pytest.Item) -> bool:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from safetensors.torch import save
 from torch import Tensor
 
@@ -309,7 +309,7 @@ def env() -> None:
     """Print versions, threads, vector width, cache folder and GPU: what a bug report should have."""
     from fastdl.kernels import jit
 
-    table = Table(show_header=False)
+    table = Table("", Column(overflow="fold"), show_header=False)
     rows = machine.describe() | {"kernel cache": str(jit.cache_folder() or "none: no folder can be written")}
     for name, value in rows.items():
         table.add_row(name, str(value))

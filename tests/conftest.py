@@ -19,14 +19,14 @@ def pytest_configure(config):
     # a shell's background jobs ignore Ctrl-C, and so would the processes that tests send it to
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    config.addinivalue_line("markers", "real_data: needs Fashion-MNIST under FASTDL_DATA")
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line(
-        "markers", "ahead(function, argument): has a call with this argument of the test begun early"
-    )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        # before -m selects: what waits for other processes keeps the cores busy for minutes
+        if "ahead" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
     if not torch.cuda.is_available():
         for item in items:
             # the mark alone: keywords are the names of folders too
@@ -59,7 +59,7 @@ def ahead():
 
 @pytest.fixture(scope="session", autouse=True)
 def _begin_ahead(request):
-    """Begin the calls that the marks of the selected tests name."""
+    """Begin the calls that the marks of the selected tests name; a test that -m leaves out begins none."""
     for item in request.session.items:
         for mark in item.iter_markers("ahead"):
             function, argument = mark.args

@@ -29,6 +29,7 @@ def test_import_brings_neither_numba_nor_torchvision_nor_plots():
     ) == "[]"  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_the_users_thread_count_stays(num_threads):
     program = f"""
@@ -68,6 +69,7 @@ print(all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0],
     assert _run(program) == "True"
 
 
+@pytest.mark.slow
 def test_a_forked_child_computes_on_one_thread():
     program = """
 import os, torch
@@ -100,6 +102,7 @@ total(numpy.ones(100_000))
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", FORKS)
 def test_a_forked_child_that_never_used_fastdl_computes(before):
     # torch's own ops on many elements may hang in such a child: nothing here is torch's, not even a sum
@@ -155,21 +158,20 @@ torch.set_num_threads(1)
 from fastdl import functional
 functional.linear(torch.randn(300, 300), torch.randn(300, 300))
 x, w = torch.randn(2000, 3000), torch.randn(2000, 3000)
-seconds = []
+turns, before_and_after = 0, []
 def compute():
-    started = time.perf_counter()
+    before_and_after.append(turns)
     functional.linear(x, w)
-    seconds.append(time.perf_counter() - started)
+    before_and_after.append(turns)
 thread = threading.Thread(target=compute)
 thread.start()
-longest, last = 0.0, time.perf_counter()
 while thread.is_alive():
     time.sleep(0.001)
-    now = time.perf_counter()
-    longest, last = max(longest, now - last), now
-print("ran on" if longest < seconds[0] / 2 else f"waited {longest} of {seconds[0]} s")
+    turns += 1
+print(before_and_after[1] - before_and_after[0])
 """
-    assert _run(program) == "ran on"
+    # some 200 turns of this thread on a quiet machine; none while a kernel holds the GIL
+    assert int(_run(program)) >= 20
 
 
 class Subclass(torch.Tensor):
@@ -265,6 +267,7 @@ def test_a_subclass_is_never_updated_by_the_kernel(place, monkeypatch):
     assert param[0] < 1
 
 
+@pytest.mark.slow
 def test_a_first_use_under_another_default_device_works():
     program = """
 import torch

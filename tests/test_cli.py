@@ -64,6 +64,7 @@ def test_train_linear_finds_the_plane_and_fills_the_folder(impl, tmp_path):
     torch.testing.assert_close(weights["0.bias"], torch.tensor([4.2]), rtol=0, atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["softmax", "mlp"])
 def test_train_images_alike_in_every_implementation(model, images, garments, tmp_path):
     saved = {}
@@ -157,6 +158,7 @@ def test_a_run_that_diverges_says_so_and_is_saved(tmp_path):
     assert f"Saved to {folder}: history.json" in result.stdout
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_epochs_done_so_far(tmp_path):
     folder = tmp_path / "out"
     command = [*COMMAND, "train", "linear", "--impl", "concise", "--epochs", "1000000", "--out", str(folder)]
@@ -178,6 +180,7 @@ def test_ctrl_c_leaves_the_epochs_done_so_far(tmp_path):
     assert "Saved to" in stdout
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_cannot_be_made_is_one_sentence_before_the_training(tmp_path):
     (tmp_path / "file").touch()
     command = [*COMMAND, "train", "linear", "--out", str(tmp_path / "file" / "out")]
@@ -233,6 +236,7 @@ def test_a_folder_without_permission_is_named_before_anything_is_written(tmp_pat
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [10, 40])
 def test_a_full_disk_is_one_sentence_and_leaves_no_part_of_a_file(limit, tmp_path):
     result = run_command("train", "linear", "--impl", "concise", "--out", tmp_path, limit=limit)
@@ -254,6 +258,7 @@ def test_of_history_and_weights_one_that_cannot_be_written_costs_not_the_other(n
     assert kept == {"history.json", "weights.safetensors"} - {name}
 
 
+@pytest.mark.slow
 def test_a_disk_that_has_no_place_for_pictures_keeps_all_else(tmp_path):
     # room for the weights and the history, which are short
     result = run_command("train", "linear", "--impl", "concise", "--out", tmp_path, limit=8000)
@@ -292,6 +297,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("name", ["curves.png", "predictions.png"])
 def test_a_picture_that_cannot_be_drawn_is_a_warning_after_all_else(name, block, monkeypatch, tmp_path):
@@ -304,6 +310,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning_after_all_else(name, block,
     assert result.stderr.splitlines()[-1].startswith("warning: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nonsense", "tkagg"])
 def test_no_backend_of_matplotlib_ends_a_command(backend, tmp_path):
     variables = {"MPLBACKEND": backend, "DISPLAY": ""}
@@ -313,11 +320,13 @@ def test_no_backend_of_matplotlib_ends_a_command(backend, tmp_path):
     assert pictures_are_drawn(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_broken_backend_ends_no_other_command():
     assert run_command("env", MPLBACKEND="nonsense").returncode == 0
     assert run_command("--version", MPLBACKEND="nonsense").stdout.strip() == "0.1.0"
 
 
+@pytest.mark.slow
 def test_without_numbas_compiler_a_command_ends_with_a_sentence(tmp_path):
     result = run_command("train", "linear", "--out", tmp_path, NUMBA_DISABLE_JIT="1")
     assert result.returncode == 1
@@ -325,6 +334,7 @@ def test_without_numbas_compiler_a_command_ends_with_a_sentence(tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_had_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
     command = [*COMMAND, "train", "softmax", "--data", "fashion-mnist"]
@@ -349,6 +359,7 @@ def test_a_gpu_that_cannot_be_had_is_one_sentence_and_auto_falls_back_with_a_lin
     assert json.loads((folder / "history.json").read_text())["settings"]["device"] == "cpu"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_command_line_ends_with_that_sentence(tmp_path):
     command = [*COMMAND, "train", "linear", "--device", "cuda", "--out", str(tmp_path / "out")]
     hidden = ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
@@ -364,6 +375,20 @@ def test_env_names_what_a_bug_report_needs():
     for name in ("cpu", "threads", "vector bits", "integer units", "gpu", "torch", "numba", "kernel cache"):
         assert name in result.stdout
     assert torch.__version__.partition("+")[0] in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", ["80", "41"])
+def test_env_shows_a_long_path_whole_in_a_pipe(tmp_path, columns):
+    # each folder's name is longer than a line of the table
+    folder = tmp_path.joinpath(*(letter * 90 for letter in "ab"))
+    result = run_command("env", FASTDL_CACHE_DIR=str(folder), COLUMNS=columns)
+    assert result.returncode == 0, result.stderr
+    # the second cell of each line of the table
+    cells = [line.split("│")[2].strip() for line in result.stdout.splitlines() if line.count("│") == 3]
+    assert str(folder) in "".join(cells)
+    assert "…" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= int(columns)
 
 
 def test_version_is_printed():
@@ -406,6 +431,7 @@ def test_reproduce_linear_passes_and_saves_everything(brief_timing, tmp_path):
     assert "that run has twice the learning rate" in " ".join(result.stdout.split())
 
 
+@pytest.mark.slow
 def test_reproduce_fails_where_a_model_has_not_learnt_enough(brief_timing, images, tmp_path):
     result = invoke("reproduce", "softmax", "mlp", "--examples", 512, "--epochs", 1, "--out", tmp_path)
     assert result.exit_code == 1
@@ -436,6 +462,7 @@ def test_reproduce_fails_and_shows_no_speed_where_the_numbers_differ(brief_timin
     assert not (tmp_path / "speedup.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS[:2])
 @pytest.mark.parametrize("name", ["linear-curves.png", "linear-predictions.png", "speedup.png"])
 def test_a_picture_of_reproduce_that_cannot_be_drawn_is_a_warning_after_all_else(
@@ -451,6 +478,7 @@ def test_a_picture_of_reproduce_that_cannot_be_drawn_is_a_warning_after_all_else
     assert result.stderr.splitlines()[-1].startswith(f"warning: {name} can't be drawn: ")
 
 
+@pytest.mark.slow
 def test_reproduce_gives_the_same_numbers_twice(brief_timing, tmp_path):
     histories = []
     for index in range(2):

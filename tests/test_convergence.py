@@ -11,6 +11,8 @@ from fastdl.reference import parity
 from fastdl.reference.parity import Run
 from fastdl.reproduce import LARGEST_LOSS, SMALLEST_ACCURACY
 
+pytestmark = pytest.mark.slow
+
 # a whole run in float64, three times over, has to fit into a test: a twentieth of the images, all ten epochs,
 # and a last batch that is smaller than the others
 NUM_IMAGES = 3000

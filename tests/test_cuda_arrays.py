@@ -136,6 +136,7 @@ def test_every_op_has_a_cuda_implementation_and_a_fake_that_keeps_the_device():
     assert {result.device for result in results} == {torch.device("cuda", 0)}
 
 
+@pytest.mark.slow
 def test_importing_fastdl_and_using_it_on_the_cpu_touches_no_cuda():
     program = """
 import sys, torch, fastdl, fastdl.nn, fastdl.optim, fastdl.models

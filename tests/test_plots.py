@@ -101,6 +101,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["nonsense", "tkagg", "module://nowhere"])
 def test_a_picture_needs_no_backend_and_plots_need_no_history(backend, tmp_path):
     paths = [tmp_path / f"curves.{suffix}" for suffix in ("png", "svg", "pdf")]
@@ -111,6 +112,7 @@ def test_a_picture_needs_no_backend_and_plots_need_no_history(backend, tmp_path)
     assert [path.read_bytes()[:4] for path in paths] == [b"\x89PNG", b"<?xm", b"%PDF"]
 
 
+@pytest.mark.slow
 def test_a_backend_that_matplotlib_knows_is_still_the_users():
     program = "from fastdl import plots; plots._import_matplotlib(); import matplotlib as m, os; "
     program += "print(m.rcParams['backend'].lower(), os.environ['MPLBACKEND'])"

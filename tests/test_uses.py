@@ -145,6 +145,7 @@ def test_a_copy_of_net_and_optimizer_goes_on_alone(nets, kind, clone):
     torch.testing.assert_close(nets[0].state_dict(), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
@@ -382,6 +383,7 @@ def graphs():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_makes_one_graph_for_all_batches(nets, graphs, dynamic):
     def backend(graph, _):
@@ -411,6 +413,7 @@ def test_compile_honours_a_hook_and_an_edit(graphs):
     torch.testing.assert_close(compiled(input), plain(input))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler for inductor")
 def test_inductor_on_the_cpu(graphs):
     plain = plain_net()
@@ -480,6 +483,7 @@ def _fsdp2_by_layer(mesh, net):
     return fully_shard(net, mesh=mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 @pytest.mark.parametrize("num_ranks", [2])
 def test_ddp_and_fsdp2_over_gloo(num_ranks, tmp_path):

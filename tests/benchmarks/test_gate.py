@@ -59,6 +59,7 @@ class Nan(EagerTrainer):
         return [float("nan") for _ in super().train(num_epochs)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Wrong, Nan])
 def test_the_gate_stops_a_program_whose_numbers_differ(make, images, seed):
     checks = Gate(problem_of("mlp", images, seed)).checks(make)
@@ -121,6 +122,7 @@ def test_an_inaccurate_product_is_noticed(name):
         gate.same_results([ours * 1.0001], [torchs], [product.truth()])
 
 
+@pytest.mark.slow
 def test_the_epoch_alone_trains_to_torchs_loss(images, seed):
     problem = problem_of("linear", images, seed)
     epoch = internals.compiled_epoch(problem)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import torch
 
 from benchmarks.device import Cpu, Cuda
 from benchmarks.visit import Step, Visit, failed_tests, steps
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -173,14 +177,23 @@ def test_a_visit_goes_on_after_what_fails_and_does_not_do_again_what_is_done(tmp
 
 def test_what_takes_too_long_is_cut_off_with_all_that_it_started_and_is_done_again(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.visit._LEAST_SECONDS", 0.1)
-    started = tmp_path / "started"
-    child = f"import time; time.sleep(3); open({str(started)!r}, 'w')"
+    held = tmp_path / "held"
+    lock = f"file = open({str(held)!r}, 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+    child = f"import fcntl, time; {lock}; time.sleep(600)"
     text = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     visit = Visit(tmp_path / "visit")
     assert not visit.go([python("slow", text, seconds=1.0), python("late", "", seconds=0.0)], 60.0)
     assert [outcome["state"] for outcome in visit.done().values()] == ["cut off after 1 s", "not begun"]
     assert visit.go([python("slow", "print(1)"), python("late", "print(2)")], 60.0)
-    assert not started.exists()
+    # the lock ends with its process, which takes a moment to die
+    with held.open("w") as file:
+        for _ in range(600):
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("the process that the step started lives on")
 
 
 def test_every_step_has_a_time_of_its_own_and_the_tests_that_failed_are_named(tmp_path):

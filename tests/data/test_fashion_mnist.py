@@ -12,6 +12,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,28 +233,44 @@ def test_a_host_that_gives_nothing_is_given_up_in_time(stand_ins, tmp_path, answ
         start = time.monotonic()
         with pytest.raises(data.DataUnavailableError, match=r"less than 256 KiB arrived in 0\.6 s"):
             data.fashion_mnist(tmp_path, timeout=0.6)
-        # the rest is starting and ending one process, on a busy machine too
-        assert 0.5 < time.monotonic() - start < 5
+        # 0.6 s, and a process starts and ends: wide, as these hosts would hold on for a minute or for ever
+        assert 0.5 < time.monotonic() - start < 30
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_host_that_accepts_and_says_nothing_makes_auto_take_garments_in_10_s(
-    stand_ins, tmp_path, monkeypatch
-):
+def test_a_host_that_accepts_and_says_nothing_makes_auto_take_garments(stand_ins, tmp_path, monkeypatch):
     load_module = importlib.import_module("fastdl.data.load")
+    # the rest of the promised 10 s is for starting and ending a process
+    assert load_module._AUTO_TIMEOUT <= 8
+    monkeypatch.setattr(load_module, "_AUTO_TIMEOUT", 0.5)
     monkeypatch.setattr(load_module, "garments", lambda: "the garments")
     said = []
     with socket.create_server(("127.0.0.1", 0)) as mute:
         stand_ins(f"http://127.0.0.1:{mute.getsockname()[1]}/")
-        start = time.monotonic()
         assert data.load("auto", tmp_path, notify=said.append) == "the garments"
-        assert time.monotonic() - start < 10
     assert "Downloading" in said[0]
     assert "garments" in said[1]
+    assert "arrived in 0.5 s" in said[1]
 
 
 def test_a_slow_download_that_gets_on_may_take_longer_than_the_timeout(stand_ins, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_LEAST_PROGRESS", 100)
+    # less than a piece
+    monkeypatch.setattr(module, "_LEAST_PROGRESS", 20)
+    # a clock of its own, which goes on by a second for each piece once fastdl has looked at that piece
+    clock, looks = [0.0], [0]
+
+    def look():
+        looks[0] += 1
+        return clock[0]
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=look))
+
+    def wait_until(condition):
+        while not condition():
+            time.sleep(0.01)
+
+    def arrived(name):
+        return sum(path.stat().st_size for path in tmp_path.rglob(name))
 
     def send_slowly(handler, name):
         handler.send_response(200)
@@ -261,17 +278,20 @@ def test_a_slow_download_that_gets_on_may_take_longer_than_the_timeout(stand_ins
         pieces = 8
         size = -(-len(PACKED[name]) // pieces)
         for i in range(pieces):
-            handler.wfile.write(PACKED[name][i * size : (i + 1) * size])
-            time.sleep(0.25)
+            end = min((i + 1) * size, len(PACKED[name]))
+            handler.wfile.write(PACKED[name][i * size : end])
+            wait_until(lambda end=end: arrived(name) == end)
+            # the first look may have begun before
+            wait_until(lambda seen=looks[0]: looks[0] >= seen + 2)
+            clock[0] += 1.0
 
     _write(
         tmp_path, {name: content for name, content in PACKED.items() if name != "train-images-idx3-ubyte.gz"}
     )
     with _host(send_slowly) as (url, _):
         stand_ins(url)
-        start = time.monotonic()
         _assert_is_the_stand_in(data.fashion_mnist(tmp_path, timeout=1.5))
-        assert time.monotonic() - start > 1.5
+    assert clock[0] == 8.0
 
 
 def test_a_root_that_cannot_be_written_is_one_sentence(stand_ins, tmp_path):

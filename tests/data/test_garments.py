@@ -106,6 +106,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_they_are_about_as_hard_as_fashion_mnist(garments, one_thread):
     # one start, whose floats another processor rounds otherwise; at this learning rate a single epoch's
     # accuracy swings by up to three points, so the mean of the last three is judged

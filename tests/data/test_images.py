@@ -76,6 +76,7 @@ def test_a_torchvision_that_fails_to_import_is_one_sentence(monkeypatch, tmp_pat
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_importing_the_data_does_not_import_torchvision():
     program = "import sys, fastdl.data; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -402,6 +402,7 @@ print(disk.read("cuda.work.cubin"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", ["SIG_DFL", "SIG_IGN"])
 @pytest.mark.parametrize("limit", [0, 100, 5000])
 def test_a_full_disk_stops_no_computation_and_leaves_no_part_of_a_file(limit, handler, tmp_path):
@@ -555,6 +556,7 @@ def _as_bytecode(install):
     return install
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pack", [_as_archive, _as_bytecode], ids=["archive", "bytecode"])
 def test_an_upgrade_of_a_package_without_sources_on_the_disk_is_never_stale(pack, tmp_path):
     said = []
@@ -616,6 +618,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_without_numbas_compiler_the_first_kernel_says_so_in_a_sentence():
     first, second = _run(ROOT, _DISABLED, NUMBA_DISABLE_JIT="1").splitlines()
     assert first == second

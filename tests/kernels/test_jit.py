@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import fastdl
+
+pytestmark = pytest.mark.slow
 
 _PROGRAM = """
 import numpy as np, numba

@@ -26,6 +26,7 @@ def _forward_and_grads(function, inputs, upstream):
     return output.detach(), torch.autograd.grad(output, inputs, upstream.to(output.dtype))
 
 
+@pytest.mark.slow
 @each_op
 @each_dtype
 def test_forward_and_gradients_are_as_accurate_as_torch(case, dtype, uninitialised_is_nan):

@@ -51,6 +51,7 @@ def _samples(dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_opcheck(dtype):
     checked = set()

@@ -217,6 +217,7 @@ def test_export(is_dynamic):
     torch.testing.assert_close(program.module()(other), Net(F)(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("is_dynamic", [False, True])
 def test_compile(backend, is_dynamic):

@@ -750,6 +750,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", ["used", "unused"])
 def test_a_forked_child_trains_whether_or_not_its_parent_did(parent):
     done = subprocess.run(

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import signal
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from torch import nn
 import fastdl
 from fastdl import models
 from fastdl.training import cuda_examples, cuda_program
+from tests.training.problems import CtrlC
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("seed")]
 
@@ -243,24 +241,13 @@ def test_a_momentum_buffer_that_does_not_fit_is_refused_by_name():
 def test_ctrl_c_answers_soon_and_leaves_the_last_finished_epoch():
     X, y = images(60000)
     net = mlp(784, 1024, 1024, 10)
-    finished, interrupted = [], []
-
-    def interrupt():
-        interrupted.append(time.perf_counter())
-        signal.raise_signal(signal.SIGINT)
-
-    def on_epoch(history):
-        finished.append(copy.deepcopy(net.state_dict()))
-        if len(history) == 2:
-            threading.Timer(0.03, interrupt).start()
-
+    ctrl_c = CtrlC(net)
     with pytest.raises(KeyboardInterrupt):
         fastdl.fit(
             net, nn.CrossEntropyLoss(), optimizer_of(net), X, y, epochs=10000, batch_size=256,
-            on_epoch=on_epoch, progress=False,
+            on_epoch=ctrl_c.on_epoch, progress=False,
         )  # fmt: skip
-    assert time.perf_counter() - interrupted[0] < 2
-    assert all(torch.equal(value, finished[-1][key]) for key, value in net.state_dict().items())
+    ctrl_c.check()
 
 
 def test_fit_and_steps_of_torchs_alternate_on_another_stream():

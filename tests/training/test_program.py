@@ -255,6 +255,7 @@ NETS = [(784, 64, 5), (784, 64), (784, 10), (61, 40, 33, 3), (61, 3), (2, 1), (6
 BAD = [float("inf"), float("-inf"), float("nan")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", NETS, ids=str)
 @pytest.mark.parametrize("value", BAD[1:])
 @pytest.mark.parametrize("batch_size", [1, 16])

@@ -198,6 +198,7 @@ print(*compiled, output.min(), output.max())
 """
 
 
+@pytest.mark.slow
 def test_a_new_process_links_what_an_old_one_compiled_and_compiles_what_is_missing(tmp_path):
     first, second = (_python("-c", _PROGRAM, FASTDL_CACHE_DIR=str(tmp_path)) for _ in range(2))
     assert {"linear_forward", "gemm", "_multiply_packed"} <= set(first.stdout.split()), first.stderr

@@ -400,6 +400,7 @@ def digest_of_products():
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_the_units_and_the_emulation_have_the_same_bits(tmp_path):
     program = "from tests.kernels.cpu.test_integer import digest_of_products as d; print(d())"
     result = subprocess.run(
