@@ -22,7 +22,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import cpu_features
+from fastdl.kernels.cpu.intrinsics import cpu_features, pointer_to
 from fastdl.kernels.jit import inlined_jit
 from fastdl.kernels.numba_private import cgutils
 
@@ -83,8 +83,7 @@ def _emit(context, builder, name, tiles, operands=()):
 
 
 def _place(context, builder, array, value, at):
-    data = context.make_array(array)(context, builder, value).data
-    return builder.bitcast(builder.gep(data, [at]), _BYTE.as_pointer())
+    return builder.bitcast(pointer_to(context, builder, array, value, at), _BYTE.as_pointer())
 
 
 def _are_literal(*tiles):
