@@ -416,12 +416,12 @@ def _sum_pair(tiles, a, left, digits, right, blocks):
         tile_load(registers, 7, digits.storage, right, DEPTH)
         tile_multiply(registers, 3, 6, 7)
         left, right = left + a.stride * DEPTH, right + BLOCK
-    tile_store(registers, 0, sums, 0)
-    tile_store(registers, 1, sums, PAIR_SUMS)
-    tile_store(registers, 2, sums, 2 * PAIR_SUMS)
-    tile_store(registers, 3, sums, TILE_SUMS)
-    tile_store(registers, 4, sums, PAIR_SUMS + TILE_SUMS)
-    tile_store(registers, 5, sums, 2 * PAIR_SUMS + TILE_SUMS)
+    tile_store(registers, 0, sums, 0, DEPTH)
+    tile_store(registers, 1, sums, PAIR_SUMS, DEPTH)
+    tile_store(registers, 2, sums, 2 * PAIR_SUMS, DEPTH)
+    tile_store(registers, 3, sums, TILE_SUMS, DEPTH)
+    tile_store(registers, 4, sums, PAIR_SUMS + TILE_SUMS, DEPTH)
+    tile_store(registers, 5, sums, 2 * PAIR_SUMS + TILE_SUMS, DEPTH)
 
 
 @inlined_jit
@@ -440,9 +440,9 @@ def _sum_one(tiles, a, left, digits, right, blocks):
         tile_load(registers, 7, digits.storage, right + 2 * TILE_BYTES, DEPTH)
         tile_multiply(registers, 2, 6, 7)
         left, right = left + a.stride * DEPTH, right + BLOCK
-    tile_store(registers, 0, sums, 0)
-    tile_store(registers, 1, sums, PAIR_SUMS)
-    tile_store(registers, 2, sums, 2 * PAIR_SUMS)
+    tile_store(registers, 0, sums, 0, DEPTH)
+    tile_store(registers, 1, sums, PAIR_SUMS, DEPTH)
+    tile_store(registers, 2, sums, 2 * PAIR_SUMS, DEPTH)
 
 
 @linked_jit
