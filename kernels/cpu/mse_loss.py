@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from fastdl.kernels.cpu.memory import array_at
 from fastdl.kernels.cpu.parallel import share, worthwhile_threads
 from fastdl.kernels.cpu.reduction import BLOCK, MEAN, NONE, ordered_sum
-from fastdl.kernels.jit import inlined_jit, linked_jit
+from fastdl.kernels.jit import inlined_jit, jit
 
 
 @inlined_jit
@@ -30,19 +31,21 @@ def _block_sums(input, target, sums, start, stop):
         sums[block] = total
 
 
-@linked_jit(parallel=True)
-def mse_loss_forward(input, target, reduction, loss, num_threads):
-    """Write ``(input - target) ** 2`` of input (n,) and target (n,) to loss, (n,) or reduced (1,)."""
-    num_threads = worthwhile_threads(input.size, num_threads)
+@jit(parallel=True)
+def mse_loss_forward(addresses, size, reduction, num_threads, like):
+    """Write ``(input - target) ** 2`` to loss, of as many numbers or reduced; addresses are in this order."""
+    input, target = array_at(addresses[0], size, like.dtype), array_at(addresses[1], size, like.dtype)
+    loss = array_at(addresses[2], size if reduction == NONE else 1, like.dtype)
+    num_threads = worthwhile_threads(size, num_threads)
     if reduction == NONE:
         if num_threads == 1:
-            _elements(input, target, loss, 0, input.size)
+            _elements(input, target, loss, 0, size)
         else:
             for thread in prange(num_threads):
-                start, stop = share(input.size, thread, num_threads)
+                start, stop = share(size, thread, num_threads)
                 _elements(input, target, loss, start, stop)
         return
-    num_blocks = (input.size + BLOCK - 1) // BLOCK
+    num_blocks = (size + BLOCK - 1) // BLOCK
     sums = np.empty(num_blocks, np.float64)
     if num_threads == 1:
         _block_sums(input, target, sums, 0, num_blocks)
@@ -51,7 +54,7 @@ def mse_loss_forward(input, target, reduction, loss, num_threads):
             start, stop = share(num_blocks, thread, num_threads)
             _block_sums(input, target, sums, start, stop)
     total = ordered_sum(sums)
-    loss[0] = total / input.size if reduction == MEAN else total
+    loss[0] = total / size if reduction == MEAN else total
 
 
 @inlined_jit
@@ -61,17 +64,22 @@ def _backward(grad_loss, input, target, factor, grad_input, start, stop):
         grad_input[i] = factor * (input[i] - target[i]) * upstream
 
 
-@linked_jit(parallel=True)
-def mse_loss_backward(grad_loss, input, target, reduction, grad_input, num_threads):
+@jit(parallel=True)
+def mse_loss_backward(addresses, sizes, reduction, num_threads, like):
     """Write ``2 (input - target) grad_loss``, over n for the mean, to grad_input (n,).
 
-    ``grad_loss`` is (n,) without reduction, else (1,). The gradient of the target is the negative.
+    The addresses are those of grad_loss, input, target and grad_input; sizes are (that of grad_loss, n), the
+    first 1 where the loss was reduced. The gradient of the target is the negative.
     """
-    factor = input.dtype.type(2.0 / max(input.size, 1) if reduction == MEAN else 2.0)
-    num_threads = worthwhile_threads(input.size, num_threads)
+    num_losses, size = sizes
+    grad_loss = array_at(addresses[0], num_losses, like.dtype)
+    input, target = array_at(addresses[1], size, like.dtype), array_at(addresses[2], size, like.dtype)
+    grad_input = array_at(addresses[3], size, like.dtype)
+    factor = like.dtype.type(2.0 / max(size, 1) if reduction == MEAN else 2.0)
+    num_threads = worthwhile_threads(size, num_threads)
     if num_threads == 1:
-        _backward(grad_loss, input, target, factor, grad_input, 0, input.size)
+        _backward(grad_loss, input, target, factor, grad_input, 0, size)
     else:
         for thread in prange(num_threads):
-            start, stop = share(input.size, thread, num_threads)
+            start, stop = share(size, thread, num_threads)
             _backward(grad_loss, input, target, factor, grad_input, start, stop)
