@@ -15,7 +15,7 @@ from numba import prange
 
 from fastdl.kernels.cpu.exp import exp
 from fastdl.kernels.cpu.memory import array_at, matrix_at, vector_at
-from fastdl.kernels.cpu.parallel import share, worthwhile_threads
+from fastdl.kernels.cpu.parallel import share, shared_out, worthwhile_threads
 from fastdl.kernels.cpu.reduction import MEAN, NONE, RUN, ordered_sum
 from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 from fastdl.kernels.options import CrossEntropyOptions
@@ -245,7 +245,7 @@ def cross_entropy_forward(addresses, sizes, options, num_threads, like):
     return -1
 
 
-@inlined_jit
+@shared_out
 def _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, stop):
     for n in range(start, stop):
         factor = grad_loss[n if grad_loss.size > 1 else 0]
@@ -256,7 +256,7 @@ def _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, sto
             scaled[n, c] = grad_logits[n, c] * factor
 
 
-@jit(parallel=True)
+@jit
 def cross_entropy_backward(addresses, sizes, ignore_index, num_threads, like):
     """Write ``grad_loss * grad_logits``, row by row, to scaled.
 
@@ -276,10 +276,5 @@ def cross_entropy_backward(addresses, sizes, ignore_index, num_threads, like):
     grad_logits = array_at(addresses[1], (num_rows, num_classes), like.dtype)
     target = array_at(addresses[2], num_rows, np.dtype(np.int64))
     scaled = array_at(addresses[3], (num_rows, num_classes), like.dtype)
-    num_threads = worthwhile_threads(grad_logits.size, num_threads)
-    if num_threads == 1:
-        _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, 0, num_rows)
-    else:
-        for thread in prange(num_threads):
-            start, stop = share(num_rows, thread, num_threads)
-            _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, stop)
+    arguments = grad_loss, grad_logits, target, ignore_index, scaled
+    _scale_rows(arguments, num_rows, worthwhile_threads(grad_logits.size, num_threads))
