@@ -57,24 +57,28 @@ def products(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, Prod
         (torch.empty_like(tensor), torch.empty_like(tensor)) for tensor in (upstream, X, weight)
     )
     sizes, like = (num_rows, num_inputs, num_outputs), arrays.like(torch.float32)
-    of_forward = tuple(map(arrays.address, (X, weight, bias, forward)))
-    of_input = tuple(map(arrays.address, (upstream, None, weight, gx)))
-    of_weight = tuple(map(arrays.address, (upstream, None, X, gw, grad_bias)))
+
+    def at(*tensors: Tensor | None) -> tuple[int, ...]:
+        # asked for at each call, so that the caller holds the tensors
+        return tuple(map(arrays.address, tensors))
+
     return {
         "forward": Product(
-            lambda count: kernels.linear_forward(of_forward, sizes, False, count, like),
+            lambda count: kernels.linear_forward(at(X, weight, bias, forward), sizes, False, count, like),
             lambda: torch.mm(X, weight.t(), out=torchs),
             lambda: (forward - bias, torchs),
             lambda: X.double() @ weight.double().t(),
         ),
         "grad_input": Product(
-            lambda count: kernels.linear_grad_input(of_input, sizes, count, like),
+            lambda count: kernels.linear_grad_input(at(upstream, None, weight, gx), sizes, count, like),
             lambda: torch.mm(upstream, weight, out=torchs_gx),
             lambda: (gx, torchs_gx),
             lambda: upstream.double() @ weight.double(),
         ),
         "grad_weight": Product(
-            lambda count: kernels.linear_grad_weight(of_weight, sizes, count, like),
+            lambda count: kernels.linear_grad_weight(
+                at(upstream, None, X, gw, grad_bias), sizes, count, like
+            ),
             lambda: torch.mm(upstream.t(), X, out=torchs_gw),
             lambda: (gw, torchs_gw),
             lambda: upstream.double().t() @ X.double(),
