@@ -52,27 +52,33 @@ def products(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, Prod
     generator = torch.Generator().manual_seed(0)
     shapes = (num_rows, num_inputs), (num_outputs, num_inputs), (num_outputs,), (num_rows, num_outputs)
     X, weight, bias, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
-    x, w, b, g = (tensor.numpy() for tensor in (X, weight, bias, upstream))
-    no_mask = np.empty((0, 0), np.float32)
-    grad_bias = np.empty_like(b)
+    grad_bias = torch.empty_like(bias)
     (forward, torchs), (gx, torchs_gx), (gw, torchs_gw) = (
         (torch.empty_like(tensor), torch.empty_like(tensor)) for tensor in (upstream, X, weight)
     )
+    sizes, like = (num_rows, num_inputs, num_outputs), arrays.like(torch.float32)
+
+    def at(*tensors: Tensor | None) -> tuple[int, ...]:
+        # asked for at each call, so that the caller holds the tensors
+        return tuple(map(arrays.address, tensors))
+
     return {
         "forward": Product(
-            lambda count: kernels.linear_forward(x, w, b, False, forward.numpy(), count),
+            lambda count: kernels.linear_forward(at(X, weight, bias, forward), sizes, False, count, like),
             lambda: torch.mm(X, weight.t(), out=torchs),
             lambda: (forward - bias, torchs),
             lambda: X.double() @ weight.double().t(),
         ),
         "grad_input": Product(
-            lambda count: kernels.linear_grad_input(g, no_mask, w, gx.numpy(), count),
+            lambda count: kernels.linear_grad_input(at(upstream, None, weight, gx), sizes, count, like),
             lambda: torch.mm(upstream, weight, out=torchs_gx),
             lambda: (gx, torchs_gx),
             lambda: upstream.double() @ weight.double(),
         ),
         "grad_weight": Product(
-            lambda count: kernels.linear_grad_weight(g, no_mask, x, gw.numpy(), grad_bias, count),
+            lambda count: kernels.linear_grad_weight(
+                at(upstream, None, X, gw, grad_bias), sizes, count, like
+            ),
             lambda: torch.mm(upstream.t(), X, out=torchs_gw),
             lambda: (gw, torchs_gw),
             lambda: upstream.double().t() @ X.double(),

@@ -14,12 +14,7 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from fastdl.kernels.options import SGDOptions
 from fastdl.ops.sgd import update
-from fastdl.torch_private import (
-    has_step_hooks,
-    init_group,
-    is_profiled,
-    use_grad_for_differentiable,
-)
+from fastdl.torch_private import has_step_hooks, init_group, is_profiled, use_grad_for_differentiable
 
 __all__ = ["SGD"]
 

@@ -57,11 +57,7 @@ def draw(folder: Path, pictures: Mapping[str, Callable[[Path], None]]) -> dict[s
 
 @contextmanager
 def _picture(
-    path: str | os.PathLike[str],
-    width: float,
-    height: float,
-    style: dict[Any, Any] = _STYLE,
-    **options: Any,
+    path: str | os.PathLike[str], width: float, height: float, style: dict[Any, Any] = _STYLE, **options: Any
 ) -> Iterator[Figure]:
     """Give a figure, of so many inches, which is written when the block ends well; it needs no backend."""
     _import_matplotlib()
@@ -139,10 +135,7 @@ def curves(histories: Mapping[str, Any], path: str | os.PathLike[str], *, title:
 
 
 def predictions(
-    images: Tensor,
-    labels: Sequence[str],
-    predicted: Sequence[str],
-    path: str | os.PathLike[str],
+    images: Tensor, labels: Sequence[str], predicted: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
     """Draw images in a row, each under its true class over the predicted one.
 

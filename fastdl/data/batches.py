@@ -56,12 +56,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def batches(
-    X: Tensor,
-    y: Tensor,
-    batch_size: int,
-    generator: torch.Generator | None = None,
-    *,
-    shuffle: bool = True,
+    X: Tensor, y: Tensor, batch_size: int, generator: torch.Generator | None = None, *, shuffle: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut one epoch of data in memory into mini-batches, in a new random order.
 

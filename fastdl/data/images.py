@@ -69,12 +69,8 @@ class ImageData:
         DataUnavailableError
             If torchvision cannot be imported.
         """
-        transform = torchvision().transforms.ToTensor()
-        return (
-            _Items(self.X_train, self.y_train, transform)
-            if train
-            else _Items(self.X_test, self.y_test, transform)
-        )
+        X, y = (self.X_train, self.y_train) if train else (self.X_test, self.y_test)
+        return _Items(X, y, torchvision().transforms.ToTensor())
 
 
 class _Items(Dataset[tuple[Tensor, int]]):

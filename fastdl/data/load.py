@@ -14,10 +14,7 @@ _AUTO_TIMEOUT = 8.0
 
 
 def load(
-    name: str = "auto",
-    root: str | os.PathLike[str] | None = None,
-    *,
-    notify: Callable[[str], object] = print,
+    name: str = "auto", root: str | os.PathLike[str] | None = None, *, notify: Callable[[str], object] = print
 ) -> ImageData:
     """Load the images that a run trains on.
 

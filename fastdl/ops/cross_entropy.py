@@ -20,7 +20,7 @@ def _forward(outputs: tuple[Tensor, Tensor], logits: Tensor, target: Tensor, *op
     loss, grad_logits = outputs
     kernels = cpu_kernels()
     inputs = logits.data_ptr(), target.data_ptr(), address(weight)
-    invalid_row = kernels.addressed.cross_entropy_forward(
+    invalid_row = kernels.cross_entropy_forward(
         (*inputs, loss.data_ptr(), grad_logits.data_ptr()),
         (*logits.shape,),
         (ignore_index, label_smoothing, kernels.reduction.CODES[reduction]),
@@ -54,7 +54,7 @@ def _backward(
 ) -> None:
     addresses = grad_loss.data_ptr(), grad_logits.data_ptr(), target.data_ptr(), scaled.data_ptr()
     sizes, threads = (grad_loss.numel(), *grad_logits.shape), num_threads()
-    kernel = cpu_kernels().addressed.cross_entropy_backward
+    kernel = cpu_kernels().cross_entropy_backward
     kernel(addresses, sizes, ignore_index, threads, like(grad_logits.dtype))
 
 

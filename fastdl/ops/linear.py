@@ -17,7 +17,7 @@ from fastdl.reference import ops as reference
 def _forward(output: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> None:
     addresses = input.data_ptr(), weight.data_ptr(), address(bias), output.data_ptr()
     sizes = *input.shape, weight.shape[0]
-    cpu_kernels().addressed.linear_forward(addresses, sizes, relu, num_threads(), like(input.dtype))
+    cpu_kernels().linear_forward(addresses, sizes, relu, num_threads(), like(input.dtype))
 
 
 @register(_forward, _cuda.linear_forward, "N K, M K, M")
@@ -29,7 +29,7 @@ def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: boo
 def _grad_input(grad_input: Tensor, grad_output: Tensor, output: Tensor | None, weight: Tensor) -> None:
     addresses = grad_output.data_ptr(), address(output), weight.data_ptr(), grad_input.data_ptr()
     sizes = *grad_input.shape, weight.shape[0]
-    cpu_kernels().addressed.linear_grad_input(addresses, sizes, num_threads(), like(weight.dtype))
+    cpu_kernels().linear_grad_input(addresses, sizes, num_threads(), like(weight.dtype))
 
 
 @register(_grad_input, _cuda.linear_grad_input, "N M, N M, M K")
@@ -44,7 +44,7 @@ def _grad_weight(
     inputs = grad_output.data_ptr(), address(output), input.data_ptr()
     addresses = *inputs, grads[0].data_ptr(), grads[1].data_ptr()
     sizes = *input.shape, grad_output.shape[1]
-    cpu_kernels().addressed.linear_grad_weight(addresses, sizes, num_threads(), like(input.dtype))
+    cpu_kernels().linear_grad_weight(addresses, sizes, num_threads(), like(input.dtype))
 
 
 @register(_grad_weight, _cuda.linear_grad_weight, "N M, N M, N K")

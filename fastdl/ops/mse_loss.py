@@ -20,7 +20,7 @@ def _forward(loss: Tensor, input: Tensor, target: Tensor, reduction: str) -> Non
     kernels = cpu_kernels()
     addresses = input.data_ptr(), target.data_ptr(), loss.data_ptr()
     code = kernels.reduction.CODES[reduction]
-    kernels.addressed.mse_loss_forward(addresses, input.numel(), code, num_threads(), like(input.dtype))
+    kernels.mse_loss_forward(addresses, input.numel(), code, num_threads(), like(input.dtype))
 
 
 @register(_forward, _cuda.mse_loss_forward, "*, *")
@@ -33,7 +33,7 @@ def _backward(grad_input: Tensor, grad_loss: Tensor, input: Tensor, target: Tens
     kernels = cpu_kernels()
     addresses = grad_loss.data_ptr(), input.data_ptr(), target.data_ptr(), grad_input.data_ptr()
     sizes, code = (grad_loss.numel(), input.numel()), kernels.reduction.CODES[reduction]
-    kernels.addressed.mse_loss_backward(addresses, sizes, code, num_threads(), like(input.dtype))
+    kernels.mse_loss_backward(addresses, sizes, code, num_threads(), like(input.dtype))
 
 
 @register(_backward, _cuda.mse_loss_backward, "|*, *, *")

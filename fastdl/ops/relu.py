@@ -17,7 +17,7 @@ from fastdl.reference import ops as reference
 
 def _forward(output: Tensor, input: Tensor) -> None:
     addresses = input.data_ptr(), output.data_ptr()
-    cpu_kernels().addressed.relu_forward(addresses, input.numel(), num_threads(), like(input.dtype))
+    cpu_kernels().relu_forward(addresses, input.numel(), num_threads(), like(input.dtype))
 
 
 @register(_forward, _cuda.relu_forward, "*")
@@ -28,7 +28,7 @@ def relu_forward(input: Tensor) -> Tensor:
 
 def _backward(grad_input: Tensor, grad_output: Tensor, output: Tensor) -> None:
     addresses = grad_output.data_ptr(), output.data_ptr(), grad_input.data_ptr()
-    cpu_kernels().addressed.relu_backward(addresses, output.numel(), num_threads(), like(output.dtype))
+    cpu_kernels().relu_backward(addresses, output.numel(), num_threads(), like(output.dtype))
 
 
 @register(_backward, _cuda.relu_backward, "*, *")

@@ -94,12 +94,8 @@ def softmax_regression(
     ----------
     num_inputs, num_outputs : int
         Pixels of an image, and classes.
-    lr, momentum, weight_decay : float
-        Of ``torch.optim.SGD``.
-    generator : torch.Generator, optional
-        Where the weights come from: normal with standard deviation 0.01. The bias starts at 0.
-    dtype : torch.dtype
-        Of the parameters.
+    lr, momentum, weight_decay, generator, dtype
+        As for `linear_regression`.
 
     Returns
     -------
@@ -123,16 +119,14 @@ def mlp(
 ) -> Program:
     """Return the multilayer perceptron: ``nn.Flatten``, ``nn.Linear``, ``nn.ReLU``, ``nn.Linear``.
 
+    The loss and the optimizer are those of `softmax_regression`.
+
     Parameters
     ----------
     num_inputs, num_outputs, num_hiddens : int
         Pixels of an image, classes, and hidden units.
-    lr, momentum, weight_decay : float
-        Of ``torch.optim.SGD``; the loss is ``nn.CrossEntropyLoss``.
-    generator : torch.Generator, optional
-        Where the weights come from: normal with standard deviation 0.01. The biases start at 0.
-    dtype : torch.dtype
-        Of the parameters.
+    lr, momentum, weight_decay, generator, dtype
+        As for `linear_regression`.
 
     Returns
     -------

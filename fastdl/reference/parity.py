@@ -321,11 +321,7 @@ def compare(
 
 
 def assert_as_accurate_as_torch(
-    actual: Tensor,
-    torchs: Tensor,
-    truth: Tensor,
-    scale: float | Tensor | None = None,
-    name: str = "result",
+    actual: Tensor, torchs: Tensor, truth: Tensor, scale: float | Tensor | None = None, name: str = "result"
 ) -> None:
     """Apply the rule for one result of an op: its error is at most torch's own, plus a few roundings.
 

@@ -14,9 +14,11 @@ import numpy as np
 from numba import prange
 
 from fastdl.kernels.cpu.exp import exp
-from fastdl.kernels.cpu.parallel import share, worthwhile_threads
+from fastdl.kernels.cpu.memory import array_at, matrix_at, vector_at
+from fastdl.kernels.cpu.parallel import share, shared_out, worthwhile_threads
 from fastdl.kernels.cpu.reduction import MEAN, NONE, RUN, ordered_sum
 from fastdl.kernels.jit import inlined_jit, jit, linked_jit
+from fastdl.kernels.options import CrossEntropyOptions
 
 # Without reassoc: it would turn (logit - greatest) - log_total into logit - (greatest + log_total), which
 # rounds log_total away where the logits are great.
@@ -195,28 +197,33 @@ def _rows(logits, target, weight, options, scale, losses, grad_logits, rows):
 
 
 @jit(parallel=True)
-def cross_entropy_forward(logits, target, weight, options, loss, grad_logits, num_threads):
+def cross_entropy_forward(addresses, sizes, options, num_threads, like):
     """Write the loss and its gradient with respect to the logits.
 
     Parameters
     ----------
-    logits : (N, C)
-    target : (N,), int64
-        Class indices. One that is neither a class nor the ignore_index is never used to read.
-    weight : (C,) or (0,)
-        A weight for each class, or none.
-    options : CrossEntropyOptions
-    loss : (N,) without reduction, else (1,)
-    grad_logits : (N, C) or (0, 0)
-        Of the reduced loss, or row by row of each loss; (0, 0) where it isn't wanted.
+    addresses : of logits, target, weight, loss and grad_logits
+        The logits are (N, C); the target is (N,), int64, class indices, of which one that is neither a class
+        nor the ignore_index is never used to read; the weight is (C,) or left out; the loss is (N,) without
+        reduction, else (1,). The gradient is of the reduced loss, or row by row of each loss, or left out.
+    sizes : (N, C)
+    options : tuple
+        Those of CrossEntropyOptions: a plain tuple gets here in a third of a record's time.
     num_threads : int
+    like : (0,)
 
     Returns
     -------
     int
         The first row with an invalid label, and then nothing is written, or -1.
     """
-    num_rows, num_classes = logits.shape
+    num_rows, num_classes = sizes
+    options = CrossEntropyOptions(*options)
+    logits = array_at(addresses[0], sizes, like.dtype)
+    target = array_at(addresses[1], num_rows, np.dtype(np.int64))
+    weight = vector_at(addresses[2], num_classes, like)
+    loss = array_at(addresses[3], num_rows if options.reduction == NONE else 1, like.dtype)
+    grad_logits = matrix_at(addresses[4], sizes, like)
     total_weight, invalid_row = _sum_of_row_weights(target, weight, num_classes, options.ignore_index)
     if invalid_row >= 0:
         return invalid_row
@@ -238,7 +245,7 @@ def cross_entropy_forward(logits, target, weight, options, loss, grad_logits, nu
     return -1
 
 
-@inlined_jit
+@shared_out
 def _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, stop):
     for n in range(start, stop):
         factor = grad_loss[n if grad_loss.size > 1 else 0]
@@ -249,26 +256,25 @@ def _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, sto
             scaled[n, c] = grad_logits[n, c] * factor
 
 
-@jit(parallel=True)
-def cross_entropy_backward(grad_loss, grad_logits, target, ignore_index, scaled, num_threads):
+@jit
+def cross_entropy_backward(addresses, sizes, ignore_index, num_threads, like):
     """Write ``grad_loss * grad_logits``, row by row, to scaled.
 
     Parameters
     ----------
-    grad_loss : (N,) or (1,)
-        The upstream gradient of each row's loss, or of the one reduced loss.
-    grad_logits : (N, C)
-        What the forward wrote.
-    target : (N,), int64
+    addresses : of grad_loss, grad_logits, target and scaled
+        The upstream gradient of each row's loss, or of the one reduced loss; what the forward wrote; the
+        target (N,), int64; and (N, C).
+    sizes : (N or 1, N, C)
+        The first is that of grad_loss.
     ignore_index : int
-    scaled : (N, C)
     num_threads : int
+    like : (0,)
     """
-    num_rows = grad_logits.shape[0]
-    num_threads = worthwhile_threads(grad_logits.size, num_threads)
-    if num_threads == 1:
-        _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, 0, num_rows)
-    else:
-        for thread in prange(num_threads):
-            start, stop = share(num_rows, thread, num_threads)
-            _scale_rows(grad_loss, grad_logits, target, ignore_index, scaled, start, stop)
+    num_losses, num_rows, num_classes = sizes
+    grad_loss = array_at(addresses[0], num_losses, like.dtype)
+    grad_logits = array_at(addresses[1], (num_rows, num_classes), like.dtype)
+    target = array_at(addresses[2], num_rows, np.dtype(np.int64))
+    scaled = array_at(addresses[3], (num_rows, num_classes), like.dtype)
+    arguments = grad_loss, grad_logits, target, ignore_index, scaled
+    _scale_rows(arguments, num_rows, worthwhile_threads(grad_logits.size, num_threads))

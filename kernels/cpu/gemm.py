@@ -45,7 +45,6 @@ from fastdl.kernels.cpu.intrinsics import (
     dot_tile,
     multiply_tile,
     sum_rows,
-    transpose_block,
 )
 from fastdl.kernels.cpu.panels import (
     PANEL_BYTES,
@@ -54,6 +53,7 @@ from fastdl.kernels.cpu.panels import (
     panel_of,
     panels_of,
     tile_height,
+    transpose_square,
 )
 from fastdl.kernels.cpu.parallel import share
 from fastdl.kernels.jit import inlined_jit, linked_jit
@@ -151,7 +151,7 @@ def _pack_b(b, steps, cols, panels, at):
         if j + lanes <= cols[1]:
             rest = first + depth // lanes * lanes
             for p in range(first, rest, lanes):
-                transpose_block(
+                transpose_square(
                     Matrix(values, j * stride + p, stride),
                     Matrix(panels, target + (p - first) * panel, panel),
                 )

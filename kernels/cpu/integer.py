@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import FROM_OUTPUT, INTP, TILE, Epilogue, Matrix, Vectors, call_of
+from fastdl.kernels.cpu.intrinsics import FROM_OUTPUT, INTP, TILE, Epilogue, Matrix, Vectors, llvm_function
 from fastdl.kernels.cpu.memory import aligned
 from fastdl.kernels.cpu.tiles import (
     DEPTH,
@@ -162,35 +161,34 @@ def _load_row(vectors, source, panel):
     return parts[0] if _PARTS == 1 else vectors.shuffle(*parts, range(SIDE))
 
 
-def _find_largest(vectors, source, rows, target):
-    source, panel = source
+@llvm_function
+def find_largest(vectors, source, rows, target):
+    """Raise the bits of the greatest magnitudes of 16 columns to those of some rows; NaN is the greatest.
+
+    ``source`` is a Matrix with a stride of panels, target (array, position).
+    """
+    (source, panel), (target,) = source, target
     vectors = Vectors(vectors.builder, vectors.element, SIDE)
     builder = vectors.builder
     greatest = builder.load(_words(vectors, target), align=4)
 
-    def add(source, greatest):
+    def add(source, values):
         bits = builder.bitcast(_load_row(vectors, source, panel), _WORDS)
         magnitude = builder.and_(bits, _integers(_MAGNITUDE))
-        return vectors.call("smax.v16i32", _WORDS, greatest, magnitude)
+        return [vectors.call("smax.v16i32", _WORDS, *values, magnitude)]
 
-    def row(_, state):
-        source, greatest = state
-        return [vectors.at(source, PANEL), add(source, greatest)]
-
-    def four(_, state):
-        source, greatest = state
-        for i in range(4):
-            greatest = add(vectors.at(source, i * PANEL), greatest)
-        return [vectors.at(source, 4 * PANEL), greatest]
-
-    fours = builder.and_(rows, INTP(-4))
-    source, greatest = vectors.loop(fours, 4, [source, greatest], four)
-    source, greatest = vectors.loop(builder.sub(rows, fours), 1, [source, greatest], row)
+    _, greatest = vectors.loop_by_four(rows, (PANEL,), [source, greatest], add)
     builder.store(greatest, _words(vectors, target), align=4)
 
 
-def _write_digits(vectors, source, rows, columns, inverses, target):
-    (source, panel), (first, stop, end) = source, rows
+@llvm_function
+def write_digits(vectors, source, rows, columns, inverses, target):
+    """Write the digits of a tile column's ``rows = (first, stop, end)``, and of 0 from stop to end.
+
+    ``source`` is a Matrix with a stride of panels, which begins at row first, a multiple of 4. Of the 16
+    columns so many are in the matrix. Inverses and target are (array, position).
+    """
+    (source, panel), (first, stop, end), (inverses,), (target,) = source, rows, inverses, target
     vectors = Vectors(vectors.builder, vectors.element, SIDE)
     builder = vectors.builder
     inverse = vectors.load(inverses)
@@ -263,8 +261,13 @@ def _write_digits(vectors, source, rows, columns, inverses, target):
     vectors.loop(builder.sub(builder.sub(end, first), used), 4, [], empty_group)
 
 
-def _combine(vectors, output, rows, epilogue, factors, sums):
-    (output, panel), (bias, start, relu) = output, epilogue
+@llvm_function
+def combine(vectors, output, rows, epilogue, factors, sums):
+    """Write rows of a tile of a product from the sums of its digits.
+
+    ``output`` is a Matrix with a stride of panels, factors and sums are (array, position).
+    """
+    (output, panel), (bias, start, relu), (factors,), (sums,) = output, epilogue, factors, sums
     vectors = Vectors(vectors.builder, vectors.element, _PART)
     builder = vectors.builder
     integers = ir.VectorType(_INT32, _PART)
@@ -289,7 +292,9 @@ def _combine(vectors, output, rows, epilogue, factors, sums):
     vectors.loop(rows, 1, [output, sums], row)
 
 
-def _transpose_block(vectors, source, target):
+@llvm_function
+def transpose_block(vectors, source, target):
+    """Write the transpose of 64 rows of 16 bytes; both are a Matrix with a stride of rows."""
     (source, stride), (target, target_stride) = source, target
     builder = vectors.builder
     lane = ir.VectorType(_BYTE, SIDE)
@@ -319,40 +324,6 @@ def _transpose_block(vectors, source, target):
     for i, row in enumerate(rows):
         place = vectors.at(target, builder.mul(target_stride, INTP(i)))
         builder.store(row, builder.bitcast(place, row.type.as_pointer()), align=1)
-
-
-@intrinsic
-def find_largest(typing_context, source, rows, target, target_at):
-    """Raise the bits of the greatest magnitudes of 16 columns to those of some rows; NaN is the greatest.
-
-    ``source`` is a Matrix with a stride of panels.
-    """
-    return call_of(_find_largest, source, rows, target, target_at)
-
-
-@intrinsic
-def write_digits(typing_context, source, rows, columns, inverses, inverses_at, target, target_at):
-    """Write the digits of a tile column's ``rows = (first, stop, end)``, and of 0 from stop to end.
-
-    ``source`` is a Matrix with a stride of panels, which begins at row first, a multiple of 4. Of the 16
-    columns so many are in the matrix.
-    """
-    return call_of(_write_digits, source, rows, columns, inverses, inverses_at, target, target_at)
-
-
-@intrinsic
-def combine(typing_context, output, rows, epilogue, factors, factors_at, sums, sums_at):
-    """Write rows of a tile of a product from the sums of its digits.
-
-    ``output`` is a Matrix with a stride of panels.
-    """
-    return call_of(_combine, output, rows, epilogue, factors, factors_at, sums, sums_at)
-
-
-@intrinsic
-def transpose_block(typing_context, source, target):
-    """Write the transpose of 64 rows of 16 bytes; both are a Matrix with a stride of rows."""
-    return call_of(_transpose_block, source, target)
 
 
 @inlined_jit
@@ -388,7 +359,7 @@ def note_largest(matrix, rows, tiles, largest):
     """Raise the bits of the greatest magnitudes of some tile columns to those of some rows."""
     for tile in range(tiles[0], tiles[1]):
         part = Matrix(matrix.storage, tile_at(matrix, rows[0], tile), matrix.stride)
-        find_largest(part, rows[1] - rows[0], largest, tile * SIDE)
+        find_largest(part, rows[1] - rows[0], (largest, tile * SIDE))
 
 
 @linked_jit
@@ -402,8 +373,8 @@ def write_columns(digits, matrix, rows, size, tiles):
     for tile in range(tiles[0], tiles[1]):
         write_digits(
             Matrix(matrix.storage, tile_at(matrix, rows[0], tile), matrix.stride),
-            (rows[0], rows[1], end), columns - tile * SIDE, digits.inverses, tile * SIDE,
-            digits.storage, tile * digits.blocks * BLOCK,
+            (rows[0], rows[1], end), columns - tile * SIDE,
+            (digits.inverses, tile * SIDE), (digits.storage, tile * digits.blocks * BLOCK),
         )  # fmt: skip
 
 
@@ -445,12 +416,12 @@ def _sum_pair(tiles, a, left, digits, right, blocks):
         tile_load(registers, 7, digits.storage, right, DEPTH)
         tile_multiply(registers, 3, 6, 7)
         left, right = left + a.stride * DEPTH, right + BLOCK
-    tile_store(registers, 0, sums, 0)
-    tile_store(registers, 1, sums, PAIR_SUMS)
-    tile_store(registers, 2, sums, 2 * PAIR_SUMS)
-    tile_store(registers, 3, sums, TILE_SUMS)
-    tile_store(registers, 4, sums, PAIR_SUMS + TILE_SUMS)
-    tile_store(registers, 5, sums, 2 * PAIR_SUMS + TILE_SUMS)
+    tile_store(registers, 0, sums, 0, DEPTH)
+    tile_store(registers, 1, sums, PAIR_SUMS, DEPTH)
+    tile_store(registers, 2, sums, 2 * PAIR_SUMS, DEPTH)
+    tile_store(registers, 3, sums, TILE_SUMS, DEPTH)
+    tile_store(registers, 4, sums, PAIR_SUMS + TILE_SUMS, DEPTH)
+    tile_store(registers, 5, sums, 2 * PAIR_SUMS + TILE_SUMS, DEPTH)
 
 
 @inlined_jit
@@ -469,9 +440,9 @@ def _sum_one(tiles, a, left, digits, right, blocks):
         tile_load(registers, 7, digits.storage, right + 2 * TILE_BYTES, DEPTH)
         tile_multiply(registers, 2, 6, 7)
         left, right = left + a.stride * DEPTH, right + BLOCK
-    tile_store(registers, 0, sums, 0)
-    tile_store(registers, 1, sums, PAIR_SUMS)
-    tile_store(registers, 2, sums, 2 * PAIR_SUMS)
+    tile_store(registers, 0, sums, 0, DEPTH)
+    tile_store(registers, 1, sums, PAIR_SUMS, DEPTH)
+    tile_store(registers, 2, sums, 2 * PAIR_SUMS, DEPTH)
 
 
 @linked_jit
@@ -511,5 +482,5 @@ def multiply_bytes(tiles, a, rows, digits, columns, blocks, output, epilogue):
                 begin, ends = start if first == 0 else FROM_OUTPUT, relu and last == blocks
                 combine(
                     Matrix(output.storage, tile_at(output, row, column), output.stride), count,
-                    Epilogue(bias, bias_at + col, begin, ends), digits.factors, col, tiles.sums, 0,
+                    Epilogue(bias, bias_at + col, begin, ends), (digits.factors, col), (tiles.sums, 0),
                 )  # fmt: skip

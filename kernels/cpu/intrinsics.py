@@ -11,6 +11,7 @@ start; strides are in elements too. Nothing here checks a bound.
 from __future__ import annotations
 
 import os
+from functools import partial, wraps
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -95,6 +96,8 @@ ROW_DEPTH = 8
 
 # what the sums of a tile are added to
 FROM_ZERO, FROM_BIAS, FROM_OUTPUT = range(3)
+# the cases of a condition
+BOTH = [False, True]
 
 _INT32 = ir.IntType(32)
 INTP = ir.IntType(types.intp.bitwidth)
@@ -182,6 +185,11 @@ class Vectors:
         # fmuladd is one instruction where the CPU has it; llvm.fma would call a library where it hasn't
         return self.call(f"fmuladd.{self.name}", self.type, a, b, c)
 
+    def add_outer_product(self, left, right, sums):
+        """Return the sums, row by row, plus each product of a vector of the left and one of the right."""
+        pairs = [(x, y) for x in left for y in right]
+        return [self.multiply_add(x, y, total) for (x, y), total in zip(pairs, sums, strict=True)]
+
     def relu(self, value, relu):
         """Return max(value, 0) where relu is true; NaN and -0.0 stay what they are, as in torch."""
         low, zero = ir.Constant(self.element, float("-inf")), ir.Constant(self.element, 0.0)
@@ -212,11 +220,32 @@ class Vectors:
         builder.position_at_end(after)
         return phis
 
-    def choose(self, value, cases, write):
-        """Write a branch ``write(case)`` for each of the cases, one of which the value is.
+    def loop_by_four(self, count, steps, state, body):
+        """Write count rounds of ``values = body(*pointers, values)``, four at a time; return the state.
 
-        Returns the values that the branches return, merged.
+        The state is the pointers, each of which goes its step further after a round, and then the values.
         """
+
+        def rounds(number, state):
+            pointers, values = state[: len(steps)], state[len(steps) :]
+            for i in range(number):
+                values = body(*map(self.at, pointers, [i * step for step in steps]), values)
+            return [*map(self.at, pointers, [number * step for step in steps]), *values]
+
+        fours = self.builder.and_(count, INTP(-4))
+        state = self.loop(fours, 4, state, lambda _, state: rounds(4, state))
+        return self.loop(self.builder.sub(count, fours), 1, state, lambda _, state: rounds(1, state))
+
+    def choose(self, write, *choices):
+        """Write a branch ``write(*cases)`` for all cases of some choices, each a value and what it may be.
+
+        Of a constant there is one case. Returns the values that the branches return, merged.
+        """
+        if not choices:
+            return write()
+        (value, cases), *others = choices
+        if isinstance(value, ir.Constant):
+            return self.choose(partial(write, value.constant), *others)
         builder = self.builder
         after = builder.append_basic_block("chosen")
         blocks = [builder.append_basic_block(f"case_{case}") for case in cases]
@@ -225,7 +254,7 @@ class Vectors:
         for case, block in zip(cases, blocks, strict=True):
             switch.add_case(INTP(int(case)), block)
             builder.position_at_end(block)
-            results = write(case)
+            results = self.choose(partial(write, case), *others)
             ends.append((builder.block, results))
             builder.branch(after)
         builder.position_at_end(after)
@@ -311,7 +340,7 @@ class _TileOf:
                 return write([None] * len(self._columns))
             return write([vectors.first(vectors.builder.sub(self._cols, INTP(c))) for c in self._columns])
 
-        return vectors.choose(self._whole, [False, True], case)
+        return vectors.choose(case, (self._whole, BOTH))
 
     def prefetch(self):
         """Prefetch the tile's cache lines, which are read and written when its sums are done."""
@@ -323,7 +352,7 @@ class _TileOf:
         vectors = self._vectors
         biases = [vectors.at(bias, column) for column in self._columns]
 
-        def case(masks, kind):
+        def case(kind, masks):
             masks = self._num_rows * masks
             if kind == FROM_OUTPUT:
                 added = list(map(vectors.load, self._pointers, masks))
@@ -337,16 +366,13 @@ class _TileOf:
                 vectors.store(vectors.relu(total, relu), pointer, mask)
             return []
 
-        vectors.choose(
-            start,
-            [FROM_ZERO, FROM_BIAS, FROM_OUTPUT],
-            lambda kind: self.choose(lambda masks: case(masks, kind)),
-        )
+        starts = [FROM_ZERO, FROM_BIAS, FROM_OUTPUT]
+        vectors.choose(lambda kind: self.choose(partial(case, kind)), (start, starts))
 
 
 def _argument_type(kind):
-    """Return the type that an intrinsic takes for an argument: its own for arrays and tuples."""
-    if isinstance(kind, types.Array | types.BaseTuple):
+    """Return the type that an intrinsic takes for an argument: its own for arrays, tuples and constants."""
+    if isinstance(kind, types.Array | types.BaseTuple | types.BooleanLiteral):
         return kind
     return types.boolean if isinstance(types.unliteral(kind), types.Boolean) else types.intp
 
@@ -378,39 +404,55 @@ def _grouped(kinds, values):
     return [group if isinstance(kind, types.BaseTuple) else group[0] for kind, group in groups if group]
 
 
-def call_of(write, *kinds):
-    """Return the signature and the code generator of a call of the function that write writes.
+def pointer_to(context, builder, kind, array, position):
+    """Return the pointer to an element of an array of this type."""
+    return builder.gep(context.make_array(kind)(context, builder, array).data, [position])
 
-    It is called with a pointer for each array and the position behind it; for a tuple, such as a Matrix, with
-    a tuple of these.
+
+def llvm_function(write=None, *, prefer_literal=False):
+    """Make an intrinsic that calls the LLVM function whose instructions ``write`` writes.
+
+    That gets Vectors, and a pointer for each array and the position behind it; for a tuple, such as a Matrix,
+    a tuple of these. Where literals are preferred, a bool that is one is an ir.Constant.
     """
+    if write is None:
+        return lambda write: llvm_function(write, prefer_literal=prefer_literal)
+    call = wraps(write)(lambda typing_context, *kinds: _call_of(write, *kinds))
+    return intrinsic(prefer_literal=prefer_literal)(call)
+
+
+def _call_of(write, *kinds):
+    """Return the signature and the code generator of a call of the function that write writes."""
     argument_types = [_argument_type(kind) for kind in kinds]
 
     def generate(context, builder, signature, values):
-        arguments = []
+        arguments: list[Any] = []
+        constants = {}
         pairs = iter(_flattened(context, builder, signature.args, values))
         arrays = []
         for kind, value in pairs:
             if isinstance(kind, types.Array):
                 arrays.append(kind)
-                data = context.make_array(kind)(context, builder, value).data
                 _, position = next(pairs)
-                arguments.append(builder.gep(data, [position]))
-            else:
-                arguments.append(value)
+                value = pointer_to(context, builder, kind, value, position)
+            elif isinstance(kind, types.BooleanLiteral):
+                constants[len(arguments)] = _BOOL(kind.literal_value)
+            arguments.append(value)
         element = context.get_value_type(arrays[0].dtype)
-        kinds = [str(value.type.pointee) for value in arguments if value.type.is_pointer]
+        names = [str(value.type.pointee) for value in arguments if value.type.is_pointer]
+        names += [str(constant.constant) for constant in constants.values()]
         function = cgutils.get_or_insert_function(
             builder.module,
             ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments]),
-            f"fastdl.{write.__name__}.{'.'.join(kinds)}",
+            f"fastdl.{write.__name__}.{'.'.join(names)}",
         )
         if function.is_declaration:
             function.linkage = "internal"
             # inlined into its caller, a tile of many cases takes LLVM several times as long
             function.attributes.add("noinline")
             inner = ir.IRBuilder(function.append_basic_block("entry"))
-            write(Vectors(inner, element), *_grouped(argument_types, function.args))
+            values = [constants.get(index, argument) for index, argument in enumerate(function.args)]
+            write(Vectors(inner, element), *_grouped(argument_types, values))
             inner.ret_void()
         builder.call(function, arguments)
         return context.get_dummy_value()
@@ -418,7 +460,16 @@ def call_of(write, *kinds):
     return types.void(*argument_types), generate
 
 
-def _multiply_tile(vectors, output, a, b, size, epilogue):
+@llvm_function
+def multiply_tile(vectors, output, a, b, size, epilogue):
+    """Write one tile of a product, held in registers from the first of its terms to the last.
+
+    ``output[i, j] = sum over p < depth of a[i, p] * b[p, j]`` for ``i < rows``, one of ``ROW_COUNTS``, and
+    ``j < cols`` of at most ``TILE.vectors`` vectors; then the epilogue. Elements of b are next to each other
+    in j. Each step loads ``TILE.vectors`` vectors and ``rows`` single elements for ``rows * TILE.vectors``
+    multiply-adds. Output and b are a Matrix with a stride of rows, a is (array, position, stride of rows,
+    stride of steps), and size is (depth, rows, cols).
+    """
     builder = vectors.builder
     (output, output_stride), (a, a_row_stride, a_step), (b, b_step) = output, a, b
     depth, rows, cols = size
@@ -432,10 +483,7 @@ def _multiply_tile(vectors, output, a, b, size, epilogue):
                 a, b, *sums = state
                 right = [vectors.load(vectors.at(b, v * vectors.width), mask) for v, mask in enumerate(masks)]
                 left = [vectors.splat(builder.load(vectors.at(a, offset))) for offset in a_offsets]
-                factors = [(x, y) for x in left for y in right]
-                sums = [
-                    vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)
-                ]
+                sums = vectors.add_outer_product(left, right, sums)
                 return [vectors.at(a, a_step), vectors.at(b, b_step), *sums]
 
             return vectors.loop(depth, 1, [a, b, *[vectors.zero] * (num_rows * num_vectors)], step)[2:]
@@ -443,13 +491,19 @@ def _multiply_tile(vectors, output, a, b, size, epilogue):
         tile.write(tile.choose(products), *epilogue)
         return []
 
-    def write_rows(num_vectors):
-        return vectors.choose(rows, ROW_COUNTS, lambda num_rows: write(num_vectors, num_rows))
-
-    vectors.choose(vectors.vectors_of(cols), range(1, TILE.vectors + 1), write_rows)
+    used = vectors.vectors_of(cols)
+    vectors.choose(write, (used, range(1, TILE.vectors + 1)), (rows, ROW_COUNTS))
 
 
-def _add_rows(vectors, output, a, mask_source, is_masked, b, size, epilogue):
+@llvm_function
+def add_rows(vectors, output, a, mask_source, is_masked, b, size, epilogue):
+    """Write one row of a product, adding up at most ``ROW_DEPTH`` rows of b.
+
+    ``output[j] = sum over p < depth of a[p] * b[p, j]`` for ``j < cols``; then the epilogue. An element of a
+    counts as 0 where is_masked is true and mask_source, at the same distances, is 0 or less. Output and
+    mask_source are (array, position), a is a Matrix with a stride of steps and b one with a stride of rows,
+    and size is (depth, cols).
+    """
     builder = vectors.builder
     (output,), (a, a_step), (mask_source,), (b, b_step) = output, a, mask_source, b
     depth, cols = size
@@ -469,7 +523,7 @@ def _add_rows(vectors, output, a, mask_source, is_masked, b, size, epilogue):
                 found.append(vectors.splat(factor))
             return found
 
-        left = vectors.choose(is_masked, [False, True], factors)
+        left = vectors.choose(factors, (is_masked, BOTH))
         b_rows = [vectors.at(b, builder.mul(b_step, INTP(p))) for p in range(count)]
 
         def step(j, _, mask=None):
@@ -482,10 +536,17 @@ def _add_rows(vectors, output, a, mask_source, is_masked, b, size, epilogue):
         vectors.loop(whole, vectors.width, [], step)
         return step(whole, [], tail)
 
-    vectors.choose(depth, range(ROW_DEPTH + 1), write)
+    vectors.choose(write, (depth, range(ROW_DEPTH + 1)))
 
 
-def _dot_tile(vectors, output, a, b, size, epilogue):
+@llvm_function
+def dot_tile(vectors, output, a, b, size, epilogue):
+    """Write one tile of dot products of the rows of a with the rows of b.
+
+    ``output[i, j] = sum over p < depth of a[i, p] * b[j, p]`` for ``i < rows <= TILE.dot_rows`` and
+    ``j < cols <= TILE.dot_cols``; then the epilogue. Elements of both are next to each other in p, and so are
+    the lanes of a sum. All three are a Matrix with a stride of rows, and size is (depth, rows, cols).
+    """
     builder = vectors.builder
     (output, output_stride), (a, a_stride), (b, b_stride) = output, a, b
     depth, rows, cols = size
@@ -500,8 +561,7 @@ def _dot_tile(vectors, output, a, b, size, epilogue):
         def step(p, sums, mask=None):
             right = [vectors.load(vectors.at(row, p), mask) for row in b_rows]
             left = [vectors.load(vectors.at(row, p), mask) for row in a_rows]
-            factors = [(x, y) for x in left for y in right]
-            return [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
+            return vectors.add_outer_product(left, right, sums)
 
         sums = vectors.loop(whole, vectors.width, [vectors.zero] * (num_rows * num_cols), step)
         sums = step(whole, sums, tail)
@@ -513,22 +573,16 @@ def _dot_tile(vectors, output, a, b, size, epilogue):
             vectors.store(vectors.relu(builder.fadd(row, first), relu), target)
         return []
 
-    def write_cols(num_rows):
-        return vectors.choose(cols, range(1, TILE.dot_cols + 1), lambda num_cols: write(num_rows, num_cols))
-
-    vectors.choose(rows, range(1, TILE.dot_rows + 1), write_cols)
+    vectors.choose(write, (rows, range(1, TILE.dot_rows + 1)), (cols, range(1, TILE.dot_cols + 1)))
 
 
-def _transpose_block(vectors, source, target):
-    builder = vectors.builder
-    (source, source_stride), (target, target_stride) = source, target
-    lines = [INTP(i) for i in range(vectors.width)]
-    rows = [vectors.load(vectors.at(source, builder.mul(source_stride, i))) for i in lines]
-    for i, column in zip(lines, vectors.transpose(rows), strict=True):
-        vectors.store(column, vectors.at(target, builder.mul(target_stride, i)))
+@llvm_function
+def sum_rows(vectors, source, mask_source, is_masked, size, target):
+    """Write the sum of a matrix's rows, masked as in ``add_rows``.
 
-
-def _sum_rows(vectors, source, mask_source, is_masked, size, target):
+    The source is a Matrix with a stride of rows; size is (rows, cols), cols of at most ``SUM_VECTORS``
+    vectors; mask_source and target are (array, position).
+    """
     builder = vectors.builder
     (source, stride), (mask_source,), (target,) = source, mask_source, target
     rows, cols = size
@@ -552,59 +606,7 @@ def _sum_rows(vectors, source, mask_source, is_masked, size, target):
             vectors.store(total, vectors.at(target, column), mask)
         return []
 
-    vectors.choose(is_masked, [False, True], write)
-
-
-@intrinsic
-def multiply_tile(typing_context, output, a, b, size, epilogue):
-    """Write one tile of a product, held in registers from the first of its terms to the last.
-
-    ``output[i, j] = sum over p < depth of a[i, p] * b[p, j]`` for ``i < rows``, one of ``ROW_COUNTS``, and
-    ``j < cols`` of at most ``TILE.vectors`` vectors; then the epilogue. Elements of b are next to each other
-    in j. Each step loads ``TILE.vectors`` vectors and ``rows`` single elements for ``rows * TILE.vectors``
-    multiply-adds. Output and b are a Matrix with a stride of rows, a is (array, position, stride of rows,
-    stride of steps), and size is (depth, rows, cols).
-    """
-    return call_of(_multiply_tile, output, a, b, size, epilogue)
-
-
-@intrinsic
-def add_rows(typing_context, output, a, mask_source, is_masked, b, size, epilogue):
-    """Write one row of a product, adding up at most ``ROW_DEPTH`` rows of b.
-
-    ``output[j] = sum over p < depth of a[p] * b[p, j]`` for ``j < cols``; then the epilogue. An element of a
-    counts as 0 where is_masked is true and mask_source, at the same distances, is 0 or less. Output and
-    mask_source are (array, position), a is a Matrix with a stride of steps and b one with a stride of rows,
-    and size is (depth, cols).
-    """
-    return call_of(_add_rows, output, a, mask_source, is_masked, b, size, epilogue)
-
-
-@intrinsic
-def dot_tile(typing_context, output, a, b, size, epilogue):
-    """Write one tile of dot products of the rows of a with the rows of b.
-
-    ``output[i, j] = sum over p < depth of a[i, p] * b[j, p]`` for ``i < rows <= TILE.dot_rows`` and
-    ``j < cols <= TILE.dot_cols``; then the epilogue. Elements of both are next to each other in p, and so are
-    the lanes of a sum. All three are a Matrix with a stride of rows, and size is (depth, rows, cols).
-    """
-    return call_of(_dot_tile, output, a, b, size, epilogue)
-
-
-@intrinsic
-def transpose_block(typing_context, source, target):
-    """Write the transpose of a square block, one vector wide; both are a Matrix with a stride of rows."""
-    return call_of(_transpose_block, source, target)
-
-
-@intrinsic
-def sum_rows(typing_context, source, mask_source, is_masked, size, target):
-    """Write the sum of a matrix's rows, masked as in ``add_rows``.
-
-    The source is a Matrix with a stride of rows; size is (rows, cols), cols of at most ``SUM_VECTORS``
-    vectors; mask_source and target are (array, position).
-    """
-    return call_of(_sum_rows, source, mask_source, is_masked, size, target)
+    vectors.choose(write, (is_masked, BOTH))
 
 
 @intrinsic

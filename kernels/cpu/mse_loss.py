@@ -6,21 +6,21 @@ Floor: both arrays read once forward; both read and one written backward.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from fastdl.kernels.cpu.parallel import share, worthwhile_threads
+from fastdl.kernels.cpu.memory import array_at
+from fastdl.kernels.cpu.parallel import shared_out, worthwhile_threads
 from fastdl.kernels.cpu.reduction import BLOCK, MEAN, NONE, ordered_sum
-from fastdl.kernels.jit import inlined_jit, linked_jit
+from fastdl.kernels.jit import jit
 
 
-@inlined_jit
+@shared_out
 def _elements(input, target, loss, start, stop):
     for i in range(start, stop):
         difference = input[i] - target[i]
         loss[i] = difference * difference
 
 
-@inlined_jit
+@shared_out
 def _block_sums(input, target, sums, start, stop):
     for block in range(start, stop):
         total = 0.0
@@ -30,48 +30,40 @@ def _block_sums(input, target, sums, start, stop):
         sums[block] = total
 
 
-@linked_jit(parallel=True)
-def mse_loss_forward(input, target, reduction, loss, num_threads):
-    """Write ``(input - target) ** 2`` of input (n,) and target (n,) to loss, (n,) or reduced (1,)."""
-    num_threads = worthwhile_threads(input.size, num_threads)
+@jit
+def mse_loss_forward(addresses, size, reduction, num_threads, like):
+    """Write ``(input - target) ** 2`` to loss, of as many numbers or reduced; addresses are in this order."""
+    input, target = array_at(addresses[0], size, like.dtype), array_at(addresses[1], size, like.dtype)
+    loss = array_at(addresses[2], size if reduction == NONE else 1, like.dtype)
+    num_threads = worthwhile_threads(size, num_threads)
     if reduction == NONE:
-        if num_threads == 1:
-            _elements(input, target, loss, 0, input.size)
-        else:
-            for thread in prange(num_threads):
-                start, stop = share(input.size, thread, num_threads)
-                _elements(input, target, loss, start, stop)
+        _elements((input, target, loss), size, num_threads)
         return
-    num_blocks = (input.size + BLOCK - 1) // BLOCK
+    num_blocks = (size + BLOCK - 1) // BLOCK
     sums = np.empty(num_blocks, np.float64)
-    if num_threads == 1:
-        _block_sums(input, target, sums, 0, num_blocks)
-    else:
-        for thread in prange(num_threads):
-            start, stop = share(num_blocks, thread, num_threads)
-            _block_sums(input, target, sums, start, stop)
+    _block_sums((input, target, sums), num_blocks, num_threads)
     total = ordered_sum(sums)
-    loss[0] = total / input.size if reduction == MEAN else total
+    loss[0] = total / size if reduction == MEAN else total
 
 
-@inlined_jit
+@shared_out
 def _backward(grad_loss, input, target, factor, grad_input, start, stop):
     for i in range(start, stop):
         upstream = grad_loss[i if grad_loss.size > 1 else 0]
         grad_input[i] = factor * (input[i] - target[i]) * upstream
 
 
-@linked_jit(parallel=True)
-def mse_loss_backward(grad_loss, input, target, reduction, grad_input, num_threads):
+@jit
+def mse_loss_backward(addresses, sizes, reduction, num_threads, like):
     """Write ``2 (input - target) grad_loss``, over n for the mean, to grad_input (n,).
 
-    ``grad_loss`` is (n,) without reduction, else (1,). The gradient of the target is the negative.
+    The addresses are those of grad_loss, input, target and grad_input; sizes are (that of grad_loss, n), the
+    first 1 where the loss was reduced. The gradient of the target is the negative.
     """
-    factor = input.dtype.type(2.0 / max(input.size, 1) if reduction == MEAN else 2.0)
-    num_threads = worthwhile_threads(input.size, num_threads)
-    if num_threads == 1:
-        _backward(grad_loss, input, target, factor, grad_input, 0, input.size)
-    else:
-        for thread in prange(num_threads):
-            start, stop = share(input.size, thread, num_threads)
-            _backward(grad_loss, input, target, factor, grad_input, start, stop)
+    num_losses, size = sizes
+    grad_loss = array_at(addresses[0], num_losses, like.dtype)
+    input, target = array_at(addresses[1], size, like.dtype), array_at(addresses[2], size, like.dtype)
+    grad_input = array_at(addresses[3], size, like.dtype)
+    factor = like.dtype.type(2.0 / max(size, 1) if reduction == MEAN else 2.0)
+    arguments = grad_loss, input, target, factor, grad_input
+    _backward(arguments, size, worthwhile_threads(size, num_threads))

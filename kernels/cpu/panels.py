@@ -20,13 +20,19 @@ strides are in elements. Nothing here checks a bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import INTP, ROW_COUNTS, TILE, call_of, write_prefetch
+from fastdl.kernels.cpu.intrinsics import (
+    BOTH,
+    INTP,
+    ROW_COUNTS,
+    TILE,
+    llvm_function,
+    pointer_to,
+    write_prefetch,
+)
 from fastdl.kernels.jit import inlined_jit
 
 # How many vectors one row of sums may have. 8 of them hide the latency of a multiply-add; WORD rows of b
@@ -89,62 +95,40 @@ def _add_products(vectors, sums, a, is_down, b, depth, num_vectors):
         left = [
             vectors.splat(builder.load(vectors.at(a, i if is_down else i * panel))) for i in range(num_rows)
         ]
-        factors = [(x, y) for x in left for y in right]
-        return [vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)]
+        return vectors.add_outer_product(left, right, sums)
 
-    def steps(count, a, b, sums):
-        def one(_, state):
-            a, b, *sums = state
-            return [vectors.at(a, a_step), vectors.at(b, panel), *step(a, b, sums)]
-
-        def four(_, state):
-            a, b, *sums = state
-            for p in range(4):
-                sums = step(vectors.at(a, p * a_step), vectors.at(b, p * panel), sums)
-            return [vectors.at(a, 4 * a_step), vectors.at(b, 4 * panel), *sums]
-
-        fours = builder.and_(count, INTP(-4))
-        a, b, *sums = vectors.loop(fours, 4, [a, b, *sums], four)
-        a, b, *sums = vectors.loop(builder.sub(count, fours), 1, [a, b, *sums], one)
-        return b, sums
+    def steps(count, state):
+        return vectors.loop_by_four(count, (a_step, panel), state, step)[1:]
 
     def run(first, state):
-        a, b, *sums = state
+        a, *_ = state
         left = builder.sub(depth, first)
         count = builder.select(builder.icmp_signed("<", left, INTP(panel)), left, INTP(panel))
-        b, sums = steps(count, a, b, sums)
-        return [vectors.at(a, a_run), b, *sums]
+        return [vectors.at(a, a_run), *steps(count, state)]
 
     if is_down:
-        return steps(depth, a, b, sums)[1]
+        return steps(depth, [a, b, *sums])[1:]
     return vectors.loop(depth, panel, [a, b, *sums], run)[2:]
-
-
-def _choose_tile(vectors, used, rows, down, ways, write):
-    """Write ``write(num_vectors, num_rows, is_down)`` for each shape that a tile may have, and way of a."""
-
-    def write_rows(num_vectors):
-        return vectors.choose(
-            rows,
-            ROW_COUNTS,
-            lambda num_rows: vectors.choose(
-                down, ways, lambda is_down: write(num_vectors, num_rows, is_down)
-            ),
-        )
-
-    vectors.choose(used, range(1, TILE.vectors + 1), write_rows)
 
 
 def _sums(vectors, pointers, accumulate):
     """Write what sums start from: what is at their pointers, or 0."""
-    return vectors.choose(
-        accumulate,
-        [False, True],
-        lambda added: [vectors.load(pointer) if added else vectors.zero for pointer in pointers],
-    )
+
+    def start(adds):
+        return [vectors.load(pointer) if adds else vectors.zero for pointer in pointers]
+
+    return vectors.choose(start, (accumulate, BOTH))
 
 
-def _multiply_panels(vectors, output, a, down, b, size, accumulate, *, ways=(False, True)):
+# a constant for down, as it usually is, halves what there is to compile
+@llvm_function(prefer_literal=True)
+def multiply_panels(vectors, output, a, down, b, size, accumulate):
+    """Write, or add, one tile of a product: ``output[i, j] += sum over p < depth of a[i, p] b[p, j]``.
+
+    Rows of the output and of b are rows of a panel, one after the other. Where down is false the rows of a
+    are too, and a's next panel is its stride further; where it is true a's rows are the columns of one panel.
+    ``size`` is the depth, the rows, one of ``ROW_COUNTS``, and how many vectors of columns are computed.
+    """
     panel = TILE.vectors * vectors.width
     (output,), (b,), (depth, rows, used) = output, b, size
 
@@ -160,18 +144,16 @@ def _multiply_panels(vectors, output, a, down, b, size, accumulate, *, ways=(Fal
             vectors.store(total, pointer)
         return []
 
-    _choose_tile(vectors, used, rows, down, ways, write)
+    vectors.choose(write, (used, range(1, TILE.vectors + 1)), (rows, ROW_COUNTS), (down, BOTH))
 
 
-def _multiply_panels_along(*arguments):
-    _multiply_panels(*arguments, ways=[False])
+@llvm_function
+def multiply_packed(vectors, output, a, down, b, size, epilogue):
+    """Write one tile of a product as ``multiply_panels`` does, but to rows of any stride, with an epilogue.
 
-
-def _multiply_panels_down(*arguments):
-    _multiply_panels(*arguments, ways=[True])
-
-
-def _multiply_packed(vectors, output, a, down, b, size, epilogue):
+    The output is a Matrix with a stride of rows, a one with a stride of panels, b (array, position), and size
+    (depth, rows, cols), where the tile has cols columns, of at most a panel.
+    """
     (output, output_stride), (a, a_run), (b,) = output, a, b
     depth, rows, cols = size
     used = vectors.vectors_of(cols)
@@ -184,10 +166,16 @@ def _multiply_packed(vectors, output, a, down, b, size, epilogue):
         tile.write(sums, *epilogue)
         return []
 
-    _choose_tile(vectors, used, rows, down, [False, True], write)
+    vectors.choose(write, (used, range(1, TILE.vectors + 1)), (rows, ROW_COUNTS), (down, BOTH))
 
 
-def _multiply_row(vectors, output, a, b, size, accumulate):
+@llvm_function
+def multiply_row(vectors, output, a, b, size, accumulate):
+    """Write, or add, one row of a product as ``multiply_panels`` does, over several panels.
+
+    A row alone is too few sums to hide the latency of a multiply-add; here it is as many vectors long, one of
+    ``LONG_ROWS``, which lie in successive panels, strides apart. ``size`` is the depth and the vectors.
+    """
     depth, used = size
 
     def write(num_vectors):
@@ -198,10 +186,12 @@ def _multiply_row(vectors, output, a, b, size, accumulate):
             vectors.store(total, pointer)
         return []
 
-    vectors.choose(used, LONG_ROWS, write)
+    vectors.choose(write, (used, LONG_ROWS))
 
 
-def _outer_product(vectors, output, a, b, rows):
+@llvm_function
+def outer_product(vectors, output, a, b, rows):
+    """Write rows of a panel, one after the other: ``output[i, j] = a[i] b[j]``, with b one row of a panel."""
     (output,), (a,), (b,) = output, a, b
     panel = TILE.vectors * vectors.width
     columns = [v * vectors.width for v in range(TILE.vectors)]
@@ -217,7 +207,9 @@ def _outer_product(vectors, output, a, b, rows):
     vectors.loop(rows, 1, [output], row)
 
 
-def _transpose_square(vectors, source, target):
+@llvm_function
+def transpose_square(vectors, source, target):
+    """Write the transpose of a square block, one vector wide or of 16 x 16 bytes; the stride is of rows."""
     builder, is_bytes = vectors.builder, isinstance(vectors.element, ir.IntType)
     (source, source_stride), (target, target_stride) = source, target
     kind = ir.VectorType(vectors.element, 16 if is_bytes else vectors.width)
@@ -238,7 +230,14 @@ def _transpose_square(vectors, source, target):
         builder.store(row, line(target, target_stride, i), align=1)
 
 
-def _pack_panel(vectors, source, mask_source, is_masked, target, size):
+@llvm_function
+def pack_panel(vectors, source, mask_source, is_masked, target, size):
+    """Copy lines of a matrix, cols columns of each, to the rows of a panel, and 0 to the columns behind.
+
+    Where is_masked is true, 0 is written for each number for which mask_source, a matrix of the same stride,
+    is 0 or less. The source is a Matrix with a stride of lines, mask_source and target are (array, position),
+    and size is (lines, cols).
+    """
     builder = vectors.builder
     (source, stride), (mask_source,), (target,) = source, mask_source, target
     lines, cols = size
@@ -261,14 +260,17 @@ def _pack_panel(vectors, source, mask_source, is_masked, target, size):
         return []
 
     whole = builder.icmp_signed("==", cols, INTP(panel))
-    vectors.choose(
-        whole,
-        [False, True],
-        lambda is_whole: vectors.choose(is_masked, [False, True], lambda masked: write(is_whole, masked)),
-    )
+    vectors.choose(write, (whole, BOTH), (is_masked, BOTH))
 
 
-def _multiply_nonzero(vectors, output, values, masks, b, size):
+@llvm_function
+def multiply_nonzero(vectors, output, values, masks, b, size):
+    """Add to rows of a product: ``output[i, j] += sum over the bits p of masks[i] of values[i, p] b[p, j]``.
+
+    For each row, ``masks`` has a word of WORD bits, and values, which may be uint8, WORD numbers. Rows of the
+    output and of b are rows of a panel; they are as many vectors long, one of ``LONG_ROWS``, which lie in
+    successive panels, strides apart. ``size`` is the rows and the vectors.
+    """
     builder = vectors.builder
     (output, output_panel), (values,), (masks,), (b, b_panel), (rows, used) = output, values, masks, b, size
     panel = TILE.vectors * vectors.width
@@ -316,10 +318,16 @@ def _multiply_nonzero(vectors, output, values, masks, b, size):
         vectors.loop(rows, 1, [], row)
         return []
 
-    vectors.choose(used, LONG_ROWS, write)
+    vectors.choose(write, (used, LONG_ROWS))
 
 
-def _dot_panels(vectors, output, a, b, size):
+@llvm_function
+def dot_panels(vectors, output, a, b, size):
+    """Write ``output[i, j] = sum over p of a[i, p] b[j, p]``, for few rows i and columns j.
+
+    Rows are rows of a panel in all three; p runs along the rows of so many panels, strides apart. ``size`` is
+    the panels, the rows, 1 or TILE.dot_rows, and the columns, up to TILE.dot_cols.
+    """
     (output,), (a, a_panel), (b, b_panel), (panels, rows, cols) = output, a, b, size
     panel = TILE.vectors * vectors.width
 
@@ -329,10 +337,7 @@ def _dot_panels(vectors, output, a, b, size):
             for v in range(TILE.vectors):
                 right = [vectors.load(vectors.at(b, j * panel + v * vectors.width)) for j in range(num_cols)]
                 left = [vectors.load(vectors.at(a, i * panel + v * vectors.width)) for i in range(num_rows)]
-                factors = [(x, y) for x in left for y in right]
-                sums = [
-                    vectors.multiply_add(x, y, total) for (x, y), total in zip(factors, sums, strict=True)
-                ]
+                sums = vectors.add_outer_product(left, right, sums)
             return [vectors.at(a, a_panel), vectors.at(b, b_panel), *sums]
 
         _, _, *sums = vectors.loop(panels, 1, [a, b, *[vectors.zero] * (num_rows * num_cols)], step)
@@ -341,83 +346,7 @@ def _dot_panels(vectors, output, a, b, size):
             vectors.store(vectors.shuffle(row, row, range(num_cols)), vectors.at(output, i * panel))
         return []
 
-    def write_cols(num_rows):
-        return vectors.choose(cols, range(1, TILE.dot_cols + 1), lambda num_cols: write(num_rows, num_cols))
-
-    vectors.choose(rows, sorted({1, TILE.dot_rows}), write_cols)
-
-
-@intrinsic(prefer_literal=True)
-def multiply_panels(typing_context, output, a, down, b, size, accumulate):
-    """Write, or add, one tile of a product: ``output[i, j] += sum over p < depth of a[i, p] b[p, j]``.
-
-    Rows of the output and of b are rows of a panel, one after the other. Where down is false the rows of a
-    are too, and a's next panel is its stride further; where it is true a's rows are the columns of one panel.
-    ``size`` is the depth, the rows, one of ``ROW_COUNTS``, and how many vectors of columns are computed.
-    """
-    # a constant, as it usually is, halves what there is to compile
-    write: Callable[..., None] = _multiply_panels
-    if isinstance(down, types.BooleanLiteral):
-        write = _multiply_panels_down if down.literal_value else _multiply_panels_along
-    return call_of(write, output, a, down, b, size, accumulate)
-
-
-@intrinsic
-def multiply_row(typing_context, output, a, b, size, accumulate):
-    """Write, or add, one row of a product as ``multiply_panels`` does, over several panels.
-
-    A row alone is too few sums to hide the latency of a multiply-add; here it is as many vectors long, one of
-    ``LONG_ROWS``, which lie in successive panels, strides apart. ``size`` is the depth and the vectors.
-    """
-    return call_of(_multiply_row, output, a, b, size, accumulate)
-
-
-@intrinsic
-def outer_product(typing_context, output, a, b, rows):
-    """Write rows of a panel, one after the other: ``output[i, j] = a[i] b[j]``, with b one row of a panel."""
-    return call_of(_outer_product, output, a, b, rows)
-
-
-@intrinsic
-def multiply_packed(typing_context, output, a, down, b, size, epilogue):
-    """Write one tile of a product as ``multiply_panels`` does, but to rows of any stride, with an epilogue.
-
-    The output is a Matrix with a stride of rows, a one with a stride of panels, b (array, position), and size
-    (depth, rows, cols), where the tile has cols columns, of at most a panel.
-    """
-    return call_of(_multiply_packed, output, a, down, b, size, epilogue)
-
-
-@intrinsic
-def pack_panel(typing_context, source, mask_source, is_masked, target, size):
-    """Copy lines of a matrix, cols columns of each, to the rows of a panel, and 0 to the columns behind.
-
-    Where is_masked is true, 0 is written for each number for which mask_source, a matrix of the same stride,
-    is 0 or less. The source is a Matrix with a stride of lines, mask_source and target are (array, position),
-    and size is (lines, cols).
-    """
-    return call_of(_pack_panel, source, mask_source, is_masked, target, size)
-
-
-@intrinsic
-def multiply_nonzero(typing_context, output, values, masks, b, size):
-    """Add to rows of a product: ``output[i, j] += sum over the bits p of masks[i] of values[i, p] b[p, j]``.
-
-    For each row, ``masks`` has a word of WORD bits, and values, which may be uint8, WORD numbers. Rows of the
-    output and of b are rows of a panel; they are as many vectors long, one of ``LONG_ROWS``, which lie in
-    successive panels, strides apart. ``size`` is the rows and the vectors.
-    """
-    return call_of(_multiply_nonzero, output, values, masks, b, size)
-
-
-@intrinsic
-def dot_panels(typing_context, output, a, b, size):
-    """Write ``output[i, j] = sum over p of a[i, p] b[j, p]``, for few rows i and columns j.
-
-    Rows are rows of a panel in all three; p runs along the rows of so many panels, strides apart. ``size`` is
-    the panels, the rows, 1 or TILE.dot_rows, and the columns, up to TILE.dot_cols.
-    """
-    return call_of(_dot_panels, output, a, b, size)
+    vectors.choose(write, (rows, sorted({1, TILE.dot_rows})), (cols, range(1, TILE.dot_cols + 1)))
 
 
 @intrinsic
@@ -426,12 +355,10 @@ def mask_of_nonzero(typing_context, values, at, count):
 
     NaN isn't 0. All 64 values are read.
     """
-    element = values.dtype
 
     def generate(context, builder, signature, arguments):
-        data = context.make_array(values)(context, builder, arguments[0]).data
-        kind = context.get_value_type(element)
-        start = builder.gep(data, [arguments[1]])
+        kind = context.get_value_type(values.dtype)
+        start = pointer_to(context, builder, values, *arguments[:2])
         is_integer = isinstance(kind, ir.IntType)
         lanes = WORD if is_integer else 8
         parts = []
@@ -452,46 +379,33 @@ def mask_of_nonzero(typing_context, values, at, count):
     return types.int64(values, types.intp, types.intp), generate
 
 
-@intrinsic
-def transpose_square(typing_context, source, target):
-    """Write the transpose of a square block, one vector wide or of 16 x 16 bytes; the stride is of rows."""
-    return call_of(_transpose_square, source, target)
-
-
-@intrinsic
-def copy_word(typing_context, source, source_at, target, target_at):
-    """Copy WORD numbers."""
+def _copy(source, target, width, *others):
+    """Return the signature and the code generator of a copy of some numbers to the target's type."""
 
     def generate(context, builder, signature, arguments):
-        kind = ir.VectorType(context.get_value_type(source.dtype), WORD).as_pointer()
-        places = []
-        for array, values, at in ((source, *arguments[:2]), (target, *arguments[2:])):
-            data = context.make_array(array)(context, builder, values).data
-            places.append(builder.bitcast(builder.gep(data, [at]), kind))
-        builder.store(builder.load(places[0], align=1), places[1], align=1)
-        return context.get_dummy_value()
-
-    return types.void(source, types.intp, target, types.intp), generate
-
-
-@intrinsic
-def copy_panel(typing_context, source, source_at, target, target_at, like):
-    """Copy one row of a panel, as wide as the dtype of like makes it, to numbers of the target's type."""
-
-    def generate(context, builder, signature, arguments):
-        width = TILE.vectors * (TILE.vector_bytes // (like.dtype.bitwidth // 8))
         pointers = []
-        for array, values, at in ((source, *arguments[:2]), (target, *arguments[2:4])):
-            data = context.make_array(array)(context, builder, values).data
+        for array, *place in ((source, *arguments[:2]), (target, *arguments[2:4])):
             kind = ir.VectorType(context.get_value_type(array.dtype), width)
-            pointers.append(builder.bitcast(builder.gep(data, [at]), kind.as_pointer()))
+            pointers.append(builder.bitcast(pointer_to(context, builder, array, *place), kind.as_pointer()))
         value = builder.load(pointers[0], align=1)
         if source.dtype != target.dtype:
             value = builder.uitofp(value, pointers[1].type.pointee)
         builder.store(value, pointers[1], align=1)
         return context.get_dummy_value()
 
-    return types.void(source, types.intp, target, types.intp, like), generate
+    return types.void(source, types.intp, target, types.intp, *others), generate
+
+
+@intrinsic
+def copy_word(typing_context, source, source_at, target, target_at):
+    """Copy WORD numbers."""
+    return _copy(source, target, WORD)
+
+
+@intrinsic
+def copy_panel(typing_context, source, source_at, target, target_at, like):
+    """Copy one row of a panel, as wide as the dtype of like makes it, to numbers of the target's type."""
+    return _copy(source, target, TILE.vectors * (TILE.vector_bytes // (like.dtype.bitwidth // 8)), like)
 
 
 @intrinsic
@@ -499,9 +413,7 @@ def prefetch(typing_context, array, at):
     """Prefetch the cache line of one element, which is soon to be read."""
 
     def generate(context, builder, signature, arguments):
-        data = context.make_array(array)(context, builder, arguments[0]).data
-        pointer = builder.gep(data, [arguments[1]])
-        write_prefetch(builder, pointer)
+        write_prefetch(builder, pointer_to(context, builder, array, *arguments))
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from numba import prange
+from fastdl.kernels.cpu.memory import array_at
+from fastdl.kernels.cpu.parallel import shared_out, worthwhile_threads
+from fastdl.kernels.jit import jit
 
-from fastdl.kernels.cpu.parallel import share, worthwhile_threads
-from fastdl.kernels.jit import inlined_jit, linked_jit
 
-
-@inlined_jit
+@shared_out
 def _forward(input, output, start, stop):
     zero = input.dtype.type(0)
     for i in range(start, stop):
@@ -16,32 +15,23 @@ def _forward(input, output, start, stop):
         output[i] = zero if input[i] < zero else input[i]
 
 
-@linked_jit(parallel=True)
-def relu_forward(input, output, num_threads):
-    """Write ``max(input, 0)`` to the output, both (n,); NaN and -0.0 stay what they are."""
-    num_threads = worthwhile_threads(input.size, num_threads)
-    if num_threads == 1:
-        _forward(input, output, 0, input.size)
-    else:
-        for thread in prange(num_threads):
-            start, stop = share(input.size, thread, num_threads)
-            _forward(input, output, start, stop)
+@jit
+def relu_forward(addresses, size, num_threads, like):
+    """Write ``max(input, 0)`` to the output, the addressed arrays; NaN and -0.0 stay what they are."""
+    input, output = array_at(addresses[0], size, like.dtype), array_at(addresses[1], size, like.dtype)
+    _forward((input, output), size, worthwhile_threads(size, num_threads))
 
 
-@inlined_jit
+@shared_out
 def _backward(grad_output, output, grad_input, start, stop):
     zero = output.dtype.type(0)
     for i in range(start, stop):
         grad_input[i] = zero if output[i] <= zero else grad_output[i]
 
 
-@linked_jit(parallel=True)
-def relu_backward(grad_output, output, grad_input, num_threads):
-    """Write grad_output where not ``output <= 0``, else 0, to grad_input; all (n,)."""
-    num_threads = worthwhile_threads(output.size, num_threads)
-    if num_threads == 1:
-        _backward(grad_output, output, grad_input, 0, output.size)
-    else:
-        for thread in prange(num_threads):
-            start, stop = share(output.size, thread, num_threads)
-            _backward(grad_output, output, grad_input, start, stop)
+@jit
+def relu_backward(addresses, size, num_threads, like):
+    """Write grad_output where not ``output <= 0``, else 0, to grad_input; the addresses are in this order."""
+    grad_output, output = array_at(addresses[0], size, like.dtype), array_at(addresses[1], size, like.dtype)
+    grad_input = array_at(addresses[2], size, like.dtype)
+    _backward((grad_output, output, grad_input), size, worthwhile_threads(size, num_threads))

@@ -15,14 +15,14 @@ import ctypes
 import os
 import platform
 import sys
-from functools import cache
+from functools import cache, wraps
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from fastdl.kernels.cpu.intrinsics import cpu_features
+from fastdl.kernels.cpu.intrinsics import cpu_features, pointer_to
 from fastdl.kernels.jit import inlined_jit
 from fastdl.kernels.numba_private import cgutils
 
@@ -34,7 +34,6 @@ NUM_TILES = 8
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 _BYTE = ir.IntType(8)
-_INT64 = ir.IntType(64)
 _AMX_FEATURES = {"amx-tile", "amx-int8"}
 _CHOICES = ("amx", "emulated", "off")
 
@@ -73,31 +72,42 @@ def integer_units() -> str:
     return forced or ("amx" if has_amx() else "off")
 
 
-def _emit(context, builder, name, tiles, operands=()):
-    """Write one of the instructions: tile numbers are part of it."""
-    values = [_BYTE(tile.literal_value) for tile in tiles]
-    values += operands
-    kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
-    builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), values)
-    return context.get_dummy_value()
+def _instruction(name, num_tiles=0):
+    """Make an intrinsic of one of AMX's instructions, whose arguments are those of a stub.
+
+    Behind the registers are the numbers of tiles, literals, and then an array, a position and numbers.
+    """
+
+    def decorate(stub):
+        @intrinsic(prefer_literal=True)
+        @wraps(stub)
+        def define(typing_context, *kinds):
+            tiles, memory = kinds[1 : num_tiles + 1], kinds[num_tiles + 1 :]
+            if not all(isinstance(tile, types.IntegerLiteral) for tile in tiles):
+                return None
+
+            def generate(context, builder, signature, values):
+                operands = [_BYTE(tile.literal_value) for tile in tiles]
+                if memory:
+                    array, position, *numbers = values[num_tiles + 1 :]
+                    pointer = pointer_to(context, builder, memory[0], array, position)
+                    operands += [builder.bitcast(pointer, _BYTE.as_pointer()), *numbers]
+                kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+                function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
+                builder.call(function, operands)
+                return context.get_dummy_value()
+
+            numbers = [types.int64] * len(memory[1:])
+            return types.void(*kinds[: num_tiles + 1], *memory[:1], *numbers), generate
+
+        return define
+
+    return decorate
 
 
-def _place(context, builder, array, value, at):
-    data = context.make_array(array)(context, builder, value).data
-    return builder.bitcast(builder.gep(data, [at]), _BYTE.as_pointer())
-
-
-def _are_literal(*tiles):
-    return all(isinstance(tile, types.IntegerLiteral) for tile in tiles)
-
-
-@intrinsic
-def _load_configuration(typing_context, registers):
-    def generate(context, builder, signature, values):
-        place = _place(context, builder, registers, values[0], _INT64(0))
-        return _emit(context, builder, "ldtilecfg", [], [place])
-
-    return types.void(registers), generate
+@_instruction("ldtilecfg")
+def _load_configuration(typing_context, registers, source, source_at):
+    pass
 
 
 @inlined_jit
@@ -107,61 +117,32 @@ def _amx_begin(registers):
     for tile in range(NUM_TILES):
         registers[16 + 2 * tile] = DEPTH
         registers[48 + tile] = SIDE
-    _load_configuration(registers)
+    _load_configuration(registers, registers, 0)
 
 
-@intrinsic
+@_instruction("tilerelease")
 def _amx_end(typing_context):
-    def generate(context, builder, signature, values):
-        return _emit(context, builder, "tilerelease", [])
-
-    return types.void(), generate
+    pass
 
 
-@intrinsic(prefer_literal=True)
+@_instruction("tilezero", 1)
 def _amx_zero(typing_context, registers, tile):
-    if not _are_literal(tile):
-        return None
-
-    def generate(context, builder, signature, values):
-        return _emit(context, builder, "tilezero", [tile])
-
-    return types.void(registers, tile), generate
+    pass
 
 
-@intrinsic(prefer_literal=True)
+@_instruction("tileloadd64", 1)
 def _amx_load(typing_context, registers, tile, source, source_at, stride):
-    if not _are_literal(tile):
-        return None
-
-    def generate(context, builder, signature, values):
-        place = _place(context, builder, source, values[2], values[3])
-        return _emit(context, builder, "tileloadd64", [tile], [place, values[4]])
-
-    return types.void(registers, tile, source, types.int64, types.int64), generate
+    pass
 
 
-@intrinsic(prefer_literal=True)
+@_instruction("tdpbusd", 3)
 def _amx_multiply(typing_context, registers, sums, a, b):
-    if not _are_literal(sums, a, b):
-        return None
-
-    def generate(context, builder, signature, values):
-        return _emit(context, builder, "tdpbusd", [sums, a, b])
-
-    return types.void(registers, sums, a, b), generate
+    pass
 
 
-@intrinsic(prefer_literal=True)
-def _amx_store(typing_context, registers, tile, target, target_at):
-    if not _are_literal(tile):
-        return None
-
-    def generate(context, builder, signature, values):
-        place = _place(context, builder, target, values[2], values[3])
-        return _emit(context, builder, "tilestored64", [tile], [place, _INT64(DEPTH)])
-
-    return types.void(registers, tile, target, types.int64), generate
+@_instruction("tilestored64", 1)
+def _amx_store(typing_context, registers, tile, target, target_at, stride):
+    pass
 
 
 @inlined_jit
@@ -199,10 +180,11 @@ def _emulated_multiply(registers, sums, a, b):
 
 
 @inlined_jit
-def _emulated_store(registers, tile, target, target_at):
+def _emulated_store(registers, tile, target, target_at, stride):
     totals = registers.view(np.int32)
-    for i in range(SIDE * SIDE):
-        target[target_at + i] = totals[tile * SIDE * SIDE + i]
+    for i in range(SIDE):
+        for j in range(SIDE):
+            target[target_at + i * stride // 4 + j] = totals[(tile * SIDE + i) * SIDE + j]
 
 
 # A machine without AMX must not compile the instructions; whether the process may use them is asked later.

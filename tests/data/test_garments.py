@@ -11,7 +11,7 @@ from torch import nn
 from fastdl import data
 from fastdl.data.images import CLASSES
 
-SHA256 = "f9af128c6d65dcc4497f7f7e376667e53de797215c11146b0bb0b805100c468c"
+SHA256 = "f3a18d0f98fa3e17fc89e32ef211cae317644486a50b107209e93c202ba6b1f3"
 
 
 @pytest.fixture(scope="module")

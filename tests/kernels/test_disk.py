@@ -177,7 +177,7 @@ def filled(tmp_path_factory):
         "from fastdl.kernels import disk\n"
         "from fastdl.kernels.cpu.relu import relu_forward\n"
         "x = np.ones(2, np.float32)\n"
-        "relu_forward(x, x.copy(), 1)\n"
+        "relu_forward((x.ctypes.data, x.ctypes.data), 2, 1, x[:0])\n"
         "disk.write('cuda.relu-sm_90a.cubin', bytes(range(256)) * 40)\n"
     )
     _run(ROOT, program, FASTDL_CACHE_DIR=str(chosen))
@@ -522,7 +522,7 @@ class Listener(event.Listener):
     def on_end(self, e): pass
 with event.install_listener("numba:compile", Listener()):
     x = np.array([-1.0, 2.0], np.float32); out = np.empty_like(x)
-    relu_forward(x, out, 1)
+    relu_forward((x.ctypes.data, out.ctypes.data), 2, 1, x[:0])
 print(out.tolist(), "compiled" if compiled else "loaded")
 """
 

@@ -24,7 +24,7 @@ class Listener(event.Listener):
     def on_end(self, e): pass
 with event.install_listener("numba:compile", Listener()):
     x = np.array([-1.0, 2.0], np.float32); out = np.empty_like(x)
-    relu_forward(x, out, 1)
+    relu_forward((x.ctypes.data, out.ctypes.data), 2, 1, x[:0])
 from fastdl.kernels.jit import cache_folder
 print(out.tolist(), "compiled" if compiled else "loaded", cache_folder())
 """

@@ -40,7 +40,7 @@ def _multiply(registers, a, stride, b, steps, sums):
         tile_load(registers, 6, a, step * DEPTH, stride)
         tile_load(registers, 7, b, step * TILE_BYTES, DEPTH)
         tile_multiply(registers, 3, 6, 7)
-    tile_store(registers, 3, sums, 0)
+    tile_store(registers, 3, sums, 0, DEPTH)
     tile_end()
 
 
