@@ -326,6 +326,21 @@ def accelerate(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"accelerate takes an nn.Module, not a {type(module).__name__}: {module!r}")
+    before = {found: {k: v for k, v in vars(found).items() if is_bound(v)} for found in module.modules()}
+    try:
+        acceleration = _bind(module, undo)
+        if report is not None:
+            report(acceleration)
+    except BaseException:
+        for found, bound in before.items():
+            _unbind(found)
+            vars(found).update(bound)
+        raise
+    return module
+
+
+def _bind(module: nn.Module, undo: bool) -> Acceleration:
+    """Take off what is bound to the modules and, but for undo, bind anew."""
     acceleration = Acceleration()
     for name, found in module.named_modules():
         _unbind(found)
@@ -350,9 +365,7 @@ def accelerate(
             elif all(map(is_accelerated, pair.values())):
                 reason = next(filter(None, map(overridden, pair.values())), "is of a subclass")
                 acceleration.left[f"{linear} and {relu}"] = f"one of them {reason}"
-    if report is not None:
-        report(acceleration)
-    return module
+    return acceleration
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from operator import itemgetter
 from typing import Any
 
@@ -60,7 +61,7 @@ class SGD(torch.optim.SGD):
     tensor([0.5000, 0.5000])
     """
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, *args: Any, **kwargs: Any) -> Any:
         """Update the parameters.
 
         Parameters
@@ -73,11 +74,13 @@ class SGD(torch.optim.SGD):
         The closure's loss, or None.
         """
         if (has_step_hooks(self) or is_profiled()) and not _runs_hooks(type(self).step):
-            return _step_with_hooks(self, closure) if closure is not None else _step_with_hooks(self)
-        return self._step(closure)
+            return _step_with_hooks(self, *args, **kwargs)
+        return self._step(*args, **kwargs)
 
     # torch wraps the step of every class that isn't marked so; that costs 15 us where nothing watches
     step.hooked = True  # type: ignore[attr-defined]
+    # hooks see the arguments as they were passed
+    step.__signature__ = signature(torch.optim.SGD.step)  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all parameters, as torch does."""

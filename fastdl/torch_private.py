@@ -6,10 +6,12 @@ Importing this imports torch, and neither its compiler nor CUDA.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.optim import SGD, Optimizer
@@ -148,12 +150,21 @@ def active_modes(device_type: str) -> str | None:
             not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
         ),
     }
+    for name in ("linear", "relu", "cross_entropy", "mse_loss"):
+        home = getattr(getattr(F, name), "__globals__", type(getattr(F, name)))
+        modes[f"with torch.nn.functional.{name} replaced"] = home not in (vars(F), BuiltinFunctionType)
     return next((phrase for phrase, is_on in modes.items() if is_on), None)
 
 
 def has_tensor_hooks(tensor: Tensor) -> bool:
-    """Return whether a hook waits for the tensor's gradient."""
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks)
+    """Return whether a hook waits for the tensor's gradient, on itself or on its node in a graph."""
+    node: Any = torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+    # a node doesn't show its hooks, but the handle of one more does
+    handles = [] if node is None else [node.register_hook(print), node.register_prehook(print)]
+    on_node = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
+    for handle in handles:
+        handle.remove()
+    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks or on_node)
 
 
 def version_of(tensor: Tensor) -> int:

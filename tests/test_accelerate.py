@@ -819,6 +819,22 @@ def test_fit_trains_an_accelerated_net(optimizer, loss):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.parametrize("undo", [False, True])
+@pytest.mark.parametrize("accelerated", ["nothing", "a layer", "all"])
+def test_a_report_that_raises_leaves_the_net_as_it_was(accelerated, undo):
+    net = mlp()
+    if accelerated != "nothing":
+        accelerate(net if accelerated == "all" else net[1])
+    before = [{**vars(module)} for module in net.modules()]
+
+    def report(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastdl.accelerate(net, report=report, undo=undo)
+    assert [{**vars(module)} for module in net.modules()] == before
+
+
 def test_the_report_says_what_runs_where(capsys):
     net = mlp()
     net[4].forward = lambda input: input

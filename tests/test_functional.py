@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -269,6 +270,28 @@ def test_an_ignored_row_has_torchs_nan(weight, reduction, smoothing):
         grads = [torch.autograd.grad(loss.sum(), logits)[0] for loss in losses]
         assert torch.equal(*(grad[:5].isnan() for grad in grads))
         assert torch.equal(*(grad[:5] == 0 for grad in grads))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
+def test_class_weights_that_are_not_finite_give_torchs_numbers(function, value, reduction, smoothing):
+    rows = [[1.0, 2, 3], [3, 2, 1], [2, 2, 2], [1000, 0, 0], [math.inf, 1, 2]]
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    for weight in ([value, 1, 1], [1, value, -value], [value] * 3, [value, 0, 1]):
+        options["weight"] = torch.tensor(weight, dtype=torch.float64)
+        for row, label in itertools.product(rows, range(3)):
+            logits = torch.tensor([row, [1, 2, 3]], dtype=torch.float64, requires_grad=True)
+            target = torch.tensor([label, 1])
+            if function == "cross_entropy":
+                loss = functional.cross_entropy(logits, target, **options)
+            else:
+                identity = torch.eye(3, dtype=torch.float64)
+                loss = functional.linear_cross_entropy(logits, identity, target, **options)
+                # a product with infinity makes NaN of the zeros
+                logits = torch.tensor((logits @ identity).tolist(), dtype=torch.float64)
+            torch.testing.assert_close(loss, F.cross_entropy(logits, target, **options), equal_nan=True)
 
 
 @pytest.mark.parametrize("label", [-1, 4, 2**40, -(2**62)])

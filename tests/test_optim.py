@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from itertools import product
 
@@ -567,6 +568,9 @@ def _hooked(register):
         _set_grads(tensors)
         optimizer.step()
         optimizer.step(lambda: seen.append("closure"))
+        optimizer.step(closure=lambda: seen.append("closure by keyword"))
+        optimizer.step(None)
+        optimizer.step(closure=None)
         for handle in handles:
             handle.remove()
         optimizer.step()
@@ -577,8 +581,8 @@ def _hooked(register):
 
 HOOKS = {
     "own": lambda optimizer, seen: [
-        optimizer.register_step_pre_hook(lambda _, *args: seen.append(("pre", len(args[0]), args[1]))),
-        optimizer.register_step_post_hook(lambda _, *args: seen.append(("post", len(args[0]), args[1]))),
+        optimizer.register_step_pre_hook(lambda _, *args: seen.append(("pre", len(args[0]), [*args[1]]))),
+        optimizer.register_step_post_hook(lambda _, *args: seen.append(("post", len(args[0]), [*args[1]]))),
     ],
     "global": lambda optimizer, seen: [
         register_optimizer_step_pre_hook(lambda each, *_: seen.append(("pre", each is optimizer))),
@@ -600,6 +604,12 @@ def test_step_hooks_see_what_they_see_in_torch(name, is_subclass):
         results.append(error.value.args[0])
     assert results[0]
     assert results[0] == results[1]
+
+
+def test_the_signature_of_step_is_torchs():
+    assert inspect.signature(SGD.step) == inspect.signature(torch.optim.SGD.step)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'loss'"):
+        SGD([nn.Parameter(torch.ones(3))], lr=0.1).step(loss=1)
 
 
 @pytest.mark.parametrize("name", ["own", "global"])

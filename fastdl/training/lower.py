@@ -14,12 +14,7 @@ from fastdl import models
 from fastdl import nn as fastdl_nn
 from fastdl.cuda_arrays import missing_link
 from fastdl.overrides import global_hooks, overridden
-from fastdl.torch_private import (
-    children,
-    has_step_hooks,
-    has_tensor_hooks,
-    replaced_method,
-)
+from fastdl.torch_private import children, has_step_hooks, has_tensor_hooks, replaced_method
 from fastdl.training.memory import overlap, unfit
 from fastdl.training.options import LOSSES, OPTIMIZERS, check_loss, check_optimizer
 
@@ -288,6 +283,8 @@ def lower(
             why = unfit(loss.weight, (last.out_features,), last.weight)
             if loss.weight.requires_grad:
                 why = "requires a gradient"
+            if why is None and not loss.weight.isfinite().all():
+                why = "has values that aren't finite"
             if why is not None:
                 raise refusal(f"with a class weight that {why}")
             read["the class weight"] = loss.weight

@@ -23,6 +23,9 @@ def unreadable(tensor: object) -> str | None:
         return "is a negative or conjugate view, which isn't computed yet"
     if tensor.numel() > 0 and tensor.data_ptr() == 0:
         return "has no memory"
+    storage = tensor.untyped_storage()
+    if _span(tensor)[1] > storage.data_ptr() + storage.nbytes():
+        return "is larger than its memory"
     if tensor.data_ptr() % tensor.element_size() != 0:
         return "isn't aligned in memory"
     return None

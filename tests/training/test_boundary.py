@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import optimizer as optimizer_hooks
@@ -65,6 +66,11 @@ def _set(path, value):
         setattr(owner, name, value(problem) if callable(value) else value)
 
     return edit
+
+
+def _shrunken(tensor):
+    tensor.untyped_storage().resize_(8)
+    return tensor
 
 
 def _parameter(*shape):
@@ -145,6 +151,13 @@ MEMORY = {
     "odd address": (_set("net.0.weight.data", lambda _: _at_an_odd_address(6, 6)), "aligned"),
     "negative view": (_negative_view, "negative"),
     "freed": (lambda p: p.net[0].weight.untyped_storage().resize_(0), "memory"),
+    "shrunken": (lambda p: p.net[0].weight.untyped_storage().resize_(8), "larger than its memory"),
+    "shrunken X": (lambda p: p.X.untyped_storage().resize_(8), "X that is larger than its memory"),
+    "shrunken y": (lambda p: p.y.untyped_storage().resize_(159), "y that is larger than its memory"),
+    "shrunken class weight": (
+        _set("loss", lambda _: nn.CrossEntropyLoss(_shrunken(torch.ones(3).double()))),
+        "class weight.*larger than its memory",
+    ),
     "made in inference mode": (_inference_parameters, "inference"),
     "plain tensor": (
         _both(
@@ -263,6 +276,13 @@ def _parametrized(problem):
     yield
 
 
+def _node_hooked(problem, register):
+    """Hook the node that accumulates a parameter's gradient; the problem keeps it alive."""
+    node = torch.autograd.graph.get_gradient_edge(problem.net[0].weight).node
+    problem.node = node
+    return getattr(node, register)(_identity)
+
+
 class _FunctionMode(torch.overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
@@ -299,6 +319,14 @@ def _replaced_layer(problem):
     return contextlib.nullcontext()
 
 
+def _wrapped(function):
+    @functools.wraps(function)
+    def wrapper(*arguments, **options):
+        return function(*arguments, **options)
+
+    return wrapper
+
+
 def _wrapped_step(problem):
     step = problem.optimizer.step
 
@@ -330,6 +358,13 @@ OVERRIDES = {
         lambda p: _patched(nn.CrossEntropyLoss, "forward", lambda self, X, y: X.sum()),
         "forward",
     ),
+    **{
+        f"patched {name}": (
+            lambda p, name=name: _patched(F, name, _wrapped(getattr(F, name))),
+            f"functional.{name} replaced",
+        )
+        for name in ("linear", "relu", "cross_entropy", "mse_loss")
+    },
     "a subclass of a layer": (_replaced_layer, "_Linear"),
     "a subclass of Sequential": (lambda p: contextlib.nullcontext(setattr(p, "net", _Net(*p.net))), "_Net"),
     "a subclass of the loss": (_instance("loss", _Loss()), "_Loss"),
@@ -360,6 +395,12 @@ OVERRIDES = {
     "hook of many gradients": (
         _hooked(lambda p: torch.autograd.graph.register_multi_grad_hook([p.net[0].weight], _identity)),
         "hook",
+    ),
+    "hook of a node": (_hooked(lambda p: _node_hooked(p, "register_hook")), "hook"),
+    "pre-hook of a node": (_hooked(lambda p: _node_hooked(p, "register_prehook")), "hook"),
+    "a node without hooks": (
+        lambda p: contextlib.nullcontext(_node_hooked(p, "register_hook").remove()),
+        None,
     ),
     "hook before the step": (_hooked(lambda p: p.optimizer.register_step_pre_hook(_identity)), "hook"),
     "hook after the step": (_hooked(lambda p: p.optimizer.register_step_post_hook(_identity)), "hook"),
@@ -548,6 +589,17 @@ def _group_option(**options):
     return lambda problem: problem.optimizer.param_groups[0].update(options)
 
 
+def _resized(name, num_bytes):
+    """Return what gives X or y other memory, which no engine has read, and resizes it."""
+
+    def edit(problem):
+        tensor = getattr(problem, name)
+        tensor.data = tensor.data.clone()
+        tensor.untyped_storage().resize_(num_bytes)
+
+    return edit
+
+
 # what a callback does after the first epoch; the refusal, or None where the rest is as in torch's loop
 CALLBACKS = {
     "other values": (_in_place("net.0.weight", lambda t: t.mul_(0.5)), None),
@@ -587,6 +639,15 @@ CALLBACKS = {
     "a label far outside": (_in_place("y", lambda t: t[4].fill_(1 << 60)), "row 4"),
     "shorter X": (_set("X.data", lambda p: p.X.data[:5].clone()), "keep the shapes"),
     "shorter y": (_set("y.data", lambda p: p.y.data[:5].clone()), "keep the shapes"),
+    "shrunken X": (_resized("X", 20 * 48 - 1), "X that is larger than its memory"),
+    "shrunken y": (_resized("y", 8), "y that is larger than its memory"),
+    "X without memory": (_resized("X", 0), "X that has no memory"),
+    "X in greater memory": (_resized("X", 1 << 20), None),
+    "y in greater memory": (_resized("y", 1 << 20), None),
+    "infinite class weight": (
+        _set("loss.weight", lambda _: torch.tensor([1.0, math.inf, 1.0]).double()),
+        "class weight that has values that aren't finite",
+    ),
     "y in two": (_set("y.data", lambda p: p.y.data[:, None].clone()), "one class for each"),
     "narrower X": (_set("X.data", lambda p: p.X.data[:, :5].clone()), "takes 6 features"),
     "shape": (_set("net.0.weight.data", lambda _: torch.ones(6, 7).double()), r"0\.weight"),
@@ -604,6 +665,7 @@ CALLBACKS = {
     "hook": (lambda p: p.net[0].register_forward_hook(_identity), "hook"),
     "forward": (_set("net.0.forward", lambda _: lambda X: X), "forward"),
     "twice": (lambda p: _group(p, p.net[0].weight), "twice"),
+    "node's hook": (lambda p: _node_hooked(p, "register_hook"), "hook"),
     "dropout": (lambda p: p.net.append(nn.Dropout()), "Dropout"),
 }
 
@@ -638,6 +700,16 @@ def test_what_a_callback_changes_is_seen_or_refused_with_the_finished_epochs(nam
     assert_trained_alike(ours, torchs)
 
 
+@pytest.mark.parametrize("num_bytes", [0, 8, 1 << 20])
+@pytest.mark.parametrize("part", ["X", "y"])
+def test_the_memory_that_an_engine_reads_cannot_be_resized(part, num_bytes, seed):
+    problem, twin = classes(seed), classes(seed)
+    with pytest.raises(RuntimeError, match="not resizable"):
+        problem.fit(on_epoch=lambda _: getattr(problem, part).untyped_storage().resize_(num_bytes))
+    twin.loop(1)
+    assert_trained_alike(problem, twin)
+
+
 def _strided(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
@@ -656,11 +728,13 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("name", UNSEEN)
-def test_what_a_callback_writes_unseen_by_torch_is_seen(name, seed):
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_what_a_callback_writes_unseen_by_torch_is_seen(layout, name, seed):
     ours, torchs = classes(seed), classes(seed)
 
     def on_epoch(problem):
-        problem.X, problem.y = _strided(problem.X), _strided(problem.y)
+        if layout == "strided":
+            problem.X, problem.y = _strided(problem.X), _strided(problem.y)
         problem.loss = nn.CrossEntropyLoss(torch.ones(3, dtype=torch.float64))
         return lambda history: UNSEEN[name](problem) if len(history) == 1 else None
 

@@ -386,17 +386,15 @@ def test_a_mean_over_rows_without_weight(smoothing, widths, case, seed):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["X", "0.weight", "2.bias", "class weight"])
+@pytest.mark.parametrize("where", ["X", "0.weight", "2.bias"])
 @pytest.mark.parametrize("case", ["ignored row", "all ignored"])
 def test_an_ignored_row_that_is_not_finite(case, where, value, seed):
     X, y = images(48)
     X = X.double()
     y = torch.full_like(y, -100) if case == "all ignored" else y.index_fill(0, torch.tensor([20]), -100)
-    net, weight = mlp(784, 40, 10).double(), torch.rand(10, dtype=torch.float64)
-    {"X": X[20:21], "class weight": weight}.get(where, net.get_parameter("2.bias")).data.view(-1)[5] = value
-    if where == "0.weight":
-        net[0].weight.data[3, 7] = value
-    loss = nn.CrossEntropyLoss(weight, label_smoothing=0.3 if where == "class weight" else 0.0)
+    net = mlp(784, 40, 10).double()
+    (X[20] if where == "X" else net.get_parameter(where).data.view(-1))[5] = value
+    loss = nn.CrossEntropyLoss(torch.rand(10, dtype=torch.float64))
     results = both(net, X, y, loss=loss, shuffle=False)
     for ours, theirs in zip(results[0][0].parameters(), results[1][0].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, equal_nan=True, **FLOAT64)
