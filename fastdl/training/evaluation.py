@@ -43,7 +43,7 @@ def evaluate(net: nn.Module, X: Any, y: Array | None = None, loss: Loss | None =
         As for `fit`.
     """
     check_kinds(net=net)
-    X, y = checked(net, *unpacked(X, y))
+    X, y = checked(floating(net), *unpacked(X, y))
     if loss is None:
         loss = nn.MSELoss() if y.is_floating_point() else nn.CrossEntropyLoss()
     check_kinds(loss=loss)
@@ -100,7 +100,9 @@ def restored_modes(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            # a module's assignment takes a microsecond
+            if module.training != training:
+                module.training = training
 
 
 def to_net(net: nn.Module, X: Tensor, y: Tensor, input_scale: float | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +15,15 @@ Array: TypeAlias = Tensor | NDArray[Any]
 
 def floating(net: nn.Module) -> Tensor | None:
     """Return the parameter whose dtype and device the net's inputs must have."""
-    return next((parameter for parameter in net.parameters() if parameter.is_floating_point()), None)
+    return first_floating(net.parameters())
+
+
+def first_floating(parameters: Iterable[Tensor]) -> Tensor | None:
+    """Return the first parameter that is floating point."""
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            return parameter
+    return None
 
 
 def unpacked(X: Any, y: Array | None, part: str = "") -> tuple[Array, Array]:
@@ -91,7 +100,7 @@ def _check_dtype(parameter: Tensor | None, tensor: Tensor, name: str) -> None:
 def checked_examples(parameter: Tensor | None, X: Array, part: str = "") -> Tensor:
     """Return examples for a net with such a parameter, or raise an error that says what doesn't fit."""
     X = _as_tensor(X, f"{part}X")
-    if X.dim() == 0 or len(X) == 0:
+    if X.dim() == 0 or X.shape[0] == 0:
         raise ValueError(f"{part}X has shape {tuple(X.shape)}: it must have at least one row")
     _check_dtype(parameter, X, f"{part}X")
     return X
@@ -112,12 +121,11 @@ def check_labels(y: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
-    """Return examples and labels as tensors, or raise an error that says what doesn't fit."""
-    parameter = floating(net)
+def checked(parameter: Tensor | None, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
+    """Return examples and labels for a net with such a parameter, or raise an error as above."""
     X = checked_examples(parameter, X, part)
     y = _as_tensor(y, f"{part}y")
-    if y.dim() == 0 or len(X) != len(y):
+    if y.dim() == 0 or X.shape[0] != y.shape[0]:
         raise ValueError(
             f"{part}X and {part}y must have one row for each example, but their shapes are "
             f"{tuple(X.shape)} and {tuple(y.shape)}"
