@@ -136,7 +136,7 @@ class CompiledEngine:
         examples = *self._taken(*train), batch_size, scale, EVALUATION_ROWS
         tests = [(*self._taken(*pair, "test "), _scale(pair[0], input_scale)) for pair in test]
         self._program: Program | CudaProgram
-        if lowered.layers[0].module.weight.is_cuda:
+        if lowered.parameters[0].device.type == "cuda":
             from fastdl.training.cuda_program import CudaProgram
 
             self._program = CudaProgram(lowered, *examples)
@@ -148,14 +148,13 @@ class CompiledEngine:
 
     def _taken(self, X: Tensor, y: Tensor, part: str = "") -> tuple[Tensor, Tensor]:
         """Return examples, (N, K), and labels as the kernels read them."""
-        lowered = self._lowered
-        last = lowered.layers[-1].module
+        lowered, last = self._lowered, self._lowered.layers[-1].module
         if X.dtype not in (torch.uint8, lowered.dtype):
             raise UnsupportedError(
                 f"the compiled engine takes {part}X as torch.uint8 or {lowered.dtype}, not {X.dtype}: "
                 f"{WAY_OUT}"
             )
-        if not last.weight.is_cuda:
+        if lowered.parameters[0].device.type != "cuda":
             X, y = X.cpu(), y.cpu()
         if lowered.is_classifier:
             if y.dtype != torch.int64 or y.dim() != 1:

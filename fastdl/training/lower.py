@@ -157,7 +157,9 @@ def _parameters(layers: list[Layer], optimizer: torch.optim.SGD) -> list[Paramet
     for index, options in enumerate(optimizer.param_groups):
         for tensor in options["params"]:
             if id(tensor) in groups:
-                raise refusal(f"with an optimizer that holds a parameter of shape {tuple(tensor.shape)} twice")
+                raise refusal(
+                    f"with an optimizer that holds a parameter of shape {tuple(tensor.shape)} twice"
+                )
             groups[id(tensor)] = index
     found: list[Parameter] = []
     names: dict[int, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from fastdl.kernels.options import SGDOptions
 
 WAY_OUT = "pass compiled=False to train with the Python loop"
+
+_options = itemgetter(*SGDOptions._fields)
 
 
 class Parameter(NamedTuple):
@@ -52,15 +55,15 @@ class Parameter(NamedTuple):
             return
         what = self.name if tensor is self.tensor else f"the momentum buffer of {self.name}"
         raise RuntimeError(
-            f"{what} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}, but {self.module} was "
-            f"laid out for {tuple(self.shape)}, {self.dtype} on {self.device}: load the state of this net, or "
-            f"{WAY_OUT}"
+            f"{what} has shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}, but "
+            f"{self.module} was laid out for {tuple(self.shape)}, {self.dtype} on {self.device}: "
+            f"load the state of this net, or {WAY_OUT}"
         )
 
 
 def options_of(group: dict[str, Any]) -> SGDOptions:
     """Return the options of one of the optimizer's parameter groups."""
-    lr, momentum, dampening, weight_decay, nesterov, maximize = (group[name] for name in SGDOptions._fields)
+    lr, momentum, dampening, weight_decay, nesterov, maximize = _options(group)
     reals = float(lr), float(momentum), float(dampening), float(weight_decay)
     return SGDOptions(*reals, bool(nesterov), bool(maximize))
 

@@ -104,22 +104,26 @@ class Program:
         threads = min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)
         self._num_threads = 1 if self._is_small else int(max(1, threads))
         self.is_interruptible = not self._is_small and (
-            self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
+            self._num_threads > 1 or flops * (X.shape[0] / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
         rows = max(batch_size, evaluation_rows)
         self._takes_integers = self._fits_integers = (
-            kernels.tiles.integer_units() != "off"
-            and X.dtype == torch.uint8
+            X.dtype == torch.uint8
+            and kernels.tiles.integer_units() != "off"
             and lowered.dtype == torch.float32
             and batch_size >= _MIN_INTEGER_ROWS
             and not self._by_columns
         )
-        self._memory = kernels.layout.Memory(
-            shapes, relus, self._dtype, rows, self._num_threads, self._takes_integers
-        )
         self._loss_sums = np.zeros(rows)
-        self._team = kernels.team.Team(self._num_threads)
+        if self._is_small:
+            self._net = kernels.small.small_net(shapes[0][1], self._dtype)
+        else:
+            self._memory = kernels.layout.Memory(
+                shapes, relus, self._dtype, rows, self._num_threads, self._takes_integers
+            )
+            self._net = self._memory.net
+            self._team = kernels.team.Team(self._num_threads)
         self._places = [self._place(parameter) for parameter in lowered.parameters]
         # what was to be trained when it was read, and of it what has a momentum buffer
         self._trained: list[_Place] = []
@@ -130,10 +134,10 @@ class Program:
     def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> tuple[Any, Any, Any]:
         """Return a data set as `evaluate` takes it, of any dtype that the constructor takes."""
         layout, lowered = self._kernels.layout, self._lowered
-        layers = self._memory.net.layers
+        layers = self._net.layers
         num_inputs, num_outputs = int(layers[0]["num_inputs"]), int(layers[-1]["num_outputs"])
         outputs = () if lowered.is_classifier else (num_outputs,)
-        if (X.shape[1:], y.shape) != ((num_inputs,), (len(X), *outputs)):
+        if (X.shape[1:], y.shape) != ((num_inputs,), (X.shape[0], *outputs)):
             shapes = f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}"
             raise RuntimeError(
                 f"the net takes {num_inputs} features, gives {num_outputs} outputs, but {shapes}"
@@ -152,7 +156,7 @@ class Program:
         return examples, loss, None if self._is_small else self._memory.inputs(examples.X)
 
     def _place(self, parameter: Parameter) -> _Place:
-        layer = self._memory.net.layers[parameter.layer]
+        layer = self._net.layers[parameter.layer]
         record, is_skinny = layer["bias" if parameter.is_bias else "weight"], bool(layer["is_skinny"])
         # a single output's weight is flat as well, where it is skinny
         is_flat = parameter.is_bias or (is_skinny and parameter.shape[0] == 1)
@@ -160,7 +164,8 @@ class Program:
 
     def read(self) -> None:
         """Copy the parameters, momentum buffers and options from the net and the optimizer."""
-        optimizer, layers = self._lowered.optimizer, self._memory.net.layers
+        optimizer, layers = self._lowered.optimizer, self._net.layers
+        options_by_group = [options_of(group) for group in optimizer.param_groups]
         parts: list[_Part] = []
         self._trained, self._with_momentum = [], []
         for place in self._places:
@@ -168,7 +173,7 @@ class Program:
             parts.append((parameter.tensor, place, place.start))
             if parameter.group is None:
                 continue
-            options = options_of(optimizer.param_groups[parameter.group])
+            options = options_by_group[parameter.group]
             self._trained.append(place)
             buffer = None
             if options.momentum != 0:
@@ -194,8 +199,7 @@ class Program:
         buffers, fresh = momentum_buffers(self._lowered.optimizer, owners)
         parts = [(place.parameter.tensor, place, place.start) for place in self._trained]
         parts += [
-            (buffer, place, place.buffer)
-            for buffer, place in zip(buffers, self._with_momentum, strict=True)
+            (buffer, place, place.buffer) for buffer, place in zip(buffers, self._with_momentum, strict=True)
         ]
         arrays = [np.empty(place.parameter.shape, self._dtype) for _, place, _ in _fitting(parts)]
         self._copy(parts, arrays, to_state=False)
@@ -212,7 +216,7 @@ class Program:
         """Copy arrays to the state, or from it, on as many threads as that pays for."""
         pays = sum(values.size for values in arrays) >= _MIN_NUMBERS_TO_SHARE
         num_threads = self._num_threads if pays else 1
-        state = self._memory.net.state
+        state = self._net.state
 
         def work(thread: int, _: Any) -> None:
             for (_, place, start), values in zip(parts, arrays, strict=True):
@@ -254,23 +258,23 @@ class Program:
         return self._run(data, np.arange(len(data[0].X)), False)
 
     def _run(self, data: tuple[Any, Any, Any], order: NDArray[Any], trains: bool, *callbacks: Any) -> Scores:
-        kernels, memory, team = self._kernels, self._memory, self._team
+        kernels, net = self._kernels, self._net
         batch_size = self._batch_size if trains else self._evaluation_rows
         examples, loss, inputs = data
         self._loss_sums[:] = 0
         if self._is_small:
             kernels.small.run_small_epoch(
-                *memory.net, *examples, order, batch_size, loss.is_mean, loss.targets, trains, self._loss_sums
+                *net, *examples, order, batch_size, loss.is_mean, loss.targets, trains, self._loss_sums
             )
             return Scores(float(self._loss_sums[0]) / len(order))
         if inputs.mode == kernels.layout.INTEGER and not self._fits_integers:
             inputs = inputs._replace(mode=kernels.layout.NONZERO)
         epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
 
-        workspace = memory.workspace
+        workspace, team = self._memory.workspace, self._team
 
         def work(thread: int, shared: Any) -> None:
-            kernels.epoch.run_epoch(thread, shared, memory.net, examples, loss, epoch, inputs, workspace)
+            kernels.epoch.run_epoch(thread, shared, net, examples, loss, epoch, inputs, workspace)
 
         team.run(work, *callbacks, in_caller=not self.is_interruptible)
         mean_loss = float(self._loss_sums.sum()) / len(order)
@@ -279,6 +283,6 @@ class Program:
         wrong_row = team.members["wrong_row"].min()
         if wrong_row < kernels.team.NO_ROW:
             labels = torch.from_numpy(loss.labels)
-            check_labels(labels, int(memory.net.layers[-1]["num_outputs"]), loss.ignore_index)
+            check_labels(labels, int(net.layers[-1]["num_outputs"]), loss.ignore_index)
             raise IndexError(f"row {wrong_row} of y was no class for a while: leave y alone while fit trains")
         return Scores(mean_loss, int(team.members["num_correct"].sum()) / len(order))

@@ -46,7 +46,7 @@ _SAMPLE = 256
 _WORK_OF_ZEROS = 0.05
 
 _OPTIONS = [(name, "?" if kind == "bool" else "f8") for name, kind in SGDOptions.__annotations__.items()]
-_NO_OPTIONS = SGDOptions(0.0, 0.0, 0.0, 0.0, False, False)
+NO_OPTIONS = SGDOptions(0.0, 0.0, 0.0, 0.0, False, False)
 # where a parameter and its momentum buffer begin, and how it is updated
 PARAMETER = np.dtype(
     [("start", "i8"), ("buffer", "i8"), ("trains", "?"), ("is_fresh", "?"), *_OPTIONS], align=True
@@ -112,7 +112,11 @@ class Integers(NamedTuple):
 
 
 _NO_INTEGERS = Integers(
-    *(digits_memory(0, 0, 0),) * 2, tiles_memory(0), aligned(0, INTEGER_MEMBER), np.zeros((0, 1), np.bool_), False
+    *(digits_memory(0, 0, 0),) * 2,
+    tiles_memory(0),
+    aligned(0, INTEGER_MEMBER),
+    np.zeros((0, 1), np.bool_),
+    False,
 )
 
 
@@ -218,7 +222,7 @@ class Memory:
             is_skinny = 4 * width <= 3 * panel and not (takes_integers and index == 0)
             size = padded_depth * width if is_skinny else padded_width * depth
             parameters = [
-                (state.take(count), state.take(count), False, False, *_NO_OPTIONS)
+                (state.take(count), state.take(count), False, False, *NO_OPTIONS)
                 for count in (size, padded_width)
             ]
             computed = [self._scratch.take(padded_width * self._stride) for _ in ("output", "grad")]
