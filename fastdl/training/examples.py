@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,15 +14,7 @@ Array: TypeAlias = Tensor | NDArray[Any]
 
 def floating(net: nn.Module) -> Tensor | None:
     """Return the parameter whose dtype and device the net's inputs must have."""
-    return first_floating(net.parameters())
-
-
-def first_floating(parameters: Iterable[Tensor]) -> Tensor | None:
-    """Return the first parameter that is floating point."""
-    for parameter in parameters:
-        if parameter.is_floating_point():
-            return parameter
-    return None
+    return next((parameter for parameter in net.parameters() if parameter.is_floating_point()), None)
 
 
 def unpacked(X: Any, y: Array | None, part: str = "") -> tuple[Array, Array]:
@@ -121,8 +112,9 @@ def check_labels(y: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def checked(parameter: Tensor | None, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
-    """Return examples and labels for a net with such a parameter, or raise an error as above."""
+def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
+    """Return examples and labels as tensors, or raise an error that says what doesn't fit."""
+    parameter = floating(net)
     X = checked_examples(parameter, X, part)
     y = _as_tensor(y, f"{part}y")
     if y.dim() == 0 or X.shape[0] != y.shape[0]:
