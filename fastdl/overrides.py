@@ -13,6 +13,11 @@ from fastdl import torch_private
 
 # the functions that accelerate binds to a module
 BOUND: set[Callable[..., Any]] = set()
+# what a module's call runs
+_CALLS = ("forward", "__call__", *torch_private.MODULE_CALLS)
+_OURS = ("torch", "fastdl")
+# these functions by class of torch or fastdl, where nobody patched them: other functions are looked at anew
+_UNPATCHED: dict[type[nn.Module], list[Any]] = {}
 
 
 def is_bound(value: object) -> bool:
@@ -42,12 +47,17 @@ def replaced(module: nn.Module) -> str | None:
     """
     if "forward" in vars(module) and not is_accelerated(module):
         return "has a forward that was replaced on the instance"
+    kind = type(module)
+    calls = [getattr(kind, name) for name in _CALLS]
     reason = torch_private.replaced_call(module)
-    for name in ("forward", "__call__", *torch_private.MODULE_CALLS):
-        home = next(base for base in type(module).__mro__ if name in vars(base))
-        function_home = getattr(vars(home)[name], "__globals__", {}).get("__name__")
-        if function_home != home.__module__ and home.__module__.split(".")[0] in ("torch", "fastdl"):
-            reason = f"has a {name} that was patched in the class {home.__name__}"
+    if _UNPATCHED.get(kind) != calls:
+        for name in _CALLS:
+            home = next(base for base in kind.__mro__ if name in vars(base))
+            function_home = getattr(vars(home)[name], "__globals__", {}).get("__name__")
+            if function_home != home.__module__ and home.__module__.split(".")[0] in _OURS:
+                return f"has a {name} that was patched in the class {home.__name__}"
+        if kind.__module__.split(".")[0] in _OURS:
+            _UNPATCHED[kind] = calls
     return reason
 
 
@@ -68,7 +78,7 @@ def overridden(module: nn.Module) -> str | None:
     for hooks, kind in torch_private.MODULE_HOOKS.items():
         if getattr(module, hooks, None):
             return f"has a {kind}"
-    if is_parametrized(module):
+    if "parametrizations" in torch_private.children(module) and is_parametrized(module):
         return "is parametrized"
     return replaced(module)
 

@@ -112,14 +112,20 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     )
 
 
+# the methods of an SGD that were found last not to be replaced: what calls them runs the same code then
+_KNOWN_METHODS: dict[str, Any] = {}
+
+
 def replaced_method(optimizer: Optimizer) -> str | None:
     """Return which method of an SGD was replaced, on the instance or in the class; or None.
 
     torch wraps the step: the class's at the first instance, an instance's for a learning rate scheduler.
     """
     for name in ("step", "zero_grad"):
-        function: Any = vars(optimizer).get(name) or getattr(type(optimizer), name)
-        innermost = None
+        outermost: Any = vars(optimizer).get(name) or getattr(type(optimizer), name)
+        if _KNOWN_METHODS.get(name) is outermost:
+            continue
+        function, innermost = outermost, None
         while function is not None:
             innermost = function
             home = getattr(function, "__globals__", {}).get("__name__", "")
@@ -128,6 +134,9 @@ def replaced_method(optimizer: Optimizer) -> str | None:
             function = getattr(function, "__wrapped__", None)
         if getattr(innermost, "__qualname__", "") not in (f"SGD.{name}", f"Optimizer.{name}"):
             return name
+        # an instance's own would keep the optimizer alive
+        if name not in vars(optimizer):
+            _KNOWN_METHODS[name] = outermost
     return None
 
 
@@ -137,23 +146,25 @@ def note_step(optimizer: Optimizer) -> None:
         optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
-def active_modes(device_type: str) -> str | None:
-    """Return what around this call watches or changes torch's ops, as a phrase; or None."""
-    modes = {
-        "under autocast": torch.is_autocast_enabled(device_type),
-        "in anomaly mode, which looks at every gradient": torch.is_anomaly_enabled(),
-        "under a torch dispatch mode": num_dispatch_modes(),
-        "in a transform of torch.func": torch._C._are_functorch_transforms_active(),
-        "under saved_tensors_hooks": torch._C._autograd._top_saved_tensors_default_hooks(True),
-        # a default device is such a mode as well
-        "under a torch function mode": any(
-            not isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack()
-        ),
-    }
+def active_modes() -> str | None:
+    """Return what around this call, autocast aside, watches or changes torch's ops, as a phrase; or None."""
+    if torch.is_anomaly_enabled():
+        return "in anomaly mode, which looks at every gradient"
+    if num_dispatch_modes():
+        return "under a torch dispatch mode"
+    if torch._C._are_functorch_transforms_active():
+        return "in a transform of torch.func"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True):
+        return "under saved_tensors_hooks"
+    # a default device is such a mode as well
+    modes = torch.overrides._get_current_function_mode_stack()
+    if any(not isinstance(mode, DeviceContext) for mode in modes):
+        return "under a torch function mode"
     for name in ("linear", "relu", "cross_entropy", "mse_loss"):
-        home = getattr(getattr(F, name), "__globals__", type(getattr(F, name)))
-        modes[f"with torch.nn.functional.{name} replaced"] = home not in (vars(F), BuiltinFunctionType)
-    return next((phrase for phrase, is_on in modes.items() if is_on), None)
+        function = getattr(F, name)
+        if type(function) is not BuiltinFunctionType and getattr(function, "__globals__", None) is not vars(F):
+            return f"with torch.nn.functional.{name} replaced"
+    return None
 
 
 def has_tensor_hooks(tensor: Tensor) -> bool:

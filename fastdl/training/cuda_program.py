@@ -16,7 +16,7 @@ from fastdl.training.cuda_examples import CudaExamples, Resident, cuda_examples,
 from fastdl.training.examples import check_labels
 from fastdl.training.loop import Scores
 from fastdl.training.lower import Lowered
-from fastdl.training.parameters import Parameter, momentum_buffer, momentum_buffers, options_of, parameters_of
+from fastdl.training.parameters import Parameter, momentum_buffer, momentum_buffers, options_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -123,7 +123,7 @@ class CudaProgram:
         self._copies: list[_Copy] = []
         # of each layer: weight, bias, and their momentum buffers
         own: list[list[Tensor | None]] = [[None] * 4 for _ in layers]
-        for parameter in parameters_of(self._lowered):
+        for parameter in self._lowered.parameters:
             copy = self._zeros(*parameter.tensor.shape)
             buffer = None if parameter.group is None else torch.zeros_like(copy)
             self._copies.append(_Copy(parameter, copy, buffer))
@@ -232,12 +232,15 @@ class CudaProgram:
         trained = [copy for copy in self._copies if copy.buffer is not None]
         with_momentum = [copy for copy in trained if self._option_rows[copy.row].momentum != 0]
         parameters = [copy.parameter for copy in with_momentum]
-        with momentum_buffers(self._lowered.optimizer, parameters) as buffers:
-            targets = [copy.parameter.tensor for copy in trained] + buffers
-            sources = [copy.own for copy in trained] + [
-                copy.buffer for copy in with_momentum if copy.buffer is not None
-            ]
-            copy_all(targets, sources)
+        optimizer = self._lowered.optimizer
+        buffers, fresh = momentum_buffers(optimizer, parameters)
+        targets = [copy.parameter.tensor for copy in trained] + buffers
+        sources = [copy.own for copy in trained] + [
+            copy.buffer for copy in with_momentum if copy.buffer is not None
+        ]
+        copy_all(targets, sources)
+        for tensor, buffer in fresh:
+            optimizer.state[tensor]["momentum_buffer"] = buffer
 
     def epoch(
         self,

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastdl.torch_private import active_modes, note_step, version_of
+from fastdl.torch_private import active_modes, autocasts_anywhere, note_step, version_of
 from fastdl.training.evaluation import EVALUATION_ROWS, Loss, check_targets, evaluated, output_shape, to_net
 from fastdl.training.examples import check_labels, floating
 from fastdl.training.loop import Scores, train_epoch
-from fastdl.training.lower import WAY_OUT, UnsupportedError, lower, refusal
+from fastdl.training.lower import UnsupportedError, lower, refusal
 from fastdl.training.memory import unreadable
 from fastdl.training.options import check_loss, check_optimizer
 from fastdl.training.orders import Orders
+from fastdl.training.parameters import WAY_OUT
 from fastdl.training.progress import EpochProgress
 from fastdl.training.undo import undone_by_errors
 
@@ -92,8 +93,11 @@ class CompiledEngine:
                 "fit needs gradients, which torch.no_grad() and torch.inference_mode() switch off: call it "
                 "outside of them"
             )
-        parameter = floating(net)
-        mode = active_modes("cuda" if parameter is not None and parameter.is_cuda else "cpu")
+        mode = active_modes()
+        if autocasts_anywhere():
+            parameter = floating(net)
+            is_cuda = parameter is not None and parameter.is_cuda
+            mode = "under autocast" if torch.is_autocast_enabled("cuda" if is_cuda else "cpu") else mode
         if mode is not None:
             raise refusal(mode)
         tensors: dict[str, Tensor] = {}
@@ -105,12 +109,12 @@ class CompiledEngine:
                 why = f"requires a gradient, unlike {name.split()[-1]}.detach()"
             if why is not None:
                 raise UnsupportedError(f"the compiled engine takes no {name} that {why}: {WAY_OUT}")
-        example_shape = data[0][0].shape[1:]
-        if len(data[0][0]) != orders.num_examples or any(
-            X.shape[:1] != y.shape[:1] or X.shape[1:] != example_shape for X, y in data
+        shape = data[0][0].shape
+        if shape[:1] != (orders.num_examples,) or any(
+            X.shape[:1] != y.shape[:1] or X.shape[1:] != shape[1:] for X, y in data
         ):
             raise ValueError("X and y must keep the shapes that they had when fit was called")
-        self._lowered = lower(net, loss, optimizer, tuple(example_shape), tensors)
+        self._lowered = lower(net, loss, optimizer, shape[1:], tensors)
         identity = None
         if is_watched:
             if self._lowered.class_weight is not None:
@@ -132,7 +136,7 @@ class CompiledEngine:
         examples = *self._taken(*train), batch_size, scale, EVALUATION_ROWS
         tests = [(*self._taken(*pair, "test "), _scale(pair[0], input_scale)) for pair in test]
         self._program: Program | CudaProgram
-        if lowered.layers[0].module.weight.is_cuda:
+        if lowered.parameters[0].device.type == "cuda":
             from fastdl.training.cuda_program import CudaProgram
 
             self._program = CudaProgram(lowered, *examples)
@@ -144,14 +148,13 @@ class CompiledEngine:
 
     def _taken(self, X: Tensor, y: Tensor, part: str = "") -> tuple[Tensor, Tensor]:
         """Return examples, (N, K), and labels as the kernels read them."""
-        lowered = self._lowered
-        last = lowered.layers[-1].module
+        lowered, last = self._lowered, self._lowered.layers[-1].module
         if X.dtype not in (torch.uint8, lowered.dtype):
             raise UnsupportedError(
                 f"the compiled engine takes {part}X as torch.uint8 or {lowered.dtype}, not {X.dtype}: "
                 f"{WAY_OUT}"
             )
-        if not last.weight.is_cuda:
+        if lowered.parameters[0].device.type != "cuda":
             X, y = X.cpu(), y.cpu()
         if lowered.is_classifier:
             if y.dtype != torch.int64 or y.dim() != 1:
@@ -168,7 +171,7 @@ class CompiledEngine:
             )
         else:
             check_targets(y, (last.out_features,), part)
-        return X.reshape(len(X), -1).contiguous(), y.contiguous()
+        return X.reshape(X.shape[0], -1).contiguous(), y.contiguous()
 
     def epoch(self, bar: EpochProgress, *, is_last: bool) -> Epoch:
         """Train an epoch and evaluate; what raises leaves net and optimizer as they were before."""

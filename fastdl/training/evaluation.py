@@ -100,7 +100,9 @@ def restored_modes(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            # a module's assignment takes a microsecond
+            if module.training != training:
+                module.training = training
 
 
 def to_net(net: nn.Module, X: Tensor, y: Tensor, input_scale: float | None) -> tuple[Tensor, Tensor]:
@@ -119,7 +121,7 @@ def to_net(net: nn.Module, X: Tensor, y: Tensor, input_scale: float | None) -> t
 def check_targets(y: Tensor, output_shape: tuple[int, ...], part: str = "") -> None:
     """Raise ValueError if targets of a squared error don't have the shape of a net's outputs."""
     # MSELoss would broadcast (N, 1) against (N,) to N x N errors, and learn nothing
-    if output_shape != tuple(y.shape[1:]):
+    if output_shape != y.shape[1:]:
         raise ValueError(
             f"the net gives {output_shape} for an example, but {part}y has {tuple(y.shape[1:])}: reshape it, "
             f"e.g. y.reshape(-1, {', '.join(map(str, output_shape))})"

@@ -91,7 +91,7 @@ def _check_dtype(parameter: Tensor | None, tensor: Tensor, name: str) -> None:
 def checked_examples(parameter: Tensor | None, X: Array, part: str = "") -> Tensor:
     """Return examples for a net with such a parameter, or raise an error that says what doesn't fit."""
     X = _as_tensor(X, f"{part}X")
-    if X.dim() == 0 or len(X) == 0:
+    if X.dim() == 0 or X.shape[0] == 0:
         raise ValueError(f"{part}X has shape {tuple(X.shape)}: it must have at least one row")
     _check_dtype(parameter, X, f"{part}X")
     return X
@@ -117,7 +117,7 @@ def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor,
     parameter = floating(net)
     X = checked_examples(parameter, X, part)
     y = _as_tensor(y, f"{part}y")
-    if y.dim() == 0 or len(X) != len(y):
+    if y.dim() == 0 or X.shape[0] != y.shape[0]:
         raise ValueError(
             f"{part}X and {part}y must have one row for each example, but their shapes are "
             f"{tuple(X.shape)} and {tuple(y.shape)}"

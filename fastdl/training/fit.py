@@ -137,7 +137,7 @@ def fit(
         shuffle=shuffle, drop_last=drop_last, compiled=compiled, progress=progress,
     )  # fmt: skip
     epochs, batch_size = integer("epochs", epochs, 0), integer("batch_size", batch_size, 1)
-    own = {id(parameter) for parameter in net.parameters()}
+    own = set(map(id, net.parameters()))
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("the optimizer holds none of the net's parameters: make it of net.parameters()")
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:

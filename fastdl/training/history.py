@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdl.files import replacing
@@ -95,7 +95,7 @@ class History:
 
     def figures(self) -> dict[str, list[float]]:
         """Return the figures that were measured, by name, each a list with one value for each epoch."""
-        return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name)}
+        return {name: values for name in self.__dataclass_fields__ if (values := getattr(self, name))}
 
     def scaled(self, factor: float) -> History:
         """Return a copy whose losses are multiplied by `factor`."""

@@ -17,8 +17,7 @@ from fastdl.overrides import global_hooks, overridden
 from fastdl.torch_private import children, has_step_hooks, has_tensor_hooks, replaced_method
 from fastdl.training.memory import overlap, unfit
 from fastdl.training.options import LOSSES, OPTIMIZERS, check_loss, check_optimizer
-
-WAY_OUT = "pass compiled=False to train with the Python loop"
+from fastdl.training.parameters import WAY_OUT, Parameter
 
 _CONTAINERS = (nn.Sequential, models.LinearRegression, models.SoftmaxRegression, models.MLP)
 _LINEAR = (nn.Linear, fastdl_nn.Linear, fastdl_nn.LinearReLU)
@@ -31,26 +30,23 @@ class UnsupportedError(ValueError):
 
 @dataclass
 class Layer:
-    """One linear layer of a net, by its name there.
-
-    The groups are those of the optimizer that its parameters are in; None for a frozen or missing one.
-    """
+    """One linear layer of a net, by its name there."""
 
     name: str
     module: nn.Linear
     has_relu: bool
-    weight_group: int | None = None
-    bias_group: int | None = None
 
 
 @dataclass
 class Lowered:
     """A net, a loss and an optimizer that the compiled engine can train.
 
-    The loss is cross entropy or, where it is no classifier's, the squared error; a mean or else a sum.
+    The parameters are in order, a layer's weight before its bias. The loss is cross entropy or, where it is
+    no classifier's, the squared error; a mean or else a sum.
     """
 
     layers: list[Layer]
+    parameters: list[Parameter]
     optimizer: torch.optim.SGD
     is_classifier: bool
     is_mean: bool
@@ -60,26 +56,22 @@ class Lowered:
 
     def identity(self) -> tuple[object, ...]:
         """Return what is equal for two that one program serves: objects and sizes, no values of tensors."""
-        modules = [layer.module for layer in self.layers]
-        parameters = [parameter for module in modules for parameter in (module.weight, module.bias)]
         return (
             *(self.is_classifier, self.is_mean, self.ignore_index, self.label_smoothing),
-            *(self.dtype, parameters[0].device),
-            *((layer.has_relu, layer.weight_group, layer.bias_group) for layer in self.layers),
-            *((id(parameter), parameter is not None and parameter.shape) for parameter in parameters),
+            *(layer.has_relu for layer in self.layers),
+            *((id(parameter.tensor), parameter[3:]) for parameter in self.parameters),
         )
 
     def is_small(self, most_inputs: int) -> bool:
         """Return whether it is one layer of few inputs and one output, with the squared error."""
-        first, *others = self.layers
-        num_outputs, num_inputs = first.module.weight.shape
-        is_one = not (others or self.is_classifier or first.has_relu)
+        num_outputs, num_inputs = self.parameters[0].shape
+        is_one = len(self.layers) == 1 and not (self.is_classifier or self.layers[0].has_relu)
         return is_one and num_outputs == 1 and num_inputs <= most_inputs
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of every parameter."""
-        return self.layers[0].module.weight.dtype
+        return self.parameters[0].dtype
 
 
 def refusal(what: str) -> UnsupportedError:
@@ -141,37 +133,6 @@ def _layers(net: nn.Module, example_shape: tuple[int, ...]) -> list[Layer]:
     return layers
 
 
-def _parameters(layers: list[Layer]) -> dict[str, nn.Parameter]:
-    """Return the parameters by name, in order; each is plain memory of the size that its layer has."""
-    found: dict[str, nn.Parameter] = {}
-    names: dict[int, str] = {}
-    first = layers[0].module.weight
-    reason = missing_link(first.get_device()) if isinstance(first, Tensor) and first.is_cuda else None
-    if reason is not None:
-        raise refusal(f"a net on {first.device} ({reason})")
-    for layer in layers:
-        sizes = layer.module.out_features, layer.module.in_features
-        for key, shape in (("weight", sizes), ("bias", sizes[:1])):
-            name = f"{layer.name}.{key}" if layer.name else key
-            parameter = getattr(layer.module, key)
-            if parameter is None and key == "bias":
-                continue
-            if id(parameter) in names:
-                raise refusal(f"{name}, which is the same parameter as {names[id(parameter)]}")
-            why = unfit(parameter, shape, first)
-            if why is None and type(parameter) is not nn.Parameter:
-                why = "is no nn.Parameter"
-            if why is None and has_tensor_hooks(parameter):
-                why = "has a hook"
-            if why is None and parameter.dtype not in (torch.float32, torch.float64):
-                why = f"is {parameter.dtype}; it takes float32 and float64"
-            if why is not None:
-                raise refusal(f"{name}, which {why}")
-            found[name] = parameter
-            names[id(parameter)] = name
-    return found
-
-
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in OPTIMIZERS:
         raise refusal(f"with {type(optimizer).__name__}; it takes torch.optim.SGD and fastdl.optim.SGD")
@@ -185,42 +146,70 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         raise refusal("with differentiable=True")
 
 
-def _assign_groups(layers: list[Layer], optimizer: torch.optim.Optimizer) -> None:
+def _parameters(layers: list[Layer], optimizer: torch.optim.SGD) -> list[Parameter]:
+    """Return the parameters in order; each is plain memory of the size that its layer has."""
     groups: dict[int, int] = {}
     for index, options in enumerate(optimizer.param_groups):
-        for parameter in options["params"]:
-            if id(parameter) in groups:
+        for tensor in options["params"]:
+            if id(tensor) in groups:
                 raise refusal(
-                    f"with an optimizer that holds a parameter of shape {tuple(parameter.shape)} twice"
+                    f"with an optimizer that holds a parameter of shape {tuple(tensor.shape)} twice"
                 )
-            groups[id(parameter)] = index
-    for layer in layers:
-        for key in ("weight", "bias"):
-            parameter = getattr(layer.module, key)
-            if parameter is None or not parameter.requires_grad:
+            groups[id(tensor)] = index
+    found: list[Parameter] = []
+    names: dict[int, str] = {}
+    first = layers[0].module.weight
+    reason = missing_link(first.get_device()) if isinstance(first, Tensor) and first.is_cuda else None
+    if reason is not None:
+        raise refusal(f"a net on {first.device} ({reason})")
+    for number, layer in enumerate(layers):
+        module = layer.module
+        sizes = module.out_features, module.in_features
+        for is_bias, tensor in enumerate((module.weight, module.bias)):
+            if tensor is None and is_bias:
                 continue
-            if id(parameter) not in groups:
-                raise refusal(f"{layer.name}.{key}, which requires a gradient but isn't in the optimizer")
-            setattr(layer, f"{key}_group", groups[id(parameter)])
-
-
-def _momentum_buffers(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Return the momentum buffers that an epoch reads and writes; each is plain memory, as its parameter."""
-    found: dict[str, Tensor] = {}
-    names = {id(parameter): name for name, parameter in parameters.items() if parameter.requires_grad}
-    for group in optimizer.param_groups:
-        for parameter in group["params"] if group["momentum"] != 0 else ():
-            buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-            if buffer is None or id(parameter) not in names:
-                continue
-            name = f"the momentum buffer of {names[id(parameter)]}"
-            why = unfit(buffer, tuple(parameter.shape), parameter)
+            key = "bias" if is_bias else "weight"
+            name = f"{layer.name}.{key}" if layer.name else key
+            if id(tensor) in names:
+                raise refusal(f"{name}, which is the same parameter as {names[id(tensor)]}")
+            names[id(tensor)] = name
+            why = unfit(tensor, sizes[:1] if is_bias else sizes, first)
+            if why is None and type(tensor) is not nn.Parameter:
+                why = "is no nn.Parameter"
+            if why is None and has_tensor_hooks(tensor):
+                why = "has a hook"
+            if why is None and tensor.dtype not in (torch.float32, torch.float64):
+                why = f"is {tensor.dtype}; it takes float32 and float64"
+            if why is None and tensor.requires_grad and id(tensor) not in groups:
+                why = "requires a gradient but isn't in the optimizer"
             if why is not None:
                 raise refusal(f"{name}, which {why}")
-            found[name] = buffer
+            group = groups[id(tensor)] if tensor.requires_grad else None
+            place = name, tensor, module, number, bool(is_bias), group
+            found.append(Parameter(*place, tensor.shape, tensor.dtype, tensor.device))
     return found
+
+
+def _memory(
+    parameters: list[Parameter], optimizer: torch.optim.SGD
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what an epoch writes, parameters and momentum buffers, and which parameters it only reads."""
+    written: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+    for parameter in parameters:
+        if parameter.group is None:
+            read[parameter.name] = parameter.tensor
+            continue
+        written[parameter.name] = parameter.tensor
+        if optimizer.param_groups[parameter.group]["momentum"] != 0:
+            buffer = optimizer.state.get(parameter.tensor, {}).get("momentum_buffer")
+            if buffer is not None:
+                name = f"the momentum buffer of {parameter.name}"
+                why = unfit(buffer, parameter.shape, parameter.tensor)
+                if why is not None:
+                    raise refusal(f"{name}, which {why}")
+                written[name] = buffer
+    return written, read
 
 
 def lower(
@@ -260,20 +249,21 @@ def lower(
     if hooks is not None:
         raise refusal(f"under {hooks}")
     layers = _layers(net, example_shape)
-    parameters = _parameters(layers)
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        raise refusal("a net none of whose parameters requires a gradient")
     _check_optimizer(optimizer)
     assert isinstance(optimizer, torch.optim.SGD)
-    _assign_groups(layers, optimizer)
+    parameters = _parameters(layers, optimizer)
+    written, read = _memory(parameters, optimizer)
+    if all(parameter.group is None for parameter in parameters):
+        raise refusal("a net none of whose parameters requires a gradient")
     check_loss(loss)
     if type(loss) not in LOSSES:
         raise refusal(f"with the loss {loss}; it takes nn.CrossEntropyLoss and nn.MSELoss")
     change = overridden(loss)
     if change is not None:
         raise refusal(f"with the loss {loss}, which {change}")
-    lowered = Lowered(layers, optimizer, isinstance(loss, nn.CrossEntropyLoss), loss.reduction == "mean")
-    read = dict(data or {})
+    is_classifier = isinstance(loss, nn.CrossEntropyLoss)
+    lowered = Lowered(layers, parameters, optimizer, is_classifier, loss.reduction == "mean")
+    read |= data or {}
     if lowered.is_classifier:
         lowered.class_weight = loss.weight
         lowered.ignore_index = operator.index(loss.ignore_index)
@@ -288,9 +278,6 @@ def lower(
             if why is not None:
                 raise refusal(f"with a class weight that {why}")
             read["the class weight"] = loss.weight
-    written = _momentum_buffers(parameters, optimizer)
-    for name, parameter in parameters.items():
-        (written if parameter.requires_grad else read)[name] = parameter
     shared = overlap(written, read)
     if shared is not None:
         raise refusal(f"{shared[0]} and {shared[1]}, which share memory")

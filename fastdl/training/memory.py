@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import itemgetter
 
 import numpy as np
 import torch
@@ -12,21 +11,21 @@ from torch import Tensor, nn
 
 def unreadable(tensor: object) -> str | None:
     """Return why a tensor's memory doesn't hold its values, as a phrase such as "is on meta"; or None."""
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, nn.Parameter):
         return f"is a {type(tensor).__name__}"
-    assert isinstance(tensor, Tensor)
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}"
     if not tensor.is_cpu and not tensor.is_cuda:
         return f"is on {tensor.device}"
     if tensor.is_neg() or tensor.is_conj():
         return "is a negative or conjugate view, which isn't computed yet"
-    if tensor.numel() > 0 and tensor.data_ptr() == 0:
+    start = tensor.data_ptr()
+    if start == 0 and tensor.numel() > 0:
         return "has no memory"
     storage = tensor.untyped_storage()
     if _span(tensor)[1] > storage.data_ptr() + storage.nbytes():
         return "is larger than its memory"
-    if tensor.data_ptr() % tensor.element_size() != 0:
+    if start % tensor.element_size() != 0:
         return "isn't aligned in memory"
     return None
 
@@ -52,10 +51,8 @@ def unfit(tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> str | None:
 
 def overlap(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """Return the names of two tensors that share memory, at least one of which is written; or None."""
-    spans = sorted(
-        ((*_span(tensor), name, tensor) for name, tensor in (*written.items(), *read.items())),
-        key=itemgetter(0),
-    )
+    # sorted by where they start, end, and by name, which differs
+    spans = sorted([(*_span(tensor), name, tensor) for name, tensor in (*written.items(), *read.items())])
     reaching: list[tuple[int, int, str, Tensor]] = []
     for span in spans:
         start, _, name, tensor = span

@@ -28,9 +28,9 @@ _ARGUMENTS: dict[str, tuple[Any, str]] = {
     "net": (nn.Module, "an nn.Module"),
     "loss": (Callable, "callable, such as nn.CrossEntropyLoss()"),
     "optimizer": (torch.optim.Optimizer, "a torch.optim.Optimizer"),
-    "scheduler": ((LRScheduler, NoneType), "an LRScheduler of torch.optim.lr_scheduler"),
+    "scheduler": ((NoneType, LRScheduler), "an LRScheduler of torch.optim.lr_scheduler"),
     "generator": ((torch.Generator, NoneType), "a torch.Generator, such as torch.Generator().manual_seed(0)"),
-    "on_epoch": ((Callable, NoneType), "callable"),
+    "on_epoch": ((NoneType, Callable), "callable"),
     "shuffle": _FLAG,
     "drop_last": _FLAG,
     "compiled": _FLAG,
@@ -69,8 +69,8 @@ def integer(name: str, value: Any, least: float, most: float = math.inf) -> int:
 
 def number(name: str, value: Any, least: float = -math.inf, most: float = math.inf) -> Any:
     """Return a real number, or raise TypeError or ValueError if it is none or out of range."""
-    is_real = isinstance(value, Real)
-    if not is_real:
+    # the question for an abstract class takes as long as all others
+    if type(value) not in (int, float) and not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, not {_shown(value)}")
     if not least <= value <= most:
         bounds = f"{least} or more" if most == math.inf else f"from {least} to {most}"

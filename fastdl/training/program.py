@@ -6,18 +6,18 @@ import operator
 from collections import deque
 from collections.abc import Callable
 from itertools import pairwise, starmap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from fastdl.arrays import array, cpu_kernels, num_threads
+from fastdl.arrays import array, cpu_kernels, like, num_threads
 from fastdl.training.examples import check_labels
 from fastdl.training.loop import Scores
-from fastdl.training.lower import WAY_OUT, Lowered
-from fastdl.training.parameters import options_of
+from fastdl.training.lower import Lowered
+from fastdl.training.parameters import Parameter, momentum_buffer, momentum_buffers, options_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,22 +44,25 @@ def _is_even(weight: NDArray[Any]) -> bool:
     return bool((magnitudes.max(axis=1) * counts <= _MOST_TIMES_MEAN * magnitudes.sum(axis=1)).all())
 
 
-class _Parameter(NamedTuple):
-    """A parameter of the net, its shape, and the record that says where it lies in the state."""
+class _Place(NamedTuple):
+    """Where a parameter and its momentum buffer begin in the state; flat, or else in panels."""
 
-    module: nn.Module
-    name: str
-    shape: tuple[int, ...]
-    record: Any
+    parameter: Parameter
+    start: int
+    buffer: int
+    is_flat: bool
     is_skinny: bool
 
 
-class _Part(NamedTuple):
-    """A parameter or its momentum buffer, which begins at ``record[position]`` of the state."""
+# a parameter or its momentum buffer, its place, and where it begins
+_Part: TypeAlias = tuple[Tensor, _Place, int]
 
-    tensor: Tensor
-    parameter: _Parameter
-    position: str
+
+def _fitting(parts: list[_Part]) -> list[_Part]:
+    """Return the parts, or raise RuntimeError unless each has the shape for which there is memory."""
+    for tensor, place, _ in parts:
+        place.parameter.check(tensor)
+    return parts
 
 
 class Program:
@@ -91,8 +94,8 @@ class Program:
         self._kernels = kernels = cpu_kernels()
         self._lowered = lowered
         self._batch_size, self._evaluation_rows = batch_size, evaluation_rows
-        self._dtype = torch.empty(0, dtype=lowered.dtype, device="cpu").numpy().dtype
-        shapes = [tuple(layer.module.weight.shape) for layer in lowered.layers]
+        self._dtype = like(lowered.dtype).dtype
+        shapes: list[Any] = [parameter.shape for parameter in lowered.parameters if not parameter.is_bias]
         relus = [layer.has_relu for layer in lowered.layers]
         if any(depth != width for (width, _), (_, depth) in pairwise(shapes)):
             raise RuntimeError(f"weights of the shapes {shapes} are no chain of layers")
@@ -101,40 +104,40 @@ class Program:
         threads = min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)
         self._num_threads = 1 if self._is_small else int(max(1, threads))
         self.is_interruptible = not self._is_small and (
-            self._num_threads > 1 or flops * (len(X) / batch_size) > _MIN_FLOPS_TO_HAND_OVER
+            self._num_threads > 1 or flops * (X.shape[0] / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
         rows = max(batch_size, evaluation_rows)
         self._takes_integers = self._fits_integers = (
-            kernels.tiles.integer_units() != "off"
-            and X.dtype == torch.uint8
+            X.dtype == torch.uint8
+            and kernels.tiles.integer_units() != "off"
             and lowered.dtype == torch.float32
             and batch_size >= _MIN_INTEGER_ROWS
             and not self._by_columns
         )
-        self._memory = kernels.layout.Memory(
-            shapes, relus, self._dtype, rows, self._num_threads, self._takes_integers
-        )
         self._loss_sums = np.zeros(rows)
-        self._team = kernels.team.Team(self._num_threads)
-        self._parameters = [
-            _Parameter(layer.module, name, shape[:dim], record[name], bool(record["is_skinny"]))
-            for record, layer, shape in zip(self._memory.net.layers, lowered.layers, shapes, strict=True)
-            for name, dim in (("weight", 2), ("bias", 1))
-            if getattr(layer.module, name) is not None
-        ]
-        # what was to be trained when it was read, and whether it has a momentum buffer
-        self._trained: list[tuple[_Part, bool]] = []
+        if self._is_small:
+            self._net = kernels.small.small_net(shapes[0][1], self._dtype)
+        else:
+            self._memory = kernels.layout.Memory(
+                shapes, relus, self._dtype, rows, self._num_threads, self._takes_integers
+            )
+            self._net = self._memory.net
+            self._team = kernels.team.Team(self._num_threads)
+        self._places = [self._place(parameter) for parameter in lowered.parameters]
+        # what was to be trained when it was read, and of it what has a momentum buffer
+        self._trained: list[_Place] = []
+        self._with_momentum: list[_Place] = []
         self._is_valid = True
         self._data = self.prepare(X, y, input_scale)
 
     def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> tuple[Any, Any, Any]:
         """Return a data set as `evaluate` takes it, of any dtype that the constructor takes."""
         layout, lowered = self._kernels.layout, self._lowered
-        layers = self._memory.net.layers
+        layers = self._net.layers
         num_inputs, num_outputs = int(layers[0]["num_inputs"]), int(layers[-1]["num_outputs"])
         outputs = () if lowered.is_classifier else (num_outputs,)
-        if (X.shape[1:], y.shape) != ((num_inputs,), (len(X), *outputs)):
+        if (X.shape[1:], y.shape) != ((num_inputs,), (X.shape[0], *outputs)):
             shapes = f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}"
             raise RuntimeError(
                 f"the net takes {num_inputs} features, gives {num_outputs} outputs, but {shapes}"
@@ -150,93 +153,86 @@ class Program:
             label_smoothing=lowered.label_smoothing,
         )
         examples = layout.Examples(array(X), float(input_scale))
-        return examples, loss, self._memory.inputs(examples.X)
+        return examples, loss, None if self._is_small else self._memory.inputs(examples.X)
+
+    def _place(self, parameter: Parameter) -> _Place:
+        layer = self._net.layers[parameter.layer]
+        record, is_skinny = layer["bias" if parameter.is_bias else "weight"], bool(layer["is_skinny"])
+        # a single output's weight is flat as well, where it is skinny
+        is_flat = parameter.is_bias or (is_skinny and parameter.shape[0] == 1)
+        return _Place(parameter, int(record["start"]), int(record["buffer"]), is_flat, is_skinny)
 
     def read(self) -> None:
         """Copy the parameters, momentum buffers and options from the net and the optimizer."""
-        optimizer = self._lowered.optimizer
-        groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+        optimizer, layers = self._lowered.optimizer, self._net.layers
+        options_by_group = [options_of(group) for group in optimizer.param_groups]
         parts: list[_Part] = []
-        self._trained = []
-        for parameter in self._parameters:
-            record, tensor = parameter.record, getattr(parameter.module, parameter.name)
-            parts.append(_Part(tensor, parameter, "start"))
-            group = groups.get(id(tensor)) if tensor.requires_grad else None
-            record["trains"] = group is not None
-            if group is None:
+        self._trained, self._with_momentum = [], []
+        for place in self._places:
+            parameter = place.parameter
+            parts.append((parameter.tensor, place, place.start))
+            if parameter.group is None:
                 continue
-            options = options_of(group)
-            for option, value in options._asdict().items():
-                record[option] = value
-            has_buffer = options.momentum != 0
-            self._trained.append((parts[-1], has_buffer))
-            buffer = optimizer.state.get(tensor, {}).get("momentum_buffer") if has_buffer else None
-            record["is_fresh"] = buffer is None
-            if buffer is not None:
-                parts.append(_Part(buffer, parameter, "buffer"))
-        self._check(parts)
-        arrays = [array(part.tensor) for part in parts]
+            options = options_by_group[parameter.group]
+            self._trained.append(place)
+            buffer = None
+            if options.momentum != 0:
+                self._with_momentum.append(place)
+                buffer = momentum_buffer(optimizer, parameter)
+                if buffer is not None:
+                    parts.append((buffer, place, place.buffer))
+            record = place.start, place.buffer, True, buffer is None, *options
+            layers["bias" if parameter.is_bias else "weight"][parameter.layer] = record
+        arrays = [array(tensor) for tensor, *_ in _fitting(parts)]
         self._copy(parts, arrays, to_state=True)
-        self._team.members["has_finite_weight"] = np.isfinite(arrays[0]).all()
-        self._fits_integers = self._takes_integers and _is_even(arrays[0])
+        if not self._is_small:
+            self._team.members["has_finite_weight"] = np.isfinite(arrays[0]).all()
+            self._fits_integers = self._takes_integers and _is_even(arrays[0])
         self._is_valid = True
-
-    def _check(self, parts: list[_Part]) -> None:
-        """Raise an error unless each tensor has the shape for which there is memory."""
-        for tensor, parameter, position in parts:
-            wanted = parameter.shape, self._lowered.dtype, "cpu"
-            found = tuple(tensor.shape), tensor.dtype, tensor.device.type
-            if found != wanted:
-                buffer = "" if position == "start" else "'s momentum buffer"
-                what = f"{parameter.name}{buffer} of {parameter.module}, which is {found}, not {wanted}"
-                raise RuntimeError(f"the compiled engine can't train {what}: {WAY_OUT}")
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer: all of them, or none."""
         if not self._is_valid:
             return
         state = self._lowered.optimizer.state
-        parts: list[_Part] = []
-        fresh: list[tuple[Tensor, Tensor]] = []
-        for part, has_buffer in self._trained:
-            parts.append(part)
-            if has_buffer:
-                buffer = state.get(part.tensor, {}).get("momentum_buffer")
-                if buffer is None:
-                    buffer = torch.empty_like(part.tensor, requires_grad=False)
-                    fresh.append((part.tensor, buffer))
-                parts.append(_Part(buffer, part.parameter, "buffer"))
-        self._check(parts)
-        arrays = [np.empty(part.parameter.shape, self._dtype) for part in parts]
+        owners = [place.parameter for place in self._with_momentum]
+        buffers, fresh = momentum_buffers(self._lowered.optimizer, owners)
+        parts = [(place.parameter.tensor, place, place.start) for place in self._trained]
+        parts += [
+            (buffer, place, place.buffer) for buffer, place in zip(buffers, self._with_momentum, strict=True)
+        ]
+        arrays = [np.empty(place.parameter.shape, self._dtype) for _, place, _ in _fitting(parts)]
         self._copy(parts, arrays, to_state=False)
         entries: list[tuple[Any, Any, Any]] = [
-            (part.tensor.detach().numpy(), ..., values) for part, values in zip(parts, arrays, strict=True)
+            (tensor.detach().numpy(), ..., values) for (tensor, *_), values in zip(parts, arrays, strict=True)
         ]
         entries += [(state[owner], "momentum_buffer", buffer) for owner, buffer in fresh]
         # one call of C, into which no Ctrl-C comes
         deque(starmap(operator.setitem, entries), maxlen=0)
         # a graph that saved a tensor must notice: numpy's writes aren't counted, torch's are
-        increment_version([part.tensor for part in parts])
+        increment_version([tensor for tensor, *_ in parts])
 
     def _copy(self, parts: list[_Part], arrays: list[NDArray[Any]], *, to_state: bool) -> None:
         """Copy arrays to the state, or from it, on as many threads as that pays for."""
         pays = sum(values.size for values in arrays) >= _MIN_NUMBERS_TO_SHARE
         num_threads = self._num_threads if pays else 1
-        state = self._memory.net.state
+        state = self._net.state
 
         def work(thread: int, _: Any) -> None:
-            for part, values in zip(parts, arrays, strict=True):
-                start = int(part.parameter.record[part.position])
-                own = state[start : start + values.size]
-                if values.ndim == 2:
+            for (_, place, start), values in zip(parts, arrays, strict=True):
+                if not place.is_flat:
                     self._kernels.weights.copy_weight(
-                        values, state, start, part.parameter.is_skinny, to_state, thread, num_threads
+                        values, state, start, place.is_skinny, to_state, thread, num_threads
                     )
                 elif thread == 0:
-                    target, source = (own, values) if to_state else (values, own)
+                    own, flat = state[start : start + values.size], values.reshape(-1)
+                    target, source = (own, flat) if to_state else (flat, own)
                     target[:] = source
 
-        self._team.run(work, in_caller=num_threads == 1)
+        if num_threads == 1:
+            work(0, None)
+        else:
+            self._team.run(work)
 
     def epoch(
         self,
@@ -262,23 +258,23 @@ class Program:
         return self._run(data, np.arange(len(data[0].X)), False)
 
     def _run(self, data: tuple[Any, Any, Any], order: NDArray[Any], trains: bool, *callbacks: Any) -> Scores:
-        kernels, memory, team = self._kernels, self._memory, self._team
+        kernels, net = self._kernels, self._net
         batch_size = self._batch_size if trains else self._evaluation_rows
         examples, loss, inputs = data
-        if inputs.mode == kernels.layout.INTEGER and not self._fits_integers:
-            inputs = inputs._replace(mode=kernels.layout.NONZERO)
         self._loss_sums[:] = 0
         if self._is_small:
             kernels.small.run_small_epoch(
-                *memory.net, *examples, order, batch_size, loss.is_mean, loss.targets, trains, self._loss_sums
+                *net, *examples, order, batch_size, loss.is_mean, loss.targets, trains, self._loss_sums
             )
             return Scores(float(self._loss_sums[0]) / len(order))
+        if inputs.mode == kernels.layout.INTEGER and not self._fits_integers:
+            inputs = inputs._replace(mode=kernels.layout.NONZERO)
         epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)
 
+        workspace, team = self._memory.workspace, self._team
+
         def work(thread: int, shared: Any) -> None:
-            kernels.epoch.run_epoch(
-                thread, shared, memory.net, examples, loss, epoch, inputs, memory.workspace
-            )
+            kernels.epoch.run_epoch(thread, shared, net, examples, loss, epoch, inputs, workspace)
 
         team.run(work, *callbacks, in_caller=not self.is_interruptible)
         mean_loss = float(self._loss_sums.sum()) / len(order)
@@ -287,6 +283,6 @@ class Program:
         wrong_row = team.members["wrong_row"].min()
         if wrong_row < kernels.team.NO_ROW:
             labels = torch.from_numpy(loss.labels)
-            check_labels(labels, int(memory.net.layers[-1]["num_outputs"]), loss.ignore_index)
+            check_labels(labels, int(net.layers[-1]["num_outputs"]), loss.ignore_index)
             raise IndexError(f"row {wrong_row} of y was no class for a while: leave y alone while fit trains")
         return Scores(mean_loss, int(team.members["num_correct"].sum()) / len(order))

@@ -7,6 +7,7 @@ outputs ("skinny") keep their weight as (ceil(K / panel), M, panel), others as (
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ _SAMPLE = 256
 _WORK_OF_ZEROS = 0.05
 
 _OPTIONS = [(name, "?" if kind == "bool" else "f8") for name, kind in SGDOptions.__annotations__.items()]
+NO_OPTIONS = SGDOptions(0.0, 0.0, 0.0, 0.0, False, False)
 # where a parameter and its momentum buffer begin, and how it is updated
 PARAMETER = np.dtype(
     [("start", "i8"), ("buffer", "i8"), ("trains", "?"), ("is_fresh", "?"), *_OPTIONS], align=True
@@ -107,6 +109,15 @@ class Integers(NamedTuple):
     members: Any
     has_changed: Any
     by_columns: bool
+
+
+_NO_INTEGERS = Integers(
+    *(digits_memory(0, 0, 0),) * 2,
+    tiles_memory(0),
+    aligned(0, INTEGER_MEMBER),
+    np.zeros((0, 1), np.bool_),
+    False,
+)
 
 
 class Inputs(NamedTuple):
@@ -200,28 +211,32 @@ class Memory:
         self._panel = panel = int(panel_of(np.empty(0, dtype)))
         self._rows = _rounded(rows, 16)
         # an odd number of cache lines between panels: by a power of 2 all would fall on the same few of L1's
-        stride = self._rows + _PANEL_GAP
-        state, scratch = _Allocator(), _Allocator()
-        layers = np.zeros(len(shapes), LAYER)
-        own = 0
-        for index, (layer, (width, depth), has_relu) in enumerate(zip(layers, shapes, relus, strict=True)):
+        self._stride = self._rows + _PANEL_GAP
+        state, self._scratch = _Allocator(), _Allocator()
+        layers: list[Any] = []
+        self._own = 0
+        for index, ((width, depth), has_relu) in enumerate(zip(shapes, relus, strict=True)):
             # tiles are whole, whatever a panel has
             columns = max(panel, SIDE) if takes_integers and index == 0 else panel
             padded_depth, padded_width = _rounded(depth, panel), _rounded(width, columns)
             is_skinny = 4 * width <= 3 * panel and not (takes_integers and index == 0)
-            layer["num_inputs"], layer["num_outputs"] = depth, width
-            layer["is_skinny"], layer["has_relu"] = is_skinny, has_relu
             size = padded_depth * width if is_skinny else padded_width * depth
-            for parameter, count in ((layer["weight"], size), (layer["bias"], padded_width)):
-                parameter["start"], parameter["buffer"] = state.take(count), state.take(count)
-            for name in ("output", "grad"):
-                layer[name] = scratch.take(padded_width * stride)
-            own = max(own, self._own_size(index, padded_width, padded_depth, is_skinny))
-        scratch.take(_SPARE_ROWS * panel)
-        self.net = Net(layers, aligned(state.size, dtype))
-        own_arrays = self._by_thread(own + _SPARE_ROWS * panel, dtype)
-        self.workspace = Workspace(aligned(scratch.size, dtype), stride, own_arrays)
+            parameters = [
+                (state.take(count), state.take(count), False, False, *NO_OPTIONS)
+                for count in (size, padded_width)
+            ]
+            computed = [self._scratch.take(padded_width * self._stride) for _ in ("output", "grad")]
+            layers.append((depth, width, is_skinny, has_relu, *parameters, *computed))
+            self._own = max(self._own, self._own_size(index, padded_width, padded_depth, is_skinny))
+        self.net = Net(np.array(layers, LAYER), aligned(state.size, dtype))
         self._inputs: dict[tuple[int, Any], Inputs] = {}
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """What `run_epoch` computes; allocated where an epoch needs it."""
+        spare, dtype = _SPARE_ROWS * self._panel, self.net.state.dtype
+        scratch = aligned(self._scratch.size + spare, dtype)
+        return Workspace(scratch, self._stride, self._by_thread(self._own + spare, dtype))
 
     def _own_size(self, index: int, width: int, depth: int, is_skinny: bool) -> int:
         """Return how much memory of its own a thread needs for a layer of whole panels."""
@@ -239,7 +254,7 @@ class Memory:
 
     def inputs(self, X: NDArray[Any]) -> Inputs:
         """Return how the first layer reads X; what is read in one way shares its memory."""
-        first, panel, stride = self.net.layers[0], self._panel, self.workspace.stride
+        first, panel, stride = self.net.layers[0], self._panel, self._stride
         num_inputs = int(first["num_inputs"])
         mode = BYTES if X.dtype == np.uint8 and first["is_skinny"] else DENSE
         work = np.ones(num_inputs)
@@ -266,15 +281,12 @@ class Memory:
                 aligned(words, np.int64),
                 self._by_thread(own_words * WORD, X.dtype),
                 self._by_thread(own_words, np.int64),
-                self._integers(num_inputs, int(first["num_outputs"]), mode == INTEGER),
+                self._integers(num_inputs, int(first["num_outputs"])) if mode == INTEGER else _NO_INTEGERS,
             )
         return self._inputs[mode, X.dtype]._replace(work=np.concatenate([[0.0], sums]))
 
-    def _integers(self, num_inputs: int, num_outputs: int, is_used: bool) -> Integers:
-        if not is_used:
-            num_inputs = num_outputs = 0
-        by_columns = num_outputs > max(PANEL, SIDE)
-        threads = self._num_threads if is_used else 0
+    def _integers(self, num_inputs: int, num_outputs: int) -> Integers:
+        by_columns, threads = num_outputs > max(PANEL, SIDE), self._num_threads
         return Integers(
             digits_memory(num_inputs, num_outputs, threads),
             digits_memory(self._rows, num_outputs, threads, 1 if by_columns else threads),

@@ -52,6 +52,8 @@ def matrix_at(address, shape, like):
 
 def aligned(count: int, dtype: Any) -> NDArray[Any]:
     """Return zeros that begin at the start of a cache line."""
+    if count == 0:
+        return np.empty(0, dtype)
     size = count * np.dtype(dtype).itemsize
     memory = np.zeros(size + _LINE, np.uint8)
     start = -memory.ctypes.data % _LINE

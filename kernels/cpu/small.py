@@ -11,10 +11,18 @@ from __future__ import annotations
 import numpy as np
 
 from fastdl.kernels.cpu.dense import update_part
+from fastdl.kernels.cpu.layout import LAYER, NO_OPTIONS, Net
 from fastdl.kernels.jit import inlined_jit, jit
 
 # so many inputs at most; the first ones are held in registers
 MAX_INPUTS = 4
+
+
+def small_net(num_inputs, dtype):
+    """Return the record of such a layer, and memory for its parameters and their momentum buffers."""
+    weight, bias = ((at, at + 1 + MAX_INPUTS, False, False, *NO_OPTIONS) for at in (0, MAX_INPUTS))
+    layers = np.array([(num_inputs, 1, True, False, weight, bias, 0, 0)], LAYER)
+    return Net(layers, np.zeros(2 * (MAX_INPUTS + 1), dtype))
 
 
 @inlined_jit
