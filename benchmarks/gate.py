@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.device import FLOAT32, Precision
-from benchmarks.peers.problem import Problem, Trainer
+from benchmarks.peers.problem import Make, Problem, Trainer
 from benchmarks.peers.torch_epochs import EagerTrainer
 from fastdl.reference import parity
 from fastdl.reference.parity import Check, Errors, assert_as_accurate_as_torch
 
-Make = Callable[[Problem, torch.dtype], Trainer]
 Epochs = list[tuple[float, Tensor]]
 # of a step in a Python loop
 COMPARED_STEPS = 20

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.device import Cpu
     from fastdl.data import ImageData
+    from fastdl.programs import Model
     from fastdl.reproduce import Examples
 
 _SMALL_IMAGES, _SMALL_POINTS, _POINTS = 600, 100, 1000
@@ -57,19 +58,15 @@ class Setup:
         without_data = self.cuda and not os.environ.get("FASTDL_DATA")
         return data.load("garments" if self.small or without_data else self.data)
 
-    def image_examples(self) -> Examples:
-        """Return the images as a model trains on them."""
-        from fastdl.reproduce import image_examples
-
-        return image_examples(self.images, _SMALL_IMAGES if self.small else None)
-
-    def points(self, count: int | None = None) -> Examples:
-        """Return the synthetic regression."""
+    def examples(self, model: Model, count: int | None = None) -> Examples:
+        """Return what a model trains on: the synthetic regression, or images; so many, or as the setup says."""
         import torch
 
         from fastdl import data
-        from fastdl.reproduce import linear_examples
+        from fastdl.reproduce import image_examples, linear_examples
 
+        if model != "linear":
+            return image_examples(self.images, count or (_SMALL_IMAGES if self.small else None))
         count = count or (_SMALL_POINTS if self.small else _POINTS)
         return linear_examples(data.regression(count, generator=torch.Generator().manual_seed(0)))
 
@@ -80,7 +77,8 @@ class Setup:
         found: dict[str, Any] = {"kind": "session", "date": datetime.now(UTC).isoformat(timespec="seconds")}
         found |= {"device": self.device_name, "rehearsal": self.small, "seconds": self.seconds}
         found |= {"machine": machine.describe() | {"threads": self.threads, "platform": platform.platform()}}
-        return found | {"features": cpu_features(), "versions": versions(), "load average": os.getloadavg()}
+        found |= {"versions": {package: _version(package) for package in _PACKAGES}}
+        return found | {"features": cpu_features(), "load average": os.getloadavg()}
 
 
 @cache
@@ -92,15 +90,11 @@ def cpu_features() -> list[str]:
     return [name for name in ("avx2", "fma", "avx512f", *REDUCED_PRECISION) if name in flags]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the peers and tools."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def cpus(num_threads: int) -> set[int]:

@@ -29,9 +29,8 @@ CALLS = ("1", "recipe", "100")
 _LONG_CALL, _SMALL_CALLS = 100, {"1": 1, "recipe": 2, "100": 3}
 # A program whose call would take longer trains fewer epochs in it, and says how many; fit alone has a call's
 # own work, so that the number matters to it, and trains all of them.
-_CALL_SECONDS = 1.5
-_WHOLE_CALLS = (names.FIT, names.FIT_FLOATS)
-# an epoch that takes longer is timed in few rounds
+_CALL_SECONDS = 0.5
+# an epoch that takes longer is timed in few rounds, and the first of them tells how long it takes
 _SLOW_SECONDS = 2.0
 # examples of the gate: a last batch that is smaller than the others
 _GATE_EXAMPLES = {"linear": 1003, "softmax": 2660, "mlp": 2660}
@@ -48,8 +47,8 @@ class Lineup:
     @cached_property
     def problem(self) -> Problem:
         """The model on all of its data."""
-        examples = self.setup.points() if self.model == "linear" else self.setup.image_examples()
-        found = textbook_problem(self.model, examples, num_epochs=2 if self.setup.small else None)
+        epochs = 2 if self.setup.small else None
+        found = textbook_problem(self.model, self.setup.examples(self.model), num_epochs=epochs)
         if not self.setup.cuda:
             return found
         # a last batch of another size would have torch.compile tune each product a second time
@@ -84,15 +83,14 @@ class Lineup:
             started = time.perf_counter()
             loss = trainer.train(1)[0]
             seconds = time.perf_counter() - started
-            info: dict[str, Any] = {"parity": "another algorithm"}
             if found.has_parity:
                 same_loss(loss, self._first_loss)
                 exact, count = found.has_float64, found.gate_epochs
                 info = {"parity": passed(self.gate.checks(make, has_float64=exact, num_epochs=count))}
-            elif name == names.MEDIUM:
+            else:
                 info = {"parity": "reduced precision"} | self.gate.error(make)
             # a first call compiles, which is nothing beside a slow program's epoch
-            slow = name.startswith(names.TEXTBOOK) and seconds > _SLOW_SECONDS
+            slow = name == names.TEXTBOOK and seconds > _SLOW_SECONDS
             seconds = seconds if slow else timed(partial(trainer.train, 1))
             self.made[name, variant] = trainer, info, seconds
         return self.made[name, variant]
@@ -124,7 +122,7 @@ def test_epoch(turns: Turns, setup: Setup, model: Model, calls: str) -> None:
 
     def work(name: str, variant: str) -> Work:
         trainer, info, seconds = found.trainer(name, variant)
-        whole = name in _WHOLE_CALLS
+        whole = name == names.FIT
         count = wanted if whole else min(wanted, math.ceil(_CALL_SECONDS / seconds))
         info = info | {"epochs": count, "steps": -(-num_examples // batch_size)}
         slow_rounds = 2 if calls == "recipe" else 1
@@ -148,10 +146,8 @@ def test_epoch_alone(turns: Turns, setup: Setup, program: str) -> None:
     def make(name: str) -> dict[str, Work]:
         epochs: dict[str, Callable[[], float]] = {"": internals.compiled_epoch(problem)}
         if name != names.ALONE[0]:
-            trainers: Any = {
-                key: own(problem, torch.float32) for key, own in jax_variants(problem, setup).items()
-            }
-            epochs = {key: trainer.in_one_order() for key, trainer in trainers.items()}
+            own: dict[str, Any] = dict(jax_variants(problem, setup))
+            epochs = {key: make(problem, torch.float32).in_one_order() for key, make in own.items()}
         return {
             key: Work(epoch, info={"parity": same_loss(epoch(), expected)}) for key, epoch in epochs.items()
         }

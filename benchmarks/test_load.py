@@ -1,4 +1,4 @@
-"""A program under load: the same step and epoch beside 0, 1 and 2 busy neighbours on the two cores."""
+"""A program that has less than the machine: on one thread, and beside busy neighbours on the two cores."""
 
 from __future__ import annotations
 
@@ -16,91 +16,113 @@ import torch
 
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.gate import same_loss, same_steps
-from benchmarks.peers import names, steps
-from benchmarks.peers.fastdl_epochs import FitTrainer
+from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer
+from benchmarks.peers.names import EAGER
 from benchmarks.peers.problem import textbook_problem
 from benchmarks.peers.torch_epochs import EagerTrainer
 from benchmarks.setup import Setup
 from benchmarks.turns import Work, timed
-from fastdl.programs import RECIPES
+from fastdl.programs import RECIPES, Model
 
 pytestmark = pytest.mark.only("cpu")
 WORKS = ("step of mlp", "epoch of linear", "epoch of softmax", "epoch of mlp")
 NEIGHBOURS = (0, 1, 2)
-_LEAST_ROUNDS = 9
-
-
-class Neighbours:
-    """Processes that keep a core busy each, and are stopped except while a program is timed under load."""
-
-    def __init__(self, count: int) -> None:
-        command = [sys.executable, "-c", "while True: pass"]
-        self.processes = [subprocess.Popen(command) for _ in range(count)]
-        self._signal(signal.SIGSTOP, count)
-
-    def _signal(self, number: int, count: int) -> None:
-        for process in self.processes[:count]:
-            os.kill(process.pid, number)
-
-    @contextmanager
-    def busy(self, count: int) -> Iterator[None]:
-        """Let so many of them run."""
-        self._signal(signal.SIGCONT, count)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP, count)
-
-    def end(self) -> None:
-        """End them."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
+_LEAST_ROUNDS = 5
 
 
 @pytest.fixture(scope="module")
-def neighbours() -> Iterator[Neighbours]:
-    """Return the neighbours, all stopped."""
-    found = Neighbours(max(NEIGHBOURS))
-    yield found
-    found.end()
+def neighbours() -> Iterator[list[int]]:
+    """Return processes that keep a core busy each, stopped except while a program is timed beside them."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(max(NEIGHBOURS))]
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    yield [process.pid for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def busy(processes: list[int]) -> Iterator[None]:
+    """Let some of the neighbours run."""
+    for process in processes:
+        os.kill(process, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        for process in processes:
+            os.kill(process, signal.SIGSTOP)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch's and fastdl's programs have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def program(setup: Setup, work: str, ours: bool) -> tuple[Callable[[], object], str]:
+    """Return a step or an epoch of a model, and its difference from torch's."""
+    kind, _, name = work.partition(" of ")
+    model: Model = next(model for model in RECIPES if model == name)
+    if kind == "step":
+        problem = textbook_problem(model, setup.examples(model, RECIPES[model].batch_size))
+        makes: tuple[Any, ...] = DropInTrainer if ours else partial(EagerTrainer, fused=True), EagerTrainer
+        steps = []
+        for make in (*makes, makes[0]):
+            trainer = make(problem, torch.float32)
+            steps.append(partial(trainer.update, trainer.X, trainer.y))
+        return steps[2], same_steps(steps[0], steps[1])
+    problem = textbook_problem(model, setup.examples(model))
+    trainer = (FitTrainer if ours else EagerTrainer)(problem, torch.float32)
+    expected = EagerTrainer(problem, torch.float32).train(1)[0]
+    return partial(trainer.train, 1), same_loss(trainer.train(1)[0], expected)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     setup = metafunc.config.stash[SETUP]
-    counts = NEIGHBOURS if setup.rehearse or not setup.small else (0, 2)
-    programs = [f"{name}, beside {count}" for name in ("fastdl", "torch eager") for count in counts]
+    if metafunc.function is test_load:
+        counts = NEIGHBOURS if setup.rehearse or not setup.small else (0, 2)
+        programs = [f"{name}, beside {count}" for name in ("fastdl", EAGER) for count in counts]
+        works = WORKS[:3] if setup.small else WORKS
+    else:
+        threads = {count: f"{count} thread{'s' * (count > 1)}" for count in (1, setup.threads)}
+        programs = [f"{name}, {count}" for name in ("fastdl", EAGER) for count in threads.values()]
+        works = WORKS[2:3] if setup.small else WORKS[2:]
     metafunc.parametrize("program", programs)
-    metafunc.parametrize("work", WORKS[:3] if setup.small else WORKS)
+    metafunc.parametrize("work", works)
 
 
-def test_load(turns: Turns, setup: Setup, neighbours: Neighbours, work: str) -> None:
+def test_load(turns: Turns, setup: Setup, neighbours: list[int], work: str) -> None:
     """Time a step or an epoch beside so many neighbours."""
-    kind, _, model = work.partition(" of ")
-    title = next(recipe.title for name, recipe in RECIPES.items() if name == model)
 
     def timer(count: int, run: Callable[[], object]) -> float:
-        with neighbours.busy(count):
+        with busy(neighbours[:count]):
             # the scheduler needs a moment to give the neighbours their share
             run()
             return timed(run)
 
     def make(name: str) -> Work:
-        ours, count = name.startswith("fastdl"), int(name.split()[-1])
-        run, parity = _step(model, ours) if kind == "step" else _epoch(setup, model, ours)
-        return Work(run, timer=partial(timer, count), info={"parity": parity})
+        run, parity = program(setup, work, name.startswith("fastdl"))
+        return Work(run, timer=partial(timer, int(name.split()[-1])), info={"parity": parity})
 
-    turns(f"{kind} of {title.lower()}, beside busy neighbours", make, least=_LEAST_ROUNDS)
-
-
-def _step(model: str, ours: bool) -> tuple[Callable[[], object], str]:
-    found, program = steps.model(model), names.MODULES if ours else names.FUSED
-    parity = same_steps(steps.step(found, program), steps.step(found, names.EAGER))
-    return steps.step(found, program), parity
+    turns(f"{work}, beside busy neighbours", make, least=_LEAST_ROUNDS)
 
 
-def _epoch(setup: Setup, model: Any, ours: bool) -> tuple[Callable[[], object], str]:
-    problem = textbook_problem(model, setup.points() if model == "linear" else setup.image_examples())
-    trainer = (FitTrainer if ours else EagerTrainer)(problem, torch.float32)
-    expected = EagerTrainer(problem, torch.float32).train(1)[0]
-    return partial(trainer.train, 1), same_loss(trainer.train(1)[0], expected)
+def test_threads(turns: Turns, setup: Setup, work: str) -> None:
+    """Time an epoch on one thread and on two."""
+
+    def timer(count: int, run: Callable[[], object]) -> float:
+        with torch_threads(count):
+            return timed(run)
+
+    def make(name: str) -> Work:
+        run, parity = program(setup, work, name.startswith("fastdl"))
+        return Work(run, timer=partial(timer, int(name.split()[-2])), info={"parity": parity})
+
+    turns(f"{work}, one thread and two", make)

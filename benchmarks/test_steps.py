@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, get_args
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.device import FLOAT32, PRECISIONS
 from benchmarks.gate import same_steps
-from benchmarks.peers import names, steps
+from benchmarks.peers import names
+from benchmarks.peers.fastdl_epochs import DropInTrainer
+from benchmarks.peers.problem import Make, textbook_problem
+from benchmarks.peers.roster import drop_in_variants, eager_variants
+from benchmarks.peers.torch_epochs import EagerTrainer
 from benchmarks.setup import Setup
 from benchmarks.turns import Work
 from fastdl.programs import RECIPES, Model
@@ -21,7 +29,7 @@ _WARM_UP_STEPS = 3
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     setup = metafunc.config.stash[SETUP]
-    programs = [names.MODULES, names.ACCELERATED, names.EAGER, names.FUSED]
+    programs = [names.DROP_IN, names.EAGER]
     programs += [names.CAPTURED, names.TORCH_CAPTURED] if setup.cuda else [names.COMPILE] * (not setup.small)
     # the CPU's kernels, in a rehearsal, have no half precision
     precisions = _PRECISIONS[: 2 if setup.rehearse else None] if setup.cuda else ("float32",)
@@ -33,19 +41,36 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def test_step(turns: Turns, setup: Setup, precision: str, model: Model) -> None:
     """Time one training step, once its first losses are torch's."""
     block = PRECISIONS[precision]
-    found = steps.model(model, setup.device.name, block.dtype)
+    count = RECIPES[model].batch_size
+    problem = textbook_problem(model, setup.examples(model, count)).on(setup.device.name)
 
-    def make(program: str) -> Work:
+    def step(make: Callable[..., Any]) -> Callable[[], Tensor]:
+        trainer = make(problem, block.dtype)
+        return partial(trainer.update, trainer.X, trainer.y)
+
+    def work(program: str, make: Callable[..., Any]) -> Work:
         # what roundings of products come to in a loss, at most, after some steps
         allowed = EPOCH_LOSS if block is FLOAT32 else 2 * block.error
-        parity = same_steps(steps.step(found, program), steps.step(found, names.EAGER), allowed)
-        step = steps.step(found, program)
+        parity = same_steps(step(make), step(EagerTrainer), allowed)
+        run = step(make)
         if program in (names.CAPTURED, names.TORCH_CAPTURED):
-            step = setup.device.captured(step)
+            run = setup.device.captured(run)
+        run = torch.compile(run) if program == names.COMPILE else run
         for _ in range(_WARM_UP_STEPS):
-            step()
-        return Work(step, timer=setup.device.timed, info={"parity": parity})
+            run()
+        return Work(run, timer=setup.device.timed, info={"parity": parity})
+
+    def make(program: str) -> dict[str, Work]:
+        fused = {"": partial(EagerTrainer, fused=True)}
+        own: Mapping[str, Mapping[str, Callable[..., Any]]] = {
+            names.DROP_IN: drop_in_variants(setup),
+            names.CAPTURED: {"": partial(DropInTrainer, own_net=True)},
+            names.EAGER: eager_variants(setup),
+            names.TORCH_CAPTURED: fused,
+            names.COMPILE: {"": EagerTrainer},
+        }
+        return {variant: work(program, make) for variant, make in own[program].items()}
 
     with block.active():
-        title = f"step of {RECIPES[model].title.lower()}, batch {len(found.batch[0])}"
+        title = f"step of {RECIPES[model].title.lower()}, batch {count}"
         turns(title + f", {precision}" * setup.cuda, make)

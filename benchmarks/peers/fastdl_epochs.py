@@ -2,70 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from benchmarks.peers.problem import Problem, vector
+from benchmarks.peers.problem import Problem, Trainer
 from benchmarks.peers.torch_epochs import EagerTrainer
-from fastdl import accelerate, fit
+from fastdl import accelerate, fit, models
 from fastdl import nn as fastdl_nn
 from fastdl.optim import SGD
 from fastdl.programs import RECIPES, Impl, Model, build, run
 from fastdl.reproduce import LINEAR_SCRATCH_FACTOR
 
+_MODELS = {"linear": models.LinearRegression, "softmax": models.SoftmaxRegression, "mlp": models.MLP}
 
-class FitTrainer:
-    """``fit`` as a user calls it, on a net of plain torch modules with torch's own SGD.
 
-    With `floats` images are held as floating point, as the peers do; they stay uint8 otherwise.
-    """
+class FitTrainer(Trainer):
+    """``fit`` as a user calls it, on a net of plain torch modules with torch's own SGD; images stay uint8."""
 
-    def __init__(
-        self, problem: Problem, dtype: torch.dtype, *, compiled: bool = True, floats: bool = False
-    ) -> None:
-        as_floats = floats or problem.X.is_floating_point()
-        self.X = problem.rows(dtype) if as_floats else problem.X
-        self.y = problem.labels(dtype)
-        self.net = problem.net(dtype)
-        self.loss = problem.loss()
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr)
-        self.options: Any = {
-            "batch_size": problem.batch_size,
-            "generator": problem.order(),
-            "compiled": compiled,
-        }
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        net = problem.net(dtype)
+        super().__init__(problem, net.state_dict())
+        X = problem.rows(dtype) if problem.X.is_floating_point() else problem.X
+        optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
+        call = partial(fit, net, problem.loss(), optimizer, X, problem.labels(dtype))
+        self.fit = partial(call, batch_size=problem.batch_size, generator=self.order, progress=False)
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
-        return fit(
-            self.net,
-            self.loss,
-            self.optimizer,
-            self.X,
-            self.y,
-            epochs=num_epochs,
-            progress=False,
-            **self.options,
-        ).train_loss
-
-    def parameters(self) -> Tensor:
-        """Return all parameters in one float64 vector."""
-        return vector(self.net.state_dict())
+        return self.fit(epochs=num_epochs).train_loss
 
 
 class DropInTrainer(EagerTrainer):
-    """Torch's eager loop with fastdl's modules, loss and SGD in it."""
+    """Torch's eager loop with fastdl's modules, loss and SGD: by ``accelerate``, or a net of fastdl's own."""
 
-    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+    def __init__(self, problem: Problem, dtype: torch.dtype, *, own_net: bool = False) -> None:
         super().__init__(problem, dtype)
-        self.net = accelerate(self.net, report=None)
+        if own_net:
+            make: Callable[[], nn.Sequential] = _MODELS[problem.name]
+            self.net = make().to(problem.X.device, dtype)
+            # a net without a Flatten counts its layers from 0
+            self.net.load_state_dict(dict(zip(self.net.state_dict(), self.state.values(), strict=True)))
+        else:
+            self.net = accelerate(self.net, report=None)
+        self.state = self.net.state_dict()
         self.loss = fastdl_nn.CrossEntropyLoss() if problem.classifies else fastdl_nn.MSELoss()
         self.optimizer = SGD(self.net.parameters(), lr=problem.lr)
 
 
-class ProgramTrainer:
+class ProgramTrainer(Trainer):
     """A program of the textbook, from scratch or concise with torch.nn, on batches from memory."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype, *, impl: Impl) -> None:
@@ -74,20 +61,11 @@ class ProgramTrainer:
         # the textbook's net counts its layers without a Flatten where it has none
         start = dict(zip(build(model, "concise", lr=0.0).state, problem.start.values(), strict=True))
         device, lr = problem.X.device, problem.lr * self.factor
-        self.program = build(model, impl, lr=lr, start=start, dtype=dtype, device=device)
-        self.data = problem.X, problem.labels(dtype)
-        self.impl = impl
-        self.batch_size = problem.batch_size
-        self.order = problem.order()
+        program = build(model, impl, lr=lr, start=start, dtype=dtype, device=device)
+        super().__init__(problem, program.state)
+        self.run = partial(run, program, impl, problem.X, problem.labels(dtype), batch_size=self.batch_size)
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
-        size, order = self.batch_size, self.order
-        history = run(
-            self.program, self.impl, *self.data, num_epochs=num_epochs, batch_size=size, generator=order
-        )
+        history = self.run(num_epochs=num_epochs, generator=self.order)
         return [loss * self.factor for loss in history.train_loss]
-
-    def parameters(self) -> Tensor:
-        """Return all parameters in one float64 vector."""
-        return vector(self.program.state)

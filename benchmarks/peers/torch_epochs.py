@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor, nn
 
 from benchmarks.device import Cpu
-from benchmarks.peers.problem import Problem, vector
+from benchmarks.peers.problem import Problem, Trainer
 from fastdl import data
 from fastdl.reference import textbook
 from fastdl.reference.textbook import Program
 
 
-class EagerTrainer:
+class EagerTrainer(Trainer):
     """A Python loop over float batches that ``index_select`` takes from memory.
 
     It keeps the loss of each step as a tensor, and counts no accuracy. `row_order` shuffles the rows within
-    each batch, which changes nothing but the rounding.
+    each batch, which changes nothing but the rounding; `options` are SGD's.
     """
 
     def __init__(
@@ -31,15 +29,13 @@ class EagerTrainer:
         dtype: torch.dtype,
         *,
         row_order: torch.Generator | None = None,
-        foreach: bool | None = None,
-        fused: bool | None = None,
+        **options: bool,
     ) -> None:
+        self.net: nn.Module = problem.net(dtype)
+        super().__init__(problem, self.net.state_dict())
         self.X, self.y = problem.rows(dtype), problem.labels(dtype)
-        self.batch_size = problem.batch_size
-        self.net = problem.net(dtype)
-        self.loss = problem.loss()
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr, foreach=foreach, fused=fused)
-        self.order = problem.order()
+        self.loss: nn.Module = problem.loss()
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr, **options)
         self.row_order = row_order
         # of each batch in the epoch
         sizes = [len(index) for index in torch.arange(len(self.X)).split(self.batch_size)]
@@ -47,42 +43,33 @@ class EagerTrainer:
 
     def step(self, index: Tensor) -> Tensor:
         """Train on the rows of the index, and return the loss."""
+        return self.update(self.X.index_select(0, index), self.y.index_select(0, index))
+
+    def update(self, X: Tensor, y: Tensor) -> Tensor:
+        """Train on a batch, and return the loss."""
         self.optimizer.zero_grad()
-        loss: Tensor = self.loss(self.net(self.X.index_select(0, index)), self.y.index_select(0, index))
+        loss: Tensor = self.loss(self.net(X), y)
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
-    def train(self, num_epochs: int) -> list[float]:
-        """Train on; return each epoch's mean loss."""
-        means = []
-        for _ in range(num_epochs):
-            order = data.order(len(self.X), self.order)
-            if self.row_order is not None:
-                pieces = order.split(self.batch_size)
-                order = torch.cat([p[torch.randperm(len(p), generator=self.row_order)] for p in pieces])
-            means.append(float(self.epoch(order.to(self.X.device))))
-        return means
-
     def epoch(self, order: Tensor) -> Tensor:
-        """Train on the batches of an order, which is on the data's device, and return the mean loss."""
-        losses = torch.stack([self.step(index) for index in order.split(self.batch_size)])
-        return (losses.double() * self.shares).sum()
-
-    def parameters(self) -> Tensor:
-        """Return all parameters in one float64 vector."""
-        return vector(self.net.state_dict())
+        """Train on the batches of an order, and return the mean loss."""
+        pieces = order.to(self.X.device).split(self.batch_size)
+        if self.row_order is not None:
+            pieces = tuple(p[torch.randperm(len(p), generator=self.row_order)] for p in pieces)
+        return (torch.stack([self.step(index) for index in pieces]).double() * self.shares).sum()
 
 
 class MediumTrainer(EagerTrainer):
     """The same loop, with torch free to round the factors of a product to bfloat16, or to TF32 on a GPU."""
 
-    def train(self, num_epochs: int) -> list[float]:
-        """Train on; return each epoch's mean loss."""
+    def epoch(self, order: Tensor) -> Tensor:
+        """Train on the batches of an order, and return the mean loss."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium")
         try:
-            return super().train(num_epochs)
+            return super().epoch(order)
         finally:
             torch.set_float32_matmul_precision(before)
 
@@ -125,12 +112,13 @@ class CompiledStepTrainer(EagerTrainer):
     def epoch(self, order: Tensor) -> Tensor:
         """Train on the batches of an order, and return the mean loss."""
         self.total.zero_()
+        order = order.to(self.X.device)
         whole = len(order) // self.rows * self.rows
         # what is left is trained step by step: no more shapes than three are compiled
         for index in (*order[:whole].split(self.rows), *order[whole:].split(self.batch_size)):
             if len(index):
                 self._steps(index)
-        return self.total / len(self.X)
+        return self.total / len(order)
 
 
 class GraphTrainer(EagerTrainer):
@@ -140,17 +128,11 @@ class GraphTrainer(EagerTrainer):
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        dtype: torch.dtype,
-        *,
-        device: Cpu,
-        whole_epoch: bool,
-        fused: bool | None = None,
+        self, problem: Problem, dtype: torch.dtype, *, device: Cpu, whole_epoch: bool, **options: bool
     ) -> None:
-        super().__init__(problem, dtype, fused=fused)
+        super().__init__(problem, dtype, **options)
         self.whole_epoch = whole_epoch
-        start = {name: tensor.clone() for name, tensor in self.net.state_dict().items()}
+        start = {name: tensor.clone() for name, tensor in self.state.items()}
         # the graph reads the order from here
         order = data.order(len(self.X), problem.order()).to(self.X.device)
         self._order = order if whole_epoch else order[: self.batch_size].clone()
@@ -171,35 +153,21 @@ class GraphTrainer(EagerTrainer):
         if not self.whole_epoch:
             return super().epoch(order)
         self._order.copy_(order)
-        return self._replay()
+        return self._replay().clone()
 
 
-class TextbookTrainer:
-    """The textbook's loop in float32: a DataLoader item by item, and the loss and the accuracy of each step.
+class TextbookTrainer(Trainer):
+    """The textbook's loop in float32: a DataLoader item by item, and the loss and accuracy of each step."""
 
-    So many processes load, started once and kept; with 0 the loop itself does, as is the default.
-    """
-
-    def __init__(self, problem: Problem, dtype: torch.dtype, *, num_workers: int = 0) -> None:
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         assert problem.loader is not None
         assert dtype == torch.float32
-        self.loader: DataLoader[Any] = problem.loader(problem.batch_size, problem.order())
-        if num_workers:
-            sampler = self.loader.sampler
-            assert isinstance(sampler, Sampler)
-            # a forked child would inherit the locks of threads that it doesn't have
-            options: Any = {"persistent_workers": True, "multiprocessing_context": "spawn"}
-            self.loader = DataLoader(
-                self.loader.dataset, problem.batch_size, sampler=sampler, num_workers=num_workers, **options
-            )
         net = problem.net(dtype)
+        super().__init__(problem, net.state_dict())
+        self.loader = problem.loader(problem.batch_size, self.order)
         optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
-        self.program = Program(net, problem.loss(), optimizer, net.state_dict())
+        self.program = Program(net, problem.loss(), optimizer, self.state)
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
         return textbook.train(self.program, self.loader, num_epochs).train_loss
-
-    def parameters(self) -> Tensor:
-        """Return all parameters in one float64 vector."""
-        return vector(self.program.state)
