@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,7 +16,7 @@ Program = Callable[[], object]
 _T = TypeVar("_T")
 
 # a graph of a kernel's calls lasts about so long
-_GRAPH_SECONDS, _MOST_CAPTURED = 0.002, 100
+_GRAPH_MILLISECONDS = 2
 
 
 class Cpu:
@@ -48,7 +47,8 @@ class Cpu:
         def timer(run: Program) -> float:
             self.synchronize()
             started = time.perf_counter()
-            _repeat(run, calls)
+            for _ in range(calls):
+                run()
             seconds = time.perf_counter() - started
             self.synchronize()
             return seconds / calls
@@ -98,18 +98,11 @@ class Cuda(Cpu):
 
     def kernel_timed(self, run: Program) -> float:
         """Return the seconds of the device's work of a call, without the host's: many calls in one graph."""
-        try:
-            from triton.testing import do_bench_cudagraph
-        except ImportError:
-            calls = max(1, min(_MOST_CAPTURED, round(_GRAPH_SECONDS / max(self.timed(run), 1e-9))))
-            return self.timed(self.captured(partial(_repeat, run, calls), warm_up_calls=1)) / calls
-        milliseconds: float = do_bench_cudagraph(run, rep=round(1e3 * _GRAPH_SECONDS), return_mode="median")
+        # torch for CUDA brings it
+        from triton.testing import do_bench_cudagraph
+
+        milliseconds: float = do_bench_cudagraph(run, rep=_GRAPH_MILLISECONDS, return_mode="median")
         return milliseconds / 1e3
-
-
-def _repeat(run: Program, calls: int) -> None:
-    for _ in range(calls):
-        run()
 
 
 @dataclass(frozen=True)
@@ -126,19 +119,31 @@ class Precision:
     eps: float
     error: float
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Set torch's precision of products, and set it back afterwards."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.matmul)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
 
 FLOAT32 = Precision("float32", torch.float32, "highest", 2**-23, 1e-5)
 TF32 = Precision("TF32", torch.float32, "high", 2**-10, 5e-3)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, "highest", 2**-8, 5e-2)
 FLOAT16 = Precision("float16", torch.float16, "highest", 2**-10, 1e-2)
 PRECISIONS = {precision.name: precision for precision in (FLOAT32, TF32, BFLOAT16, FLOAT16)}
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Set torch's precision of products, and set it back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch's and fastdl's programs have so many threads, and set the number back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,7 +6,6 @@ step, as it shows nothing in between; an op to the rule of the ops' tests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.device import FLOAT32, Precision
+from benchmarks.peers.epochs import EagerTrainer
 from benchmarks.peers.problem import Make, Problem, Trainer
-from benchmarks.peers.torch_epochs import EagerTrainer
 from fastdl.reference import parity
 from fastdl.reference.parity import Check, Errors, assert_as_accurate_as_torch
 
@@ -69,9 +68,8 @@ class Gate:
         epochs = _epochs(make(self.problem, torch.float32), num_epochs or self.problem.num_epochs)
         start = torch.cat([tensor.reshape(-1) for tensor in self.problem.start.values()])
         first_loss, parameter_scale = self._truth[0][0], float(start.abs().max())
-        checks += parity.check_first_epoch(
-            _errors(epochs[:1], self._truth), self._torchs, first_loss, parameter_scale
-        )
+        first = _errors(epochs[:1], self._truth)
+        checks += parity.check_first_epoch(first, self._torchs, first_loss, parameter_scale)
         worst = _errors(epochs, self._truth).loss_max
         checks.append(Check("float32, loss of any epoch", worst, parity.EPOCH_LOSS))
         return checks
@@ -95,25 +93,23 @@ def passed(checks: Sequence[Check]) -> str:
     return _figure(max(exact)) if exact else f"{_figure(max(check.error for check in checks))} (float32)"
 
 
+def same_loss(
+    loss: float, expected: float, allowed: float = parity.EPOCH_LOSS, what: str = "an epoch's loss"
+) -> str:
+    """Return the difference of a loss from torch's: the rule's last part, for what is large."""
+    # a NaN compares as False
+    same = abs(loss - expected) <= allowed
+    assert same, f"no parity: {what} is {loss:.6g}, torch's {expected:.6g}"
+    return _figure(abs(loss - expected))
+
+
 def same_steps(
     ours: Callable[[], Tensor], torchs: Callable[[], Tensor], allowed: float = parity.EPOCH_LOSS
 ) -> str:
     """Take the first steps of two programs; return the largest difference of their losses."""
-    worst = 0.0
-    for number in range(1, COMPARED_STEPS + 1):
-        loss, expected = ours().item(), torchs().item()
-        # a NaN compares as False
-        assert abs(loss - expected) <= allowed, f"no parity: step {number}: {loss:.6g} beside {expected:.6g}"
-        worst = max(worst, abs(loss - expected))
-    return _figure(worst)
-
-
-def same_loss(loss: float, expected: float) -> str:
-    """Return the difference of an epoch's loss from torch's: the rule's last part, for what is large."""
-    # a NaN compares as False
-    same = math.isfinite(loss) and abs(loss - expected) <= parity.EPOCH_LOSS
-    assert same, f"no parity: an epoch's loss is {loss:.6g}, torch's {expected:.6g}"
-    return _figure(abs(loss - expected))
+    numbers = range(1, COMPARED_STEPS + 1)
+    found = [same_loss(ours().item(), torchs().item(), allowed, f"the loss of step {n}") for n in numbers]
+    return max(found, key=float)
 
 
 def same_results(

@@ -35,7 +35,6 @@ class Setup:
     small: bool
     threads: int
     seconds: float
-    data: str = "auto"
 
     @property
     def cuda(self) -> bool:
@@ -56,10 +55,10 @@ class Setup:
 
         # a machine with a GPU need not have a network, and its time is short
         without_data = self.cuda and not os.environ.get("FASTDL_DATA")
-        return data.load("garments" if self.small or without_data else self.data)
+        return data.load("garments" if self.small or without_data else "auto")
 
     def examples(self, model: Model, count: int | None = None) -> Examples:
-        """Return what a model trains on: the synthetic regression, or images; so many, or as the setup says."""
+        """Return what a model trains on, synthetic points or images: so many, or as the setup says."""
         import torch
 
         from fastdl import data

@@ -17,9 +17,9 @@ from benchmarks import internals
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.gate import Gate, passed, same_loss
 from benchmarks.peers import names
+from benchmarks.peers.epochs import EagerTrainer
 from benchmarks.peers.problem import Problem, Trainer, textbook_problem
-from benchmarks.peers.roster import jax_variants, peer, programs
-from benchmarks.peers.torch_epochs import EagerTrainer
+from benchmarks.peers.roster import jax_variants, programs
 from benchmarks.setup import Setup
 from benchmarks.turns import Work, timed
 from fastdl.programs import RECIPES, Model
@@ -77,7 +77,7 @@ class Lineup:
     def trainer(self, name: str, variant: str) -> tuple[Trainer, dict[str, Any], float]:
         """Return a program that has trained, what is known of its parity, and the seconds of an epoch."""
         if (name, variant) not in self.made:
-            found = peer(name, self.problem, self.setup)
+            found = programs(self.model, self.setup)[name](self.problem)
             make = found.variants[variant]
             trainer = make(self.problem, torch.float32)
             started = time.perf_counter()
@@ -86,7 +86,9 @@ class Lineup:
             if found.has_parity:
                 same_loss(loss, self._first_loss)
                 exact, count = found.has_float64, found.gate_epochs
-                info = {"parity": passed(self.gate.checks(make, has_float64=exact, num_epochs=count))}
+                info: dict[str, Any] = {
+                    "parity": passed(self.gate.checks(make, has_float64=exact, num_epochs=count))
+                }
             else:
                 info = {"parity": "reduced precision"} | self.gate.error(make)
             # a first call compiles, which is nothing beside a slow program's epoch
@@ -130,10 +132,11 @@ def test_epoch(turns: Turns, setup: Setup, model: Model, calls: str) -> None:
         return Work(partial(trainer.train, count), count, setup.device.timed, rounds, info)
 
     def make(name: str) -> dict[str, Work]:
-        return {variant: work(name, variant) for variant in peer(name, found.problem, setup).variants}
+        variants = programs(model, setup)[name](found.problem).variants
+        return {variant: work(name, variant) for variant in variants}
 
     sizes = f"{num_examples:,} examples, batch {batch_size}"
-    turns(f"epoch of {recipe.title.lower()}, {wanted} a call, {sizes}", make)
+    turns(f"epoch of {recipe.title.lower()}, {wanted} a call, {sizes}", make, close=names.FIT)
 
 
 @pytest.mark.only("cpu")

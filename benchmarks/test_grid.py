@@ -12,11 +12,10 @@ from torch import Tensor
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.gate import same_loss
 from benchmarks.peak import peak_program
-from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer
+from benchmarks.peers.epochs import DropInTrainer, EagerTrainer, FitTrainer
 from benchmarks.peers.names import DROP_IN, EAGER, FIT, GRAPH_STEP, JAX
-from benchmarks.peers.problem import Problem, Trainer, dense_problem
-from benchmarks.peers.roster import Make, eager_variants, jax_variants
-from benchmarks.peers.torch_epochs import EagerTrainer, GraphTrainer
+from benchmarks.peers.problem import Make, Problem, Trainer, dense_problem
+from benchmarks.peers.roster import eager_variants, graph_variants, jax_variants
 from benchmarks.setup import Setup
 from benchmarks.turns import Work, timed
 
@@ -97,11 +96,11 @@ def test_cell(turns: Turns, setup: Setup, depth: int, width: int, batch: int) ->
     expected = EagerTrainer(problem, torch.float32).train(1)[0]
 
     def variants(name: str) -> dict[str, Make]:
-        graph = partial(GraphTrainer, device=setup.device, whole_epoch=False, fused=True)
-        own: dict[str, Make] = {FIT: FitTrainer, DROP_IN: DropInTrainer, GRAPH_STEP: graph}
+        own: dict[str, dict[str, Make]] = {FIT: {"": FitTrainer}, DROP_IN: {"": DropInTrainer}}
         if name == JAX:
             return jax_variants(problem, setup, unrolls=(1,))
-        return {"": own[name]} if name in own else eager_variants(setup)
+        graphs = graph_variants(setup, whole_epoch=False)
+        return (own | {EAGER: eager_variants(setup), GRAPH_STEP: graphs})[name]
 
     def work(name: str, make: Make) -> Work:
         trainer = make(problem, torch.float32)
@@ -114,5 +113,5 @@ def test_cell(turns: Turns, setup: Setup, depth: int, width: int, batch: int) ->
         lambda name: {variant: work(name, make) for variant, make in variants(name).items()},
         close=FIT,
         seconds=setup.seconds / 4,
-        most=9,
+        rounds=(3, 9),
     )

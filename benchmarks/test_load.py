@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from benchmarks.conftest import SETUP, Turns
+from benchmarks.device import torch_threads
 from benchmarks.gate import same_loss, same_steps
-from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer
+from benchmarks.peers.epochs import DropInTrainer, EagerTrainer, FitTrainer
 from benchmarks.peers.names import EAGER
 from benchmarks.peers.problem import textbook_problem
-from benchmarks.peers.torch_epochs import EagerTrainer
 from benchmarks.setup import Setup
 from benchmarks.turns import Work, timed
 from fastdl.programs import RECIPES, Model
@@ -27,7 +27,7 @@ from fastdl.programs import RECIPES, Model
 pytestmark = pytest.mark.only("cpu")
 WORKS = ("step of mlp", "epoch of linear", "epoch of softmax", "epoch of mlp")
 NEIGHBOURS = (0, 1, 2)
-_LEAST_ROUNDS = 5
+_ROUNDS = (5, 9)
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +55,6 @@ def busy(processes: list[int]) -> Iterator[None]:
             os.kill(process, signal.SIGSTOP)
 
 
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch's and fastdl's programs have so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def program(setup: Setup, work: str, ours: bool) -> tuple[Callable[[], object], str]:
     """Return a step or an epoch of a model, and its difference from torch's."""
     kind, _, name = work.partition(" of ")
@@ -89,11 +78,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function is test_load:
         counts = NEIGHBOURS if setup.rehearse or not setup.small else (0, 2)
         programs = [f"{name}, beside {count}" for name in ("fastdl", EAGER) for count in counts]
-        works = WORKS[:3] if setup.small else WORKS
+        works = list(WORKS[:3] if setup.small else WORKS)
     else:
         threads = {count: f"{count} thread{'s' * (count > 1)}" for count in (1, setup.threads)}
         programs = [f"{name}, {count}" for name in ("fastdl", EAGER) for count in threads.values()]
-        works = WORKS[2:3] if setup.small else WORKS[2:]
+        works = list(WORKS[2:3] if setup.small else WORKS[2:])
     metafunc.parametrize("program", programs)
     metafunc.parametrize("work", works)
 
@@ -111,7 +100,7 @@ def test_load(turns: Turns, setup: Setup, neighbours: list[int], work: str) -> N
         run, parity = program(setup, work, name.startswith("fastdl"))
         return Work(run, timer=partial(timer, int(name.split()[-1])), info={"parity": parity})
 
-    turns(f"{work}, beside busy neighbours", make, least=_LEAST_ROUNDS)
+    turns(f"{work}, beside busy neighbours", make, rounds=_ROUNDS)
 
 
 def test_threads(turns: Turns, setup: Setup, work: str) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.conftest import SETUP, Turns
-from benchmarks.device import PRECISIONS, Precision
+from benchmarks.device import PRECISIONS, Precision, matmul_precision
 from benchmarks.gate import results, same_results
 from benchmarks.peers.names import EAGER
 from benchmarks.setup import Setup
@@ -37,8 +37,8 @@ _WAYS: dict[str, tuple[Way, Way]] = {
     ),
     "mse_loss": (functional.mse_loss, F.mse_loss),
 }
-NAMES = ("linear 256x784x256", "linear 256x784x10", "linear 10x2x1", "linear_relu 256x784x256")
-NAMES += ("relu 256x256", "cross_entropy 256x10", "linear_cross_entropy 256x784x10", "mse_loss 10x1")
+NAMES = ["linear 256x784x256", "linear 256x784x10", "linear 10x2x1", "linear_relu 256x784x256"]
+NAMES += ["relu 256x256", "cross_entropy 256x10", "linear_cross_entropy 256x784x10", "mse_loss 10x1"]
 
 
 class Op(NamedTuple):
@@ -112,5 +112,5 @@ def test_op(turns: Turns, setup: Setup, precision: str, name: str, mode: str) ->
         }
         return Work(modes[mode], timer=device.timed, info=info)
 
-    with block.active():
+    with matmul_precision(block.matmul):
         turns(f"{name} {mode}" + f", {precision}" * setup.cuda, make, seconds=setup.seconds / 4)

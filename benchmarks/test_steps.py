@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import SETUP, Turns
-from benchmarks.device import FLOAT32, PRECISIONS
+from benchmarks.device import FLOAT32, PRECISIONS, matmul_precision
 from benchmarks.gate import same_steps
 from benchmarks.peers import names
-from benchmarks.peers.fastdl_epochs import DropInTrainer
-from benchmarks.peers.problem import Make, textbook_problem
+from benchmarks.peers.epochs import DropInTrainer, EagerTrainer
+from benchmarks.peers.problem import textbook_problem
 from benchmarks.peers.roster import drop_in_variants, eager_variants
-from benchmarks.peers.torch_epochs import EagerTrainer
 from benchmarks.setup import Setup
 from benchmarks.turns import Work
 from fastdl.programs import RECIPES, Model
@@ -71,6 +70,6 @@ def test_step(turns: Turns, setup: Setup, precision: str, model: Model) -> None:
         }
         return {variant: work(program, make) for variant, make in own[program].items()}
 
-    with block.active():
+    with matmul_precision(block.matmul):
         title = f"step of {RECIPES[model].title.lower()}, batch {count}"
         turns(title + f", {precision}" * setup.cuda, make)

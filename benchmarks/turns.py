@@ -21,7 +21,7 @@ _SETTLE_SECONDS = 0.01
 # a program is called as often as takes about so long, so that the clock's own cost isn't the subject
 _TIMED_SECONDS, _MOST_CALLS = 0.005, 2000
 # where every program of a group is quicker than this, each timed run follows an untimed one
-_WARMED_SECONDS = 0.25
+_WARMED_SECONDS, _SLOW_SECONDS = 0.25, 1.5
 # variants that are slower than their program's fastest by this factor after so many rounds are given up
 _TRIAL_ROUNDS, _GIVE_UP = 2, 1.1
 # where a ratio is as near 1 as this, so many rounds decide
@@ -64,7 +64,6 @@ class Work:
     info: dict[str, Any] = field(default_factory=dict)
     calls: int = field(default=1, init=False)
     seconds: list[float] = field(default_factory=list, init=False)
-    spent: float = field(default=0.0, init=False)
     error: Exception | None = field(default=None, init=False)
 
     @property
@@ -76,8 +75,9 @@ class Work:
         """Choose the number of calls in a row; return the seconds that they take, about."""
         if self.rounds is not None:
             return 0.0
-        self.run()
-        seconds = max(self.timer(self.run), 1e-9)
+        seconds = self.timer(self.run)
+        # the first call may have compiled; where it was slow, the rounds tell
+        seconds = seconds if seconds > _SLOW_SECONDS else max(self.timer(self.run), 1e-9)
         self.calls = max(1, min(_MOST_CALLS, round(_TIMED_SECONDS / seconds)))
         return seconds * self.calls
 
@@ -92,9 +92,7 @@ class Work:
         time.sleep(settle)
         if warm and self.rounds is None:
             repeated()
-        seconds = self.timer(repeated)
-        self.spent += seconds
-        self.seconds.append(seconds / self.calls / self.parts)
+        self.seconds.append(self.timer(repeated) / self.calls / self.parts)
 
     def guarded(self, call: Callable[..., float | None], **options: Any) -> float:
         """Make a call; keep what it raises, so that a program takes no other's figures with it."""
@@ -108,7 +106,8 @@ class Work:
         """Return whether another round is due."""
         if self.error is not None or self.rounds is not None:
             return self.error is None and len(self.seconds) < (self.rounds or 0)
-        return len(self.seconds) < least or (self.spent < seconds and len(self.seconds) < most)
+        spent = sum(self.seconds) * self.calls * self.parts
+        return len(self.seconds) < least or (spent < seconds and len(self.seconds) < most)
 
 
 Variants = Mapping[str, Work]
@@ -118,8 +117,7 @@ def in_turn(
     programs: Mapping[str, Variants],
     *,
     seconds: float,
-    least: int = 3,
-    most: int = 31,
+    rounds: tuple[int, int] = (3, 31),
     settle: float = _SETTLE_SECONDS,
     close: str | None = None,
 ) -> dict[str, Work]:
@@ -131,8 +129,8 @@ def in_turn(
         For each program its variants.
     seconds : float
         After which a program has had enough rounds.
-    least, most : int
-        Rounds of each program, whatever the seconds.
+    rounds : pair of int
+        The fewest and the most of each program, whatever the seconds.
     settle : float
         Seconds to wait before each run.
     close : str, optional
@@ -150,7 +148,7 @@ def in_turn(
         # all are warmed, or none is
         longest = max((work.guarded(work.calibrate) for work in live), default=0.0)
         options = {"warm": longest < _WARMED_SECONDS, "settle": settle}
-        while turn := [work for work in live if work.wants(seconds, least, most)]:
+        while turn := [work for work in live if work.wants(seconds, *rounds)]:
             for work in turn:
                 work.guarded(work.time, **options)
             live = [work for own in programs.values() for work in _contenders(own.values())]
@@ -165,7 +163,7 @@ def in_turn(
 def _contenders(own: Iterable[Work]) -> list[Work]:
     """Return the variants of a program that may still be its fastest."""
     own = [work for work in own if work.error is None]
-    if not own or min(len(work.seconds) for work in own) < _TRIAL_ROUNDS:
+    if min((len(work.seconds) for work in own), default=0) < _TRIAL_ROUNDS:
         return own
     fastest = min(work.median for work in own)
     return [work for work in own if work.median <= _GIVE_UP * fastest]

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from benchmarks.results import read
+
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL_SECONDS = 465.0
 # with less a process would be started for nothing
@@ -101,20 +103,14 @@ class Visit:
             if done.get(step.name, {}).get("ended"):
                 continue
             left = min(step.seconds, end - time.monotonic())
-            outcome: dict[str, Any] = {
-                "state": "not begun",
-                "ended": False,
-                "seconds": 0.0,
-                "note": "time was over",
-            }
+            outcome: dict[str, Any] = {"state": "not begun", "ended": False, "seconds": 0.0}
+            outcome["note"] = "time was over"
             if not step.command:
                 outcome |= {"state": "left out", "ended": True, "note": "its tool isn't there"}
             elif left >= _LEAST_SECONDS:
                 outcome = self._run(step, left)
-            sys.stdout.write(
-                f"{step.name}: {outcome['state']}, {outcome['seconds']:.0f} s; {outcome['note']}\n"
-            )
-            sys.stdout.flush()
+            line = f"{step.name}: {outcome['state']}, {outcome['seconds']:.0f} s; {outcome['note']}"
+            print(line, flush=True)
             (self.folder / "steps.json").write_text(json.dumps(done | {step.name: outcome}, indent=1))
         return all(outcome["state"] in ("done", "left out") for outcome in self.done().values())
 
@@ -131,20 +127,18 @@ class Visit:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        state = (
-            f"cut off after {seconds:.0f} s" if code is None else f"failed with {code}" if code else "done"
-        )
+        state = f"failed with {code}" if code else "done"
+        state = f"cut off after {seconds:.0f} s" if code is None else state
         *_, note = log.read_text(errors="replace").strip().splitlines() or ["it printed nothing"]
         note += failed_tests(self.folder / f"{step.name}.xml")
         lasted = time.monotonic() - started
         return {"state": state, "ended": code is not None, "seconds": lasted, "note": note.strip("= ")[:300]}
 
-    def lines(self, session: dict[str, Any]) -> list[str]:
-        """Return the lines of all that the visit has found."""
+    def lines(self, session: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the lines of all that the visit has found, those of the benchmarks as they are."""
         paths = [path for name in BENCHMARKS if (path := self.folder / f"{name}.jsonl").exists()]
-        found = [json.dumps(session), *(line for path in paths for line in path.read_text().splitlines())]
-        steps = self.done().items()
-        return found + [json.dumps({"kind": "step", "name": name} | outcome) for name, outcome in steps]
+        steps = [{"kind": "step", "name": name} | outcome for name, outcome in self.done().items()]
+        return [session, *(line for path in paths for line in read(path)), *steps]
 
 
 def failed_tests(path: Path) -> str:
@@ -154,22 +148,27 @@ def failed_tests(path: Path) -> str:
     return f"; failed: {', '.join(failed)}" if failed else ""
 
 
+def compile_kernel(name: str, architecture: str) -> None:
+    """Leave a kernel's machine code on disk."""
+    from benchmarks import internals
+
+    internals.cuda_kernels()[name].machine_code(architecture)
+
+
 def compile_kernels(*, few: bool) -> str:
     """Leave the machine code of every kernel on disk, made in as many processes as there are cores."""
     import torch
 
     from benchmarks import internals
+    from fastdl.kernels.cuda.launch import architecture as architecture_of
     from fastdl.machine import num_cores
 
-    architecture = _ARCHITECTURE
-    if torch.cuda.is_available():
-        from fastdl.kernels.cuda.launch import architecture as architecture_of
-
-        architecture = architecture_of(torch.cuda.get_device_capability(0))
-    kernels = internals.kernel_names()[: _FEW_KERNELS if few else None]
+    gpu = torch.cuda.is_available()
+    architecture = architecture_of(torch.cuda.get_device_capability(0)) if gpu else _ARCHITECTURE
+    kernels = list(internals.cuda_kernels())[: _FEW_KERNELS if few else None]
     processes = min(num_cores(), _MOST_PROCESSES)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(internals.compile_kernel, architecture=architecture), kernels))
+        list(pool.map(partial(compile_kernel, architecture=architecture), kernels))
     return f"{len(kernels)} kernels for {architecture} in {processes} processes"
 
 
@@ -188,9 +187,8 @@ def _session(*, rehearse: bool) -> tuple[dict[str, Any], str | None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Visit the GPU; return what the process exits with."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    kept = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kept)
     parser.add_argument("--rehearse", action="store_true", help="with the CPU in the GPU's place")
     parser.add_argument("--only", action="append", default=[], help="a step; may be repeated")
     parser.add_argument("--folder", type=Path, help="what is done lies here: runs/visit")
@@ -205,16 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"No visit to a GPU: {missing}. --rehearse needs none.\n")
         return _NO_GPU
     folder = (options.folder or ROOT / "runs" / ("rehearsal" if options.rehearse else "visit")).resolve()
-    plan = [
-        step
-        for step in steps(folder, rehearse=options.rehearse)
-        if step.name in options.only or not options.only
-    ]
+    plan = steps(folder, rehearse=options.rehearse)
+    plan = [step for step in plan if step.name in options.only or not options.only]
     visit = Visit(folder)
     well = visit.go(plan, TOTAL_SECONDS)
     default = folder / "gpu.jsonl" if options.rehearse else ROOT / "benchmarks" / "results" / "gpu.jsonl"
     output = options.output or default
-    output.write_text("\n".join(visit.lines(session)) + "\n")
+    output.write_text("".join(json.dumps(line) + "\n" for line in visit.lines(session)))
     sys.stdout.write(f"Saved {output}; python -m benchmarks.summary writes it up.\n")
     return 0 if well else 1
 

@@ -139,7 +139,7 @@ class Trainer:
         self.order, self.state = problem.order(), state
 
     def epoch(self, order: Tensor) -> Any:
-        """Train on the batches of an order; return the mean loss, which nobody reads before the last epoch."""
+        """Train on the batches of an order; return the mean loss, which is read after the last epoch."""
         raise NotImplementedError
 
     def train(self, num_epochs: int) -> list[float]:

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from benchmarks.peers import names
-from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer, ProgramTrainer
-from benchmarks.peers.problem import Make, Problem
-from benchmarks.peers.torch_epochs import (
+from benchmarks.peers.epochs import (
     CompiledStepTrainer,
+    DropInTrainer,
     EagerTrainer,
+    FitTrainer,
     GraphTrainer,
     MediumTrainer,
+    ProgramTrainer,
     TextbookTrainer,
 )
+from benchmarks.peers.problem import Make, Problem
 from benchmarks.setup import REDUCED_PRECISION, Setup, cpu_features
 
 _INSTALL = "isn't installed: pip install -e '.[bench]'"
@@ -39,35 +41,27 @@ class Peer:
     gate_epochs: int | None = None
 
 
-def programs(model: str, setup: Setup) -> list[str]:
-    """Return the names of the programs of one of the three models."""
+def programs(model: str, setup: Setup) -> dict[str, Callable[[Problem], Peer]]:
+    """Return the programs of one of the three models; where a package is missing, the call skips the test."""
     images = model != "linear"
-    found = [names.FIT, names.DROP_IN, names.SCRATCH, names.CONCISE, names.EAGER, names.JAX]
-    reduces = setup.cuda or any(name in cpu_features() for name in REDUCED_PRECISION)
-    found += [names.MEDIUM] * (images and reduces)
-    if setup.cuda:
-        return [*found, names.GRAPH_STEP, names.GRAPH_EPOCH, names.COMPILE]
-    # compiling takes long
-    return found + [names.COMPILE] * (not setup.small or not images) + [names.SKLEARN, names.TEXTBOOK]
-
-
-def peer(name: str, problem: Problem, setup: Setup) -> Peer:
-    """Return a program by its name; where its package is missing the test is skipped."""
-    makes: dict[str, Callable[[], Peer]] = {
-        names.FIT: lambda: Peer({"": FitTrainer}),
-        names.DROP_IN: lambda: Peer(drop_in_variants(setup)),
-        names.SCRATCH: lambda: Peer({"": partial(ProgramTrainer, impl="scratch")}),
-        names.CONCISE: lambda: Peer({"": partial(ProgramTrainer, impl="concise")}),
-        names.EAGER: lambda: Peer(eager_variants(setup)),
-        names.MEDIUM: lambda: Peer({"": MediumTrainer}, has_parity=False),
-        names.JAX: lambda: Peer(jax_variants(problem, setup)),
-        names.COMPILE: lambda: Peer(_compiled_variants(problem, setup), has_float64=False),
-        names.GRAPH_STEP: lambda: Peer(graph_variants(setup, whole_epoch=False), has_float64=False),
-        names.GRAPH_EPOCH: lambda: Peer(graph_variants(setup, whole_epoch=True), has_float64=False),
-        names.SKLEARN: lambda: Peer(_sklearn_variants()),
-        names.TEXTBOOK: lambda: Peer({"": TextbookTrainer}, has_float64=False, gate_epochs=1),
+    found: dict[str, Callable[[Problem], Peer]] = {
+        names.FIT: lambda problem: Peer({"": FitTrainer}),
+        names.DROP_IN: lambda problem: Peer(drop_in_variants(setup)),
+        names.SCRATCH: lambda problem: Peer({"": partial(ProgramTrainer, impl="scratch")}),
+        names.CONCISE: lambda problem: Peer({"": partial(ProgramTrainer, impl="concise")}),
+        names.EAGER: lambda problem: Peer(eager_variants(setup)),
+        names.JAX: lambda problem: Peer(jax_variants(problem, setup)),
     }
-    return makes[name]()
+    if images and (setup.cuda or any(name in cpu_features() for name in REDUCED_PRECISION)):
+        found[names.MEDIUM] = lambda problem: Peer({"": MediumTrainer}, has_parity=False)
+    # compiling takes long
+    if setup.cuda or not setup.small or not images:
+        found[names.COMPILE] = lambda problem: Peer(_compiled_variants(problem, setup), has_float64=False)
+    if setup.cuda:
+        step, epoch = (Peer(graph_variants(setup, whole_epoch=whole), False) for whole in (False, True))
+        return found | {names.GRAPH_STEP: lambda problem: step, names.GRAPH_EPOCH: lambda problem: epoch}
+    textbook = Peer({"": TextbookTrainer}, has_float64=False, gate_epochs=1)
+    return found | {names.SKLEARN: lambda problem: Peer(_sklearn()), names.TEXTBOOK: lambda problem: textbook}
 
 
 def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
@@ -121,7 +115,7 @@ def _compiled_variants(problem: Problem, setup: Setup) -> dict[str, Make]:
     return _first(variants, setup)
 
 
-def _sklearn_variants() -> dict[str, Make]:
+def _sklearn() -> dict[str, Make]:
     pytest.importorskip("sklearn", reason=f"scikit-learn {_INSTALL}")
     from benchmarks.peers.sklearn_epochs import MLPTrainer
 

@@ -30,7 +30,7 @@ class MLPTrainer(Trainer):
         else:
             self.y = self.y.reshape(-1)
         self.estimator: Any = estimator(
-            problem.widths[1:-1],
+            hidden_layer_sizes=problem.widths[1:-1],
             solver="sgd",
             batch_size=self.batch_size,
             learning_rate_init=problem.lr * self.factor,

@@ -1,19 +1,24 @@
-"""Torch's programs for a whole run: eager, compiled and captured, and the textbook's loop."""
+"""The programs for a whole run: torch's, eager, compiled and captured; fastdl's; the textbook's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.device import Cpu
+from benchmarks.device import Cpu, matmul_precision
 from benchmarks.peers.problem import Problem, Trainer
-from fastdl import data
+from fastdl import accelerate, data, fit, models, optim
+from fastdl import nn as fastdl_nn
+from fastdl.programs import RECIPES, Impl, Model, build, run
 from fastdl.reference import textbook
-from fastdl.reference.textbook import Program
+from fastdl.reproduce import LINEAR_SCRATCH_FACTOR
+
+_MODELS = {"linear": models.LinearRegression, "softmax": models.SoftmaxRegression, "mlp": models.MLP}
 
 
 class EagerTrainer(Trainer):
@@ -29,7 +34,7 @@ class EagerTrainer(Trainer):
         dtype: torch.dtype,
         *,
         row_order: torch.Generator | None = None,
-        **options: bool,
+        **options: Any,
     ) -> None:
         self.net: nn.Module = problem.net(dtype)
         super().__init__(problem, self.net.state_dict())
@@ -66,12 +71,8 @@ class MediumTrainer(EagerTrainer):
 
     def epoch(self, order: Tensor) -> Tensor:
         """Train on the batches of an order, and return the mean loss."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium")
-        try:
+        with matmul_precision("medium"):
             return super().epoch(order)
-        finally:
-            torch.set_float32_matmul_precision(before)
 
 
 class CompiledStepTrainer(EagerTrainer):
@@ -128,7 +129,7 @@ class GraphTrainer(EagerTrainer):
     """
 
     def __init__(
-        self, problem: Problem, dtype: torch.dtype, *, device: Cpu, whole_epoch: bool, **options: bool
+        self, problem: Problem, dtype: torch.dtype, *, device: Cpu, whole_epoch: bool, **options: Any
     ) -> None:
         super().__init__(problem, dtype, **options)
         self.whole_epoch = whole_epoch
@@ -156,6 +157,58 @@ class GraphTrainer(EagerTrainer):
         return self._replay().clone()
 
 
+class FitTrainer(Trainer):
+    """``fit`` as a user calls it, on a net of plain torch modules with torch's own SGD; images stay uint8."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
+        net = problem.net(dtype)
+        super().__init__(problem, net.state_dict())
+        X = problem.rows(dtype) if problem.X.is_floating_point() else problem.X
+        optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
+        call = partial(fit, net, problem.loss(), optimizer, X, problem.labels(dtype))
+        self.fit = partial(call, batch_size=problem.batch_size, generator=self.order, progress=False)
+
+    def train(self, num_epochs: int) -> list[float]:
+        """Train on; return each epoch's mean loss."""
+        return self.fit(epochs=num_epochs).train_loss
+
+
+class DropInTrainer(EagerTrainer):
+    """Torch's eager loop with fastdl's modules, loss and SGD: by ``accelerate``, or a net of fastdl's own."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, *, own_net: bool = False) -> None:
+        super().__init__(problem, dtype)
+        if own_net:
+            make: Callable[[], nn.Sequential] = _MODELS[problem.name]
+            self.net = make().to(problem.X.device, dtype)
+            # a net without a Flatten counts its layers from 0
+            self.net.load_state_dict(dict(zip(self.net.state_dict(), self.state.values(), strict=True)))
+        else:
+            self.net = accelerate(self.net, report=None)
+        self.state = self.net.state_dict()
+        self.loss = fastdl_nn.CrossEntropyLoss() if problem.classifies else fastdl_nn.MSELoss()
+        self.optimizer = optim.SGD(self.net.parameters(), lr=problem.lr)
+
+
+class ProgramTrainer(Trainer):
+    """A program of the textbook, from scratch or concise with torch.nn, on batches from memory."""
+
+    def __init__(self, problem: Problem, dtype: torch.dtype, *, impl: Impl) -> None:
+        model: Model = next(model for model in RECIPES if model == problem.name)
+        self.factor = LINEAR_SCRATCH_FACTOR if (model, impl) == ("linear", "scratch") else 1.0
+        # the textbook's net counts its layers without a Flatten where it has none
+        start = dict(zip(build(model, "concise", lr=0.0).state, problem.start.values(), strict=True))
+        device, lr = problem.X.device, problem.lr * self.factor
+        program = build(model, impl, lr=lr, start=start, dtype=dtype, device=device)
+        super().__init__(problem, program.state)
+        self.run = partial(run, program, impl, problem.X, problem.labels(dtype), batch_size=self.batch_size)
+
+    def train(self, num_epochs: int) -> list[float]:
+        """Train on; return each epoch's mean loss."""
+        history = self.run(num_epochs=num_epochs, generator=self.order)
+        return [loss * self.factor for loss in history.train_loss]
+
+
 class TextbookTrainer(Trainer):
     """The textbook's loop in float32: a DataLoader item by item, and the loss and accuracy of each step."""
 
@@ -166,7 +219,7 @@ class TextbookTrainer(Trainer):
         super().__init__(problem, net.state_dict())
         self.loader = problem.loader(problem.batch_size, self.order)
         optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
-        self.program = Program(net, problem.loss(), optimizer, self.state)
+        self.program = textbook.Program(net, problem.loss(), optimizer, self.state)
 
     def train(self, num_epochs: int) -> list[float]:
         """Train on; return each epoch's mean loss."""
