@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -156,11 +156,18 @@ def gpu_product(
     return weight_grad, partial(torch.mm, grad.t(), x), masked.t() @ x
 
 
-def cuda_kernels() -> Mapping[str, Any]:
-    """Return every CUDA kernel, which makes its machine code and leaves it on disk."""
+def cuda_kernels() -> list[str]:
+    """Return the names of the CUDA kernels."""
     from fastdl.kernels.cuda.launch import KERNELS
 
-    return KERNELS
+    return list(KERNELS)
+
+
+def compile_kernel(name: str, capability: tuple[int, int]) -> None:
+    """Leave a CUDA kernel's machine code on disk, for GPUs of a compute capability."""
+    from fastdl.kernels.cuda.launch import KERNELS, architecture
+
+    KERNELS[name].machine_code(architecture(capability))
 
 
 KERNELS = ("cross_entropy, 10", "cross_entropy, 1000", "cross_entropy, 4096", "SGD", "SGD, momentum")

@@ -7,7 +7,8 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,8 @@ class Setup:
         found: dict[str, Any] = {"kind": "session", "date": datetime.now(UTC).isoformat(timespec="seconds")}
         found |= {"device": self.device_name, "rehearsal": self.small, "seconds": self.seconds}
         found |= {"machine": machine.describe() | {"threads": self.threads, "platform": platform.platform()}}
-        found |= {"versions": {package: _version(package) for package in _PACKAGES}}
+        installed = {package.name.lower(): package.version for package in distributions()}
+        found |= {"versions": {name: installed.get(name, "missing") for name in _PACKAGES}}
         return found | {"features": cpu_features(), "load average": os.getloadavg()}
 
 
@@ -89,24 +91,15 @@ def cpu_features() -> list[str]:
     return [name for name in ("avx2", "fma", "avx512f", *REDUCED_PRECISION) if name in flags]
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
-
-
 def cpus(num_threads: int) -> set[int]:
     """Return as many of the CPUs that this process may use, on different cores as far as there are any."""
-    firsts: list[int] = []
-    others: list[int] = []
-    seen: set[str] = set()
+    cores: dict[str, list[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else str(cpu)
-        (others if core in seen else firsts).append(cpu)
-        seen.add(core)
-    return set((firsts + others)[:num_threads])
+        cores.setdefault(siblings.read_text() if siblings.exists() else str(cpu), []).append(cpu)
+    # the first of each core, then the second ones
+    found = [cpu for own in zip_longest(*cores.values()) for cpu in own if cpu is not None]
+    return set(found[:num_threads])
 
 
 def pin_threads(num_threads: int) -> None:

@@ -231,12 +231,9 @@ def _facts(line: Line, found: Mapping[str, Line]) -> str:
     """Return what a process has told beside the time of its first call."""
     info = line["info"]
     words = f"fastdl's import {duration(info['import'])}, torch's {duration(info['torch'])}"
-    added = info.get("training", 0) / 1e6
-    return (
-        f" ({words}"
-        + f"; training adds {added:.1f} MB to {info.get('data', 0) / 1e6:.1f}" * bool(added)
-        + ")"
-    )
+    if "training" in info:
+        words += f"; training adds {info['training'] / 1e6:.1f} MB to {info['data'] / 1e6:.1f}"
+    return f" ({words})"
 
 
 FIGURES: Mapping[str, Callable[[Results], str]] = {
@@ -299,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with replacing(path) as temporary:
             temporary.write_text(texts[path])
     images = options.root / "docs" / "images"
-    drawn = [path for own in found.values() for path in draw(own, machine(own), images)]
+    drawn = [draw(own, machine(own), images) for own in found.values()]
     sys.stdout.writelines(f"Wrote {path}\n" for path in [*stale, *filter(None, drawn)])
     return 0
 

@@ -82,7 +82,7 @@ def test_first_call(turns: Turns, setup: Setup, call: str, tmp_path: Path) -> No
     torch.save((examples.X, examples.y), tmp_path / "data.pt")
     memory = _MEMORY if kind == "fit" and model != "linear" else ""
     parts = {"net": _NETS[model], "call": _FIT if kind == "fit" else _STEP, "memory": memory}
-    command = [sys.executable, "-c", _PROGRAM.format(threads=setup.threads, **parts), tmp_path / "data.pt"]
+    command = [sys.executable, "-c", _PROGRAM.format(threads=setup.threads, **parts), f"{tmp_path}/data.pt"]
 
     def make(name: str) -> Work:
         info: dict[str, Any] = {}

@@ -41,7 +41,7 @@ _SANITIZED = (
 _SANITIZED += " and not 2048 and not 1024 and not 70000 and not 5000000"
 _GPU_TESTS = ("tests/test_gpu.py", "tests/training/test_cuda_program.py")
 # where there is no GPU to ask: that of the H100 and the H200
-_ARCHITECTURE, _MOST_PROCESSES, _FEW_KERNELS = "sm_90a", 16, 3
+_CAPABILITY, _MOST_PROCESSES, _FEW_KERNELS = (9, 0), 16, 3
 # what a program of a benchmark is timed for, and the files in the order of their worth
 _PROGRAM_SECONDS = 0.1
 BENCHMARKS = {"epochs": 130, "steps": 45, "kernels": 45, "products": 75, "grid": 75, "ops": 60}
@@ -148,28 +148,19 @@ def failed_tests(path: Path) -> str:
     return f"; failed: {', '.join(failed)}" if failed else ""
 
 
-def compile_kernel(name: str, architecture: str) -> None:
-    """Leave a kernel's machine code on disk."""
-    from benchmarks import internals
-
-    internals.cuda_kernels()[name].machine_code(architecture)
-
-
 def compile_kernels(*, few: bool) -> str:
     """Leave the machine code of every kernel on disk, made in as many processes as there are cores."""
     import torch
 
     from benchmarks import internals
-    from fastdl.kernels.cuda.launch import architecture as architecture_of
     from fastdl.machine import num_cores
 
-    gpu = torch.cuda.is_available()
-    architecture = architecture_of(torch.cuda.get_device_capability(0)) if gpu else _ARCHITECTURE
-    kernels = list(internals.cuda_kernels())[: _FEW_KERNELS if few else None]
+    capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else _CAPABILITY
+    kernels = internals.cuda_kernels()[: _FEW_KERNELS if few else None]
     processes = min(num_cores(), _MOST_PROCESSES)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(partial(compile_kernel, architecture=architecture), kernels))
-    return f"{len(kernels)} kernels for {architecture} in {processes} processes"
+        list(pool.map(partial(internals.compile_kernel, capability=capability), kernels))
+    return f"{len(kernels)} kernels for {capability} in {processes} processes"
 
 
 def _session(*, rehearse: bool) -> tuple[dict[str, Any], str | None]:

@@ -19,18 +19,15 @@ from fastdl.reproduce import Examples
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Something to train.
+    """Something to train, by a recipe of which the seed is that of the order.
 
     Attributes
     ----------
-    name : str
     widths : tuple of int
         Inputs, the units of each hidden layer, outputs. A ReLU stands between two layers.
     X, y : Tensor
         Examples, (N, ...) uint8 pixels or float32, and labels: classes (N,) or values (N, outputs). The
         programs train on the device that these are on.
-    batch_size, num_epochs, lr, seed
-        As the recipe's; the seed is that of the order.
     start : mapping of str to Tensor
         The parameters to start from, in the names of `net`'s state_dict.
     loader : callable, optional
@@ -109,9 +106,8 @@ def textbook_problem(
     for name, tensor in start.items():
         tensor.normal_(std=0.01, generator=generator) if name.endswith("weight") else tensor.zero_()
     X, y, epochs = examples.X, examples.y, num_epochs or recipe.num_epochs
-    return Problem(
-        model, widths, X, y, recipe.batch_size, epochs, recipe.lr, seed, start, loader=examples.loader
-    )
+    batch_size, lr = recipe.batch_size, recipe.lr
+    return Problem(model, widths, X, y, batch_size, epochs, lr, seed, start, examples.loader)
 
 
 def dense_problem(width: int, batch_size: int, num_hiddens: int, X: Tensor, y: Tensor) -> Problem:

@@ -21,24 +21,19 @@ class MLPTrainer(Trainer):
 
     def __init__(self, problem: Problem, dtype: torch.dtype) -> None:
         super().__init__(problem, {})
-        self.X, self.y = problem.rows(dtype).numpy(), problem.labels(dtype).numpy()
+        self.X, self.y = problem.rows(dtype).numpy(), problem.labels(dtype).squeeze(-1).numpy()
         # a regressor's squared error is halved, and so is the gradient
-        self.factor, estimator, classes = 2.0, MLPRegressor, {}
+        self.factor, kind, classes = 2.0, MLPRegressor, {}
         if problem.classifies:
-            self.factor, estimator = 1.0, MLPClassifier
-            classes = {"classes": np.arange(problem.widths[-1])}
-        else:
-            self.y = self.y.reshape(-1)
-        self.estimator: Any = estimator(
-            hidden_layer_sizes=problem.widths[1:-1],
-            solver="sgd",
-            batch_size=self.batch_size,
-            learning_rate_init=problem.lr * self.factor,
-            momentum=0.0,
-            nesterovs_momentum=False,
-            alpha=0.0,
-            shuffle=False,
-        )
+            self.factor, kind, classes = 1.0, MLPClassifier, {"classes": np.arange(problem.widths[-1])}
+        options: dict[str, Any] = {
+            "alpha": 0.0,
+            "momentum": 0.0,
+            "nesterovs_momentum": False,
+            "shuffle": False,
+        }
+        options |= {"learning_rate_init": problem.lr * self.factor, "batch_size": self.batch_size}
+        self.estimator: Any = kind(solver="sgd", hidden_layer_sizes=problem.widths[1:-1], **options)
         # an estimator has parameters once it has seen a batch
         self.estimator.partial_fit(self.X[: self.batch_size], self.y[: self.batch_size], **classes)
         start = [tensor.to(dtype).numpy() for tensor in problem.start.values()]

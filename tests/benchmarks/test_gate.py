@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from benchmarks.peers.ops import NAMES, op
 from torch import nn
 
 from benchmarks import gate, internals, peak
 from benchmarks.device import BFLOAT16, FLOAT32, TF32, Cpu
 from benchmarks.gate import Gate
-from benchmarks.peers.ops import NAMES, op
+from benchmarks.peers.epochs import EagerTrainer, GraphTrainer
 from benchmarks.peers.problem import Problem, dense_problem, textbook_problem
-from benchmarks.peers.torch_epochs import EagerTrainer, GraphTrainer
 from benchmarks.test_ops import check
 from fastdl import data
 from fastdl.reproduce import image_examples, linear_examples
