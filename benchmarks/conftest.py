@@ -66,13 +66,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is another device's, and what is finished already, where that is wanted."""
     device, done = config.stash[SETUP].device_name, config.stash[LOG].finished()
-    left_out = [
-        item
-        for item in items
-        if item.nodeid in done or any(mark.args != (device,) for mark in item.iter_markers("only"))
-    ]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+
+    def stays(item: pytest.Item) -> bool:
+        return item.nodeid not in done and all(mark.args == (device,) for mark in item.iter_markers("only"))
+
+    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
+    items[:] = filter(stays, items)
 
 
 @dataclass
@@ -97,8 +96,6 @@ class Log:
             self.write(self.setup.as_json())
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def finished(self) -> set[str]:
         """Return the tests that need not be run again."""

@@ -61,10 +61,7 @@ class Gate:
         checks = []
         if has_float64:
             exact = _errors(_epochs(make(self.problem, torch.float64), len(self._truth)), self._truth)
-            checks += [
-                Check("float64, loss of any epoch", exact.loss_max, parity.EXACT),
-                Check("float64, any parameter after any epoch", exact.parameter_max, parity.EXACT),
-            ]
+            checks += parity.check_exact(exact)
         epochs = _epochs(make(self.problem, torch.float32), num_epochs or self.problem.num_epochs)
         start = torch.cat([tensor.reshape(-1) for tensor in self.problem.start.values()])
         first_loss, parameter_scale = self._truth[0][0], float(start.abs().max())

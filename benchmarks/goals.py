@@ -119,7 +119,7 @@ def _cpu_goals(results: Results) -> Iterator[Goal]:
         found, what = _product(results, product)
         times = rate(found["fastdl"]) / rate(found["peak"]) if "fastdl" in found else None
         yield Goal(f"{what}: times the peak of float32", times, 6.0)
-    found = results.find("test_threads", work="epoch of mlp")
+    found = results.find("test_threads", kind="epoch", model="mlp")
     one, two = (found.get(f"fastdl, {count}") for count in ("1 thread", "2 threads"))
     yield _over("Multilayer perceptron: epoch of fit, 1 to 2 threads", two, one, 1.8)
     for model in ("mlp", "softmax"):

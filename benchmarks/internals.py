@@ -86,24 +86,21 @@ def bytes_product(num_rows: int, num_inputs: int, num_outputs: int, name: str) -
 
     tile_begin: Any = tiles.tile_begin
     tile_end: Any = tiles.tile_end
-    side, line, panel = tiles.SIDE, tiles.DEPTH, integer.PANEL
+    line, panel = tiles.DEPTH, integer.PANEL
 
     @jit
-    def fill(digits: Any, matrix: Any, size: Any) -> None:
+    def fill(digits: Any, matrix: Any, size: Any, columns: Any) -> None:
         own = integer.digits_of(digits, 0)
-        every_tile = 0, own.inverses.size // side
-        integer.note_largest(matrix, (0, size[0]), every_tile, digits.largest[0])
-        for tile in range(every_tile[1]):
+        integer.note_largest(matrix, (0, size[0]), columns, digits.largest[0])
+        for tile in range(columns[1]):
             integer.find_scales(own, tile, size[1], np.float32(1))
-        integer.write_columns(own, matrix, (0, size[0]), size, every_tile)
+        integer.write_columns(own, matrix, (0, size[0]), size, columns)
 
     @jit
-    def multiply(memory: Any, a: Any, rows: int, digits: Any, output: Any, epilogue: Any) -> None:
+    def multiply(tile: Any, a: Any, rows: Any, digits: Any, columns: Any, output: Any, epilogue: Any) -> None:
         own = integer.digits_of(digits, 0)
-        columns = 0, own.inverses.size // side
-        tile_begin(memory.registers[0])
-        tile = integer.Tiles(memory.registers[0], memory.sums[0])
-        integer.multiply_bytes(tile, a, (0, rows), own, columns, own.blocks, output, epilogue)
+        tile_begin(tile.registers)
+        integer.multiply_bytes(tile, a, rows, own, columns, own.blocks, output, epilogue)
         tile_end()
 
     generator = torch.Generator().manual_seed(0)
@@ -120,9 +117,11 @@ def bytes_product(num_rows: int, num_inputs: int, num_outputs: int, name: str) -
     memory[: words.numel()] = words.flatten().numpy()
     matrix = F.pad(right, (0, panels * panel - columns)).reshape(depth, panels, panel).transpose(0, 1)
     digits = integer.digits_memory(depth, columns, 1)
-    fill(digits, Matrix(matrix.flatten().numpy(), 0, depth * panel), (depth, columns))
+    every_tile = 0, -(-columns // tiles.SIDE)
+    fill(digits, Matrix(matrix.flatten().numpy(), 0, depth * panel), (depth, columns), every_tile)
     output, torchs = aligned(panels * stride * panel, np.float32), torch.empty(rows, columns)
-    operands = integer.tiles_memory(1), integer.Bytes(memory, stride), rows, digits
+    registers, sums = integer.tiles_memory(1)
+    tile, a = integer.Tiles(registers[0], sums[0]), integer.Bytes(memory, stride)
     target = Matrix(output, 0, stride * panel), Epilogue(output, 0, FROM_ZERO, False)
 
     def results() -> tuple[Tensor, Tensor]:
@@ -130,7 +129,7 @@ def bytes_product(num_rows: int, num_inputs: int, num_outputs: int, name: str) -
         return ours.transpose(0, 1).reshape(rows, -1)[:, :columns], torchs
 
     return Product(
-        lambda count: multiply(*operands, *target),
+        lambda count: multiply(tile, a, (0, rows), digits, every_tile, *target),
         lambda: torch.mm(floats, right, out=torchs),
         results,
         lambda: left.double() @ right.double(),

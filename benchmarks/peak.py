@@ -1,4 +1,4 @@
-"""The most multiply-adds that a core does: a loop of nothing else, on numbers in registers.
+"""What a machine does at most: bytes copied, and multiply-adds in a loop of nothing else, in registers.
 
 How near such a loop comes to the core's limit depends on how its instructions happen to fall on the two units
 that execute them: on a Zen 3 loops that differ in nothing but the number of sums reach 75 to 99 % of it. So
@@ -13,11 +13,13 @@ from functools import cache, partial, reduce
 from typing import Any
 
 import numba
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from benchmarks.device import Cpu
 from benchmarks.turns import timed
 from fastdl import machine
 
@@ -109,3 +111,12 @@ def peak_program(num_threads: int, seconds: float = 0.01) -> tuple[Callable[[], 
 
     program()
     return program, num_flops
+
+
+@cache
+def bandwidth(device: Cpu, size: int) -> float:
+    """Return the bytes a second, read and written together, of a copy of so many float32 numbers."""
+    source = torch.randn(size, device=device.name)
+    target = torch.empty_like(source)
+    seconds = [device.timed(partial(target.copy_, source)) for _ in range(10)]
+    return 2 * source.nbytes / min(seconds[2:])

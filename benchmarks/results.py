@@ -17,16 +17,8 @@ Line = dict[str, Any]
 class Results:
     """What was measured on one device; of a test that was measured again, its last line.
 
-    Attributes
-    ----------
-    session : dict
-        The machine, of the last session.
-    lines : dict of str to dict
-        The benchmarks, by the test's id.
-    without : dict of str to str
-        Why a test has no figure, by its id.
-    steps : dict of str to dict
-        Of a visit to a GPU, what is no benchmark: the tests, the sanitizer.
+    The session is the last one. Benchmarks, and why a test has no figure, are by the test's id; the steps of a
+    visit to a GPU, the tests and the sanitizer, by their name.
     """
 
     session: Line = field(default_factory=dict)

@@ -189,12 +189,12 @@ def limits(results: Results) -> str:
 def under_load(results: Results) -> str:
     """Return how much longer a program takes beside busy neighbours than alone."""
     rows = []
-    for (work,) in results.values("test_load", "work"):
-        found = results.find("test_load", work=work)
+    for kind, model in results.values("test_load", "kind", "model"):
+        found = results.find("test_load", kind=kind, model=model)
         for name in ("fastdl", names.EAGER):
             quiet, *busy = (found.get(f"{name}, beside {count}") for count in (0, 1, 2))
             longer = [f"{_time(line)}, {_ratio(line, quiet)}" if line and quiet else "" for line in busy]
-            rows.append([f"{work}, {name}", _time(quiet), *longer])
+            rows.append([f"{kind} of {model}, {name}", _time(quiet), *longer])
     return _table(["program", "alone", "beside 1 busy neighbour", "beside 2"], rows)
 
 
@@ -251,7 +251,7 @@ FIGURES: Mapping[str, Callable[[Results], str]] = {
     "grid": cells,
     "limits": limits,
     "load": under_load,
-    "threads": beside("test_threads", "work"),
+    "threads": beside("test_threads", "kind", "model"),
     "startup": beside("test_first_call", "call", note=_facts),
     "cublas": beside("test_gpu_product", "product", "size", "precision", base="op", against="cuBLAS"),
     "kernels": beside("test_kernel", "kernel", base="fastdl"),

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +25,7 @@ from benchmarks.turns import Work, timed
 from fastdl.programs import RECIPES, Model
 from fastdl.reference.textbook import data_loader
 
-CALLS = ("1", "recipe", "100")
-_LONG_CALL, _SMALL_CALLS = 100, {"1": 1, "recipe": 2, "100": 3}
+_SMALL_CALLS = {"1": 1, "recipe": 2, "100": 3}
 # A program whose call would take longer trains fewer epochs in it, and says how many; fit alone has a call's
 # own work, so that the number matters to it, and trains all of them.
 _CALL_SECONDS = 0.5
@@ -86,9 +85,8 @@ class Lineup:
             if found.has_parity:
                 same_loss(loss, self._first_loss)
                 exact, count = found.has_float64, found.gate_epochs
-                info: dict[str, Any] = {
-                    "parity": passed(self.gate.checks(make, has_float64=exact, num_epochs=count))
-                }
+                checks = self.gate.checks(make, has_float64=exact, num_epochs=count)
+                info: dict[str, Any] = {"parity": passed(checks)}
             else:
                 info = {"parity": "reduced precision"} | self.gate.error(make)
             # a first call compiles, which is nothing beside a slow program's epoch
@@ -107,19 +105,17 @@ def lineup(model: Model, setup: Setup) -> Lineup:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     setup = metafunc.config.stash[SETUP]
     if metafunc.function is test_epoch:
-        calls = CALLS if setup.rehearse or not setup.small else CALLS[:1]
-        models: tuple[Model, ...] = get_args(Model)
-        found = [
-            (model, count, name) for model in models for count in calls for name in programs(model, setup)
-        ]
+        calls = list(_SMALL_CALLS)[: 1 if setup.small and not setup.rehearse else None]
+        each = ((model, count) for model in RECIPES for count in calls)
+        found = [(model, count, name) for model, count in each for name in programs(model, setup)]
         metafunc.parametrize(("model", "calls", "program"), found)
 
 
 def test_epoch(turns: Turns, setup: Setup, model: Model, calls: str) -> None:
     """Time an epoch, in calls of so many."""
     found, recipe = lineup(model, setup), RECIPES[model]
-    wanted = {"1": 1, "recipe": recipe.num_epochs, "100": _LONG_CALL}[calls]
-    wanted = _SMALL_CALLS[calls] if setup.small else wanted
+    lengths = {"1": 1, "recipe": recipe.num_epochs, "100": 100}
+    wanted = (_SMALL_CALLS if setup.small else lengths)[calls]
     num_examples, batch_size = len(found.problem.X), found.problem.batch_size
 
     def work(name: str, variant: str) -> Work:
@@ -151,8 +147,6 @@ def test_epoch_alone(turns: Turns, setup: Setup, program: str) -> None:
         if name != names.ALONE[0]:
             own: dict[str, Any] = dict(jax_variants(problem, setup))
             epochs = {key: make(problem, torch.float32).in_one_order() for key, make in own.items()}
-        return {
-            key: Work(epoch, info={"parity": same_loss(epoch(), expected)}) for key, epoch in epochs.items()
-        }
+        return {key: Work(run, info={"parity": same_loss(run(), expected)}) for key, run in epochs.items()}
 
     turns("epoch of linear regression alone, the order ready", make)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from itertools import pairwise, product
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.gate import same_loss
-from benchmarks.peak import peak_program
+from benchmarks.peak import bandwidth, peak_program
 from benchmarks.peers.epochs import DropInTrainer, EagerTrainer, FitTrainer
-from benchmarks.peers.names import DROP_IN, EAGER, FIT, GRAPH_STEP, JAX
+from benchmarks.peers.names import DROP_IN, EAGER, FIT, GRAPH, JAX
 from benchmarks.peers.problem import Make, Problem, Trainer, dense_problem
 from benchmarks.peers.roster import eager_variants, graph_variants, jax_variants
 from benchmarks.setup import Setup
@@ -30,6 +31,8 @@ _MOST_STEPS, _MOST_ROWS, _SMALL_ROWS = 2000, 40_960, 4096
 _GPU_STEPS, _GPU_ROWS = 64, 1 << 17
 # what a step passes over at least: the parameters for the outputs, for the update read, and written
 _PASSES = 3
+# numbers of a copy that no cache holds
+_COPIED = 1 << 24
 # where a call of fit takes less, its own work is told apart from an epoch's
 _SHORT_CALL_SECONDS, _CALL_ROUNDS = 0.05, 5
 
@@ -41,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         sizes = ((1,), (16, 64), (16, 256)) if setup.rehearse else ((2,), (16,), (256,))
     elif setup.cuda:
         sizes = (1,), GPU_WIDTHS, GPU_BATCHES
-    metafunc.parametrize("program", [FIT, DROP_IN, EAGER, GRAPH_STEP] if setup.cuda else [FIT, EAGER, JAX])
+    metafunc.parametrize("program", [FIT, DROP_IN, EAGER, GRAPH] if setup.cuda else [FIT, EAGER, JAX])
     metafunc.parametrize(("depth", "width", "batch"), list(product(*sizes)))
 
 
@@ -65,22 +68,13 @@ def _num_steps(setup: Setup, depth: int, width: int, batch: int) -> int:
     return max(1, min(wanted, _MOST_STEPS, most))
 
 
-@cache
-def _limits(threads: int) -> tuple[float, float]:
-    """Return the FLOPs and the bytes a second that this machine is measured to do."""
-    peak, num_flops = peak_program(threads)
-    source = torch.randn(1 << 24)
-    target = torch.empty_like(source)
-    flops, copy = (min(timed(run) for _ in range(5)) for run in (peak, partial(target.copy_, source)))
-    return num_flops / flops, 2 * source.nbytes / copy
-
-
 def _facts(setup: Setup, problem: Problem, trainer: Trainer, steps: int) -> dict[str, float]:
     """Return what limits a cell: seconds of its arithmetic, of its memory, of a call's own work."""
-    flops, bandwidth = _limits(setup.threads)
+    peak, flops = peak_program(setup.threads)
     parameters = sum(a * b for a, b in pairwise(problem.widths))
-    found = {"arithmetic_s": 2 * problem.multiply_adds / flops}
-    found["memory_s"] = 4 * (steps * _PASSES * parameters + problem.X.numel()) / bandwidth
+    num_bytes = 4 * (steps * _PASSES * parameters + problem.X.numel())
+    found = {"arithmetic_s": 2 * problem.multiply_adds / flops * min(timed(peak) for _ in range(5))}
+    found["memory_s"] = num_bytes / bandwidth(setup.device, _COPIED)
     one, three = partial(trainer.train, 1), partial(trainer.train, 3)
     if timed(one) < _SHORT_CALL_SECONDS:
         differences = (3 * timed(one) - timed(three) for _ in range(_CALL_ROUNDS))
@@ -95,12 +89,13 @@ def test_cell(turns: Turns, setup: Setup, depth: int, width: int, batch: int) ->
     problem = dense_problem(width, batch, depth, X[: steps * batch], y[: steps * batch])
     expected = EagerTrainer(problem, torch.float32).train(1)[0]
 
-    def variants(name: str) -> dict[str, Make]:
-        own: dict[str, dict[str, Make]] = {FIT: {"": FitTrainer}, DROP_IN: {"": DropInTrainer}}
-        if name == JAX:
-            return jax_variants(problem, setup, unrolls=(1,))
-        graphs = graph_variants(setup, whole_epoch=False)
-        return (own | {EAGER: eager_variants(setup), GRAPH_STEP: graphs})[name]
+    variants: dict[str, Callable[[], dict[str, Make]]] = {
+        FIT: lambda: {"": FitTrainer},
+        DROP_IN: lambda: {"": DropInTrainer},
+        EAGER: lambda: eager_variants(setup),
+        JAX: lambda: jax_variants(problem, setup, unrolls=(1,)),
+        GRAPH: lambda: graph_variants(setup),
+    }
 
     def work(name: str, make: Make) -> Work:
         trainer = make(problem, torch.float32)
@@ -108,10 +103,8 @@ def test_cell(turns: Turns, setup: Setup, depth: int, width: int, batch: int) ->
         info |= _facts(setup, problem, trainer, steps) if name == FIT and not setup.cuda else {}
         return Work(partial(trainer.train, 1), timer=setup.device.timed, info=info)
 
-    turns(
-        f"epoch of {depth} x {width}, batch {batch}, {steps * batch:,} examples",
-        lambda name: {variant: work(name, make) for variant, make in variants(name).items()},
-        close=FIT,
-        seconds=setup.seconds / 4,
-        rounds=(3, 9),
-    )
+    def make(name: str) -> dict[str, Work]:
+        return {variant: work(name, make) for variant, make in variants[name]().items()}
+
+    title = f"epoch of {depth} x {width}, batch {batch}, {steps * batch:,} examples"
+    turns(title, make, close=FIT, seconds=setup.seconds / 4, rounds=(3, 9))

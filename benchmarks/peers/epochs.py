@@ -123,37 +123,20 @@ class CompiledStepTrainer(EagerTrainer):
 
 
 class GraphTrainer(EagerTrainer):
-    """The eager loop's work, captured in a CUDA graph of a step or of an epoch, and replayed.
+    """The eager loop's epoch, captured in a CUDA graph and replayed."""
 
-    Beside the graph of a step, a last batch that is smaller is an eager step.
-    """
-
-    def __init__(
-        self, problem: Problem, dtype: torch.dtype, *, device: Cpu, whole_epoch: bool, **options: Any
-    ) -> None:
+    def __init__(self, problem: Problem, dtype: torch.dtype, *, device: Cpu, **options: Any) -> None:
         super().__init__(problem, dtype, **options)
-        self.whole_epoch = whole_epoch
         start = {name: tensor.clone() for name, tensor in self.state.items()}
         # the graph reads the order from here
-        order = data.order(len(self.X), problem.order()).to(self.X.device)
-        self._order = order if whole_epoch else order[: self.batch_size].clone()
-        work: Callable[[Tensor], Tensor] = super().epoch if whole_epoch else super().step
-        self._replay = device.captured(partial(work, self._order), warm_up_calls=1 if whole_epoch else 3)
+        self._order = data.order(len(self.X), problem.order()).to(self.X.device)
+        self._replay = device.captured(partial(super().epoch, self._order), warm_up_calls=1)
         self.net.load_state_dict(start)
-
-    def step(self, index: Tensor) -> Tensor:
-        """Train on the rows of the index, and return the loss."""
-        if self.whole_epoch or len(index) < self.batch_size:
-            return super().step(index)
-        self._order.copy_(index)
-        # the next replay writes the loss to the same memory
-        return self._replay().clone()
 
     def epoch(self, order: Tensor) -> Tensor:
         """Train on the batches of an order, and return the mean loss."""
-        if not self.whole_epoch:
-            return super().epoch(order)
         self._order.copy_(order)
+        # the next replay writes the loss to the same memory
         return self._replay().clone()
 
 

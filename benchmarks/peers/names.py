@@ -5,7 +5,7 @@ from __future__ import annotations
 FIT, DROP_IN = "fastdl fit", "fastdl ops in a loop"
 SCRATCH, CONCISE, TEXTBOOK = "from scratch", "concise (torch.nn)", "textbook loop"
 EAGER, COMPILE, JAX, SKLEARN = "torch eager", "torch.compile", "JAX jit + scan", "scikit-learn"
-GRAPH_STEP, GRAPH_EPOCH = "torch graph of a step", "torch graph of an epoch"
+GRAPH = "torch in a CUDA graph of an epoch"
 MEDIUM = 'torch eager, precision "medium"'
 # an epoch without a call's own work: draw the order, look at the net
 ALONE = (f"{FIT}, compiled epoch alone", f"{JAX}, scan alone")

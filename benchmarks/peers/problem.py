@@ -123,11 +123,7 @@ def dense_problem(width: int, batch_size: int, num_hiddens: int, X: Tensor, y: T
 class Trainer:
     """One program that trains one problem in one dtype, from its start on.
 
-    Parameters
-    ----------
-    problem : Problem
-    state : mapping of str to Tensor
-        The parameters that it trains, in the order of the net's state_dict.
+    `state` has the parameters that it trains, in the order of the net's state_dict.
     """
 
     def __init__(self, problem: Problem, state: Mapping[str, Tensor]) -> None:

@@ -58,8 +58,7 @@ def programs(model: str, setup: Setup) -> dict[str, Callable[[Problem], Peer]]:
     if setup.cuda or not setup.small or not images:
         found[names.COMPILE] = lambda problem: Peer(_compiled_variants(problem, setup), has_float64=False)
     if setup.cuda:
-        step, epoch = (Peer(graph_variants(setup, whole_epoch=whole), False) for whole in (False, True))
-        return found | {names.GRAPH_STEP: lambda problem: step, names.GRAPH_EPOCH: lambda problem: epoch}
+        return found | {names.GRAPH: lambda problem: Peer(graph_variants(setup), has_float64=False)}
     textbook = Peer({"": TextbookTrainer}, has_float64=False, gate_epochs=1)
     return found | {names.SKLEARN: lambda problem: Peer(_sklearn()), names.TEXTBOOK: lambda problem: textbook}
 
@@ -80,9 +79,9 @@ def eager_variants(setup: Setup) -> dict[str, Make]:
     return _first({"SGD": EagerTrainer, "SGD(foreach=True)": foreach, "SGD(fused=True)": fused}, setup)
 
 
-def graph_variants(setup: Setup, *, whole_epoch: bool) -> dict[str, Make]:
+def graph_variants(setup: Setup) -> dict[str, Make]:
     """Return CUDA graphs of torch eager."""
-    make = partial(GraphTrainer, device=setup.device, whole_epoch=whole_epoch)
+    make = partial(GraphTrainer, device=setup.device)
     return _first({"fused SGD": partial(make, fused=True), "SGD": make}, setup)
 
 
