@@ -151,18 +151,6 @@ def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Se
         made = make(name)
         return {"": made} if isinstance(made, Work) else made
 
-    def measure(make: Callable[[str], Work | Variants], limits: dict[str, Any]) -> None:
-        group: list[Any] = [item for item in request.session.items if _key(item) == key]
-        failed, programs = {}, {}
-        for name in (item.callspec.params["program"] for item in group):
-            try:
-                programs[name] = variants(make, name)
-            # a peer that is missing, fails to start or lacks parity ends its own test and no other
-            except (Exception, pytest.skip.Exception) as error:
-                failed[name] = error
-        limits = {"seconds": setup.seconds} | limits | ({"rounds": (2, 2)} if setup.small else {})
-        measured[key] = failed | in_turn(programs, **limits)
-
     def report(title: str, make: Callable[[str], Work | Variants], **limits: Any) -> None:
         benchmark.group, benchmark.name = title, program
         if benchmark.disabled:
@@ -172,7 +160,16 @@ def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Se
             benchmark.pedantic(first.run)
             return
         if key not in measured:
-            measure(make, limits)
+            failed, programs = {}, {}
+            group: list[Any] = [item for item in request.session.items if _key(item) == key]
+            for name in (item.callspec.params["program"] for item in group):
+                try:
+                    programs[name] = variants(make, name)
+                # a peer that is missing, fails to start or lacks parity ends its own test and no other
+                except (Exception, pytest.skip.Exception) as error:
+                    failed[name] = error
+            limits = {"seconds": setup.seconds} | limits | ({"rounds": (2, 2)} if setup.small else {})
+            measured[key] = failed | in_turn(programs, **limits)
         found = measured[key][program]
         error = found.error if isinstance(found, Work) else found
         if error is not None:

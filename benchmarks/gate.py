@@ -20,6 +20,8 @@ from fastdl.reference import parity
 from fastdl.reference.parity import Check, Errors, assert_as_accurate_as_torch
 
 Epochs = list[tuple[float, Tensor]]
+Step = Callable[[], Tensor]
+Tensors = Sequence[Tensor]
 # of a step in a Python loop
 COMPARED_STEPS = 20
 
@@ -50,7 +52,7 @@ class Gate:
         runs = [EagerTrainer(self.problem, torch.float32)]
         for index in range(1, parity.TORCH_ROW_ORDERS + 1):
             order = torch.Generator().manual_seed(index)
-            runs.append(EagerTrainer(self.problem, torch.float32, row_order=order))
+            runs.append(EagerTrainer(self.problem, torch.float32, rows=order))
         for side in (-1, 1):
             runs.append(EagerTrainer(self.problem, torch.float32))
             parity.settle_gates(runs[-1].net, side)
@@ -90,28 +92,22 @@ def passed(checks: Sequence[Check]) -> str:
     return _figure(max(exact)) if exact else f"{_figure(max(check.error for check in checks))} (float32)"
 
 
-def same_loss(
-    loss: float, expected: float, allowed: float = parity.EPOCH_LOSS, what: str = "an epoch's loss"
-) -> str:
+def same_loss(loss: float, expected: float, allowed: float = parity.EPOCH_LOSS, what: str = "loss") -> str:
     """Return the difference of a loss from torch's: the rule's last part, for what is large."""
     # a NaN compares as False
     same = abs(loss - expected) <= allowed
-    assert same, f"no parity: {what} is {loss:.6g}, torch's {expected:.6g}"
+    assert same, f"no parity: the {what} is {loss:.6g}, torch's {expected:.6g}"
     return _figure(abs(loss - expected))
 
 
-def same_steps(
-    ours: Callable[[], Tensor], torchs: Callable[[], Tensor], allowed: float = parity.EPOCH_LOSS
-) -> str:
+def same_steps(ours: Step, torchs: Step, allowed: float = parity.EPOCH_LOSS) -> str:
     """Take the first steps of two programs; return the largest difference of their losses."""
     numbers = range(1, COMPARED_STEPS + 1)
-    found = [same_loss(ours().item(), torchs().item(), allowed, f"the loss of step {n}") for n in numbers]
+    found = [same_loss(ours().item(), torchs().item(), allowed, f"loss of step {n}") for n in numbers]
     return max(found, key=float)
 
 
-def same_results(
-    ours: Sequence[Tensor], torchs: Sequence[Tensor], truths: Sequence[Tensor], precision: Precision = FLOAT32
-) -> str:
+def same_results(ours: Tensors, torchs: Tensors, truths: Tensors, precision: Precision = FLOAT32) -> str:
     """Hold each result of an op to torch's own error against float64; return the worst relative error."""
     worst = 0.0
     for number, (actual, expected, truth) in enumerate(zip(ours, torchs, truths, strict=True)):
@@ -132,10 +128,8 @@ def same_norm(actual: Tensor, expected: Tensor, precision: Precision) -> str:
     return _figure(error)
 
 
-def results(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    """Return an op's output and the gradients of its inputs, from inputs converted to a dtype."""
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+def results(function: Callable[..., Tensor], inputs: Tensors, upstream: Tensor) -> list[Tensor]:
+    """Return an op's output and the gradients of its inputs, all in the upstream gradient's dtype."""
+    leaves = [tensor.detach().to(upstream.dtype).requires_grad_() for tensor in inputs]
     output = function(*leaves)
-    return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(dtype))]
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,28 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.peers.problem import Problem
-from fastdl import arrays, data, optim
+from fastdl import arrays, optim
 from fastdl.kernels.cpu.memory import aligned
 from fastdl.ops.cross_entropy import cross_entropy_forward
 from fastdl.ops.linear import linear_forward, linear_grad_input, linear_grad_weight
-from fastdl.training.lower import lower
-from fastdl.training.program import Program
 
 Run = Callable[[], object]
 PRODUCTS = ("forward", "grad_input", "grad_weight")
-
-
-def compiled_epoch(problem: Problem) -> Callable[[], float]:
-    """Return what trains an epoch of the compiled program in an order that lies ready, for its loss."""
-    net = problem.net(torch.float32)
-    optimizer = torch.optim.SGD(net.parameters(), lr=problem.lr)
-    lowered = lower(net, problem.loss(), optimizer, tuple(problem.X.shape[1:]))
-    X = problem.X.flatten(1)
-    program = Program(lowered, X, problem.y, problem.batch_size, 1.0 if X.is_floating_point() else 1 / 255)
-    program.read()
-    order = data.order(len(X), problem.order())
-    return lambda: float(program.epoch(order).loss)
 
 
 class Product(NamedTuple):
@@ -44,40 +29,34 @@ class Product(NamedTuple):
     truth: Callable[[], Tensor]
 
 
-def products(num_rows: int, num_inputs: int, num_outputs: int) -> dict[str, Product]:
-    """Return the three products of a layer of this size, each writing to memory that is there."""
+@lru_cache(maxsize=1)
+def product(num_rows: int, num_inputs: int, num_outputs: int, name: str) -> Product:
+    """Return one of the three products of a layer of this size, which writes to memory that is there."""
     kernels = arrays.cpu_kernels()
     generator = torch.Generator().manual_seed(0)
     shapes = (num_rows, num_inputs), (num_outputs, num_inputs), (num_outputs,), (num_rows, num_outputs)
     X, weight, bias, upstream = (torch.randn(shape, generator=generator) for shape in shapes)
     x, w, b, g = (tensor.numpy() for tensor in (X, weight, bias, upstream))
-    no_mask = np.empty((0, 0), np.float32)
-    grad_bias = np.empty_like(b)
-    (forward, torchs), (gx, torchs_gx), (gw, torchs_gw) = (
-        (torch.empty_like(tensor), torch.empty_like(tensor)) for tensor in (upstream, X, weight)
-    )
-    return {
-        "forward": Product(
-            lambda count: kernels.linear_forward(x, w, b, False, forward.numpy(), count),
-            lambda: torch.mm(X, weight.t(), out=torchs),
-            lambda: (forward - bias, torchs),
-            lambda: X.double() @ weight.double().t(),
-        ),
-        "grad_input": Product(
-            lambda count: kernels.linear_grad_input(g, no_mask, w, gx.numpy(), count),
-            lambda: torch.mm(upstream, weight, out=torchs_gx),
-            lambda: (gx, torchs_gx),
-            lambda: upstream.double() @ weight.double(),
-        ),
-        "grad_weight": Product(
-            lambda count: kernels.linear_grad_weight(g, no_mask, x, gw.numpy(), grad_bias, count),
-            lambda: torch.mm(upstream.t(), X, out=torchs_gw),
-            lambda: (gw, torchs_gw),
-            lambda: upstream.double().t() @ X.double(),
-        ),
+    no_mask, grad_bias = np.empty((0, 0), np.float32), np.empty_like(b)
+    factors = {"forward": (X, weight.t()), "grad_input": (upstream, weight), "grad_weight": (upstream.t(), X)}
+    left, right = factors[name]
+    ours, torchs = (torch.empty(left.shape[0], right.shape[1]) for _ in range(2))
+    out = ours.numpy()
+    runs: dict[str, Callable[[int], object]] = {
+        "forward": lambda count: kernels.linear_forward(x, w, b, False, out, count),
+        "grad_input": lambda count: kernels.linear_grad_input(g, no_mask, w, out, count),
+        "grad_weight": lambda count: kernels.linear_grad_weight(g, no_mask, x, out, grad_bias, count),
     }
+    added = bias if name == "forward" else 0.0
+    return Product(
+        runs[name],
+        lambda: torch.mm(left, right, out=torchs),
+        lambda: (ours - added, torchs),
+        lambda: left.double() @ right.double(),
+    )
 
 
+@lru_cache(maxsize=1)
 def bytes_product(num_rows: int, num_inputs: int, num_outputs: int, name: str) -> Product:
     """Return forward or grad_weight of a layer with bytes: packed operands in, float32 in panels out."""
     from fastdl.kernels.cpu import integer, tiles
@@ -136,11 +115,10 @@ def bytes_product(num_rows: int, num_inputs: int, num_outputs: int, name: str) -
     )
 
 
-def gpu_product(
-    batch: int, width: int, dtype: torch.dtype, device: str, name: str
-) -> tuple[Run, Run, Tensor]:
+def gpu_product(size: tuple[int, int], dtype: torch.dtype, device: str, name: str) -> tuple[Run, Run, Tensor]:
     """Return a product of a layer with ReLU: fastdl's op, torch's bare product, and what is right."""
     torch.manual_seed(0)
+    width, batch = size
     shapes = (batch, width), (width, width), (width,), (batch, width)
     x, weight, bias, grad = (torch.randn(shape, device=device).to(dtype) for shape in shapes)
     output = torch.relu(torch.addmm(bias, x, weight.t()))

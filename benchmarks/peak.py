@@ -114,7 +114,7 @@ def peak_program(num_threads: int, seconds: float = 0.01) -> tuple[Callable[[], 
 
 
 @cache
-def bandwidth(device: Cpu, size: int) -> float:
+def bandwidth(device: Cpu, size: int = 1 << 24) -> float:
     """Return the bytes a second, read and written together, of a copy of so many float32 numbers."""
     source = torch.randn(size, device=device.name)
     target = torch.empty_like(source)

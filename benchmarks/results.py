@@ -17,8 +17,8 @@ Line = dict[str, Any]
 class Results:
     """What was measured on one device; of a test that was measured again, its last line.
 
-    The session is the last one. Benchmarks, and why a test has no figure, are by the test's id; the steps of a
-    visit to a GPU, the tests and the sanitizer, by their name.
+    The session is the last one. Benchmarks, and why a test has no figure, are by the test's id; the steps of
+    a visit to a GPU, the tests and the sanitizer, by their name.
     """
 
     session: Line = field(default_factory=dict)
@@ -41,11 +41,8 @@ class Results:
     def find(self, test: str, **params: Any) -> dict[str, Line]:
         """Return a test's lines with these parameters, by program."""
         wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
-        return {
-            line["program"]: line
-            for line in self.lines.values()
-            if line["test"] == test and wanted.items() <= line["params"].items()
-        }
+        lines = (line for line in self.lines.values() if line["test"] == test)
+        return {line["program"]: line for line in lines if wanted.items() <= line["params"].items()}
 
     def values(self, test: str, *names: str) -> list[tuple[Any, ...]]:
         """Return the values of parameters that a test was measured with, in their order."""

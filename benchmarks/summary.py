@@ -25,6 +25,7 @@ from fastdl.programs import RECIPES
 ROOT = Path(__file__).resolve().parent.parent
 _MARKED = re.compile(r"(<!-- figures: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NONE = "Not measured yet."
+Figure = Callable[[Results], str]
 Note = Callable[[Line, Mapping[str, Line]], str]
 
 
@@ -91,27 +92,23 @@ def precision(results: Results) -> str:
     return f"{has}\n\n{table(headings, rows)}" if rows else has
 
 
-def beside(
-    test: str, *by: str, base: str = "", against: str = "", note: Note = lambda line, found: ""
-) -> Callable[[Results], str]:
+def beside(test: str, *by: str, base: str = "", note: Note = lambda line, found: "") -> Figure:
     """Return what makes a table with a row for each value of the parameters and a column for each program.
 
-    Where there is a base, the last column compares it with the fastest program whose name begins as `against`
-    does, else with all that aren't fastdl's.
+    Where there is a base, the last column compares it with the fastest of the other programs, those that do
+    the same work.
     """
 
     def figure(results: Results) -> str:
-        programs = [
-            *dict.fromkeys(line["program"] for line in results.lines.values() if line["test"] == test)
-        ]
+        measured = [line for line in results.lines.values() if line["test"] == test]
+        programs = [*dict.fromkeys(line["program"] for line in measured)]
         programs.sort(key=lambda name: not name.startswith("fastdl"))
-        others = [name for name in programs if name.startswith(against or "fastdl") is bool(against)]
+        others = [name for name in programs if not name.startswith(("fastdl", base, "peak"))]
         rows = []
         for values in results.values(test, *by):
             found = results.find(test, **dict(zip(by, values, strict=True)))
-            times = [
-                _time(found[name]) + note(found[name], found) if name in found else "" for name in programs
-            ]
+            cells = {name: _time(line) + note(line, found) for name, line in found.items()}
+            times = [cells.get(name, "") for name in programs]
             best = min((found[name] for name in others if name in found), key=_median, default=None)
             words = [" x ".join(map(str, item)) if isinstance(item, list) else f"{item}" for item in values]
             rows.append([", ".join(words), *times, *[_ratio(best, found.get(base))] * bool(base)])
@@ -161,9 +158,7 @@ def cells(results: Results) -> str:
         words = ["" if ratio is None else number(ratio) for ratio in row]
         # what is below the goal stands out
         marks = ["**" * (ratio is not None and ratio < GRID) for ratio in row]
-        lines.append(
-            [f"{batch:,}", *(f"{mark}{word}{mark}" for word, mark in zip(words, marks, strict=True))]
-        )
+        lines.append([f"{batch:,}", *map("{0}{1}{0}".format, marks, words)])
     headings = ["batch", *(f"{depth} x {width:,}" for depth, width in columns)]
     count = f"{len(ratios) - below} of {len(ratios)} cells reach {GRID}."
     return f"{table(headings, lines)}\n\n{count}" if ratios else _NONE
@@ -236,24 +231,21 @@ def _facts(line: Line, found: Mapping[str, Line]) -> str:
     return f" ({words})"
 
 
-FIGURES: Mapping[str, Callable[[Results], str]] = {
+FIGURES: Mapping[str, Figure] = {
     "machine": lambda results: f"Measured on {machine(results)}.",
     "headline": headline,
     "goals": goals_table,
     "epochs": epochs,
-    "alone": beside("test_epoch_alone", base=names.ALONE[0]),
     "precision": precision,
     "steps": beside("test_step", "model", "precision", base=names.DROP_IN),
     "ops": ops,
-    "products": beside(
-        "test_product", "product", "shape", "threads", base="fastdl", against="torch", note=_share
-    ),
+    "products": beside("test_product", "product", "shape", "threads", base="fastdl", note=_share),
     "grid": cells,
     "limits": limits,
     "load": under_load,
     "threads": beside("test_threads", "kind", "model"),
     "startup": beside("test_first_call", "call", note=_facts),
-    "cublas": beside("test_gpu_product", "product", "size", "precision", base="op", against="cuBLAS"),
+    "cublas": beside("test_gpu_product", "product", "size", "precision", base="op"),
     "kernels": beside("test_kernel", "kernel", base="fastdl"),
     "visit": visit,
     "without": without,

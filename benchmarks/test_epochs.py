@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -13,13 +12,12 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from benchmarks import internals
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.gate import Gate, passed, same_loss
 from benchmarks.peers import names
 from benchmarks.peers.epochs import EagerTrainer
 from benchmarks.peers.problem import Problem, Trainer, textbook_problem
-from benchmarks.peers.roster import jax_variants, programs
+from benchmarks.peers.roster import programs
 from benchmarks.setup import Setup
 from benchmarks.turns import Work, timed
 from fastdl.programs import RECIPES, Model
@@ -104,11 +102,10 @@ def lineup(model: Model, setup: Setup) -> Lineup:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     setup = metafunc.config.stash[SETUP]
-    if metafunc.function is test_epoch:
-        calls = list(_SMALL_CALLS)[: 1 if setup.small and not setup.rehearse else None]
-        each = ((model, count) for model in RECIPES for count in calls)
-        found = [(model, count, name) for model, count in each for name in programs(model, setup)]
-        metafunc.parametrize(("model", "calls", "program"), found)
+    calls = list(_SMALL_CALLS)[: 1 if setup.small and not setup.rehearse else None]
+    each = ((model, count) for model in RECIPES for count in calls)
+    found = [(model, count, name) for model, count in each for name in programs(model, setup)]
+    metafunc.parametrize(("model", "calls", "program"), found)
 
 
 def test_epoch(turns: Turns, setup: Setup, model: Model, calls: str) -> None:
@@ -133,20 +130,3 @@ def test_epoch(turns: Turns, setup: Setup, model: Model, calls: str) -> None:
 
     sizes = f"{num_examples:,} examples, batch {batch_size}"
     turns(f"epoch of {recipe.title.lower()}, {wanted} a call, {sizes}", make, close=names.FIT)
-
-
-@pytest.mark.only("cpu")
-@pytest.mark.parametrize("program", names.ALONE)
-def test_epoch_alone(turns: Turns, setup: Setup, program: str) -> None:
-    """Time an epoch of linear regression without what a call does once: the compiled loop, and JAX's scan."""
-    problem = lineup("linear", setup).problem
-    expected = EagerTrainer(problem, torch.float32).train(1)[0]
-
-    def make(name: str) -> dict[str, Work]:
-        epochs: dict[str, Callable[[], float]] = {"": internals.compiled_epoch(problem)}
-        if name != names.ALONE[0]:
-            own: dict[str, Any] = dict(jax_variants(problem, setup))
-            epochs = {key: make(problem, torch.float32).in_one_order() for key, make in own.items()}
-        return {key: Work(run, info={"parity": same_loss(run(), expected)}) for key, run in epochs.items()}
-
-    turns("epoch of linear regression alone, the order ready", make)

@@ -31,8 +31,6 @@ _MOST_STEPS, _MOST_ROWS, _SMALL_ROWS = 2000, 40_960, 4096
 _GPU_STEPS, _GPU_ROWS = 64, 1 << 17
 # what a step passes over at least: the parameters for the outputs, for the update read, and written
 _PASSES = 3
-# numbers of a copy that no cache holds
-_COPIED = 1 << 24
 # where a call of fit takes less, its own work is told apart from an epoch's
 _SHORT_CALL_SECONDS, _CALL_ROUNDS = 0.05, 5
 
@@ -74,7 +72,7 @@ def _facts(setup: Setup, problem: Problem, trainer: Trainer, steps: int) -> dict
     parameters = sum(a * b for a, b in pairwise(problem.widths))
     num_bytes = 4 * (steps * _PASSES * parameters + problem.X.numel())
     found = {"arithmetic_s": 2 * problem.multiply_adds / flops * min(timed(peak) for _ in range(5))}
-    found["memory_s"] = num_bytes / bandwidth(setup.device, _COPIED)
+    found["memory_s"] = num_bytes / bandwidth(setup.device)
     one, three = partial(trainer.train, 1), partial(trainer.train, 3)
     if timed(one) < _SHORT_CALL_SECONDS:
         differences = (3 * timed(one) - timed(three) for _ in range(_CALL_ROUNDS))

@@ -30,10 +30,8 @@ _WAYS: dict[str, tuple[Way, Way]] = {
     "relu": (functional.relu, F.relu),
     "cross_entropy": (functional.cross_entropy, F.cross_entropy),
     "linear_cross_entropy": (
-        lambda input, weight, bias, target: functional.linear_cross_entropy(
-            input, weight, target, linear_bias=bias
-        ),
-        lambda input, weight, bias, target: F.cross_entropy(F.linear(input, weight, bias), target),
+        lambda x, weight, bias, y: functional.linear_cross_entropy(x, weight, y, linear_bias=bias),
+        lambda x, weight, bias, y: F.cross_entropy(F.linear(x, weight, bias), y),
     ),
     "mse_loss": (functional.mse_loss, F.mse_loss),
 }
@@ -69,8 +67,8 @@ def op(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, seed:
 def check(found: Op, precision: Precision) -> str:
     """Hold an op's output and gradients to torch's, by the rule of the tests."""
     upstream = torch.randn_like(found.torchs(*found.inputs))
-    ours, torchs = (results(way, found.inputs, upstream, precision.dtype) for way in found[1:])
-    truths = results(found.torchs, found.inputs, upstream, torch.float64)
+    ours, torchs = (results(way, found.inputs, upstream) for way in found[1:])
+    truths = results(found.torchs, found.inputs, upstream.double())
     return same_results(ours, torchs, truths, precision)
 
 

@@ -67,8 +67,8 @@ def test_product(turns: Turns, setup: Setup, threads: int, shape: tuple[int, int
         if name == "peak":
             peak, flops = peak_program(threads)
             return Work(peak, info={"flops": flops})
-        bytes_of = OF_BYTES.get(product)
-        found = internals.bytes_product(*shape, bytes_of) if bytes_of else internals.products(*shape)[product]
+        find = internals.bytes_product if product in OF_BYTES else internals.product
+        found = find(*shape, OF_BYTES.get(product, product))
         found.ours(threads)
         found.torchs()
         ours, torchs = found.results()
@@ -87,7 +87,7 @@ def test_gpu_product(turns: Turns, setup: Setup, precision: str, size: tuple[int
     width, batch = size
 
     def make(name: str) -> Work:
-        ours, cublas, expected = internals.gpu_product(batch, width, block.dtype, setup.device.name, product)
+        ours, cublas, expected = internals.gpu_product(size, block.dtype, setup.device.name, product)
         found = ours()
         result = found[0] if isinstance(found, tuple) else found
         assert isinstance(result, torch.Tensor)

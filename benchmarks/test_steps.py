@@ -1,7 +1,4 @@
-"""A training step in a Python loop; and steps and epochs that have less than the machine.
-
-The second are on one thread and on two, and beside busy neighbours on the two cores.
-"""
+"""A training step in a Python loop; steps and epochs on one thread and on two, and beside busy neighbours."""
 
 from __future__ import annotations
 

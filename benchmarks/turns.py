@@ -1,8 +1,4 @@
-"""Programs of a group are timed in turn, round by round, so that a busy moment of the machine meets them all.
-
-The `turns` fixture of ``conftest.py`` hands a whole group to `in_turn` at the group's first test; every test
-then reports the rounds of its own program to pytest-benchmark.
-"""
+"""Programs of a group are timed in turn, round by round, so that a busy moment meets them all."""
 
 from __future__ import annotations
 

@@ -46,12 +46,11 @@ BENCHMARKS = {"epochs": 130, "steps": 45, "products": 120, "grid": 75, "ops": 60
 
 @dataclass(frozen=True)
 class Step:
-    """A process of a visit: its command, what it may take, and what is set in its environment."""
+    """A process of a visit: its command, and the seconds that it may take."""
 
     name: str
     seconds: float
     command: Sequence[str]
-    environment: Sequence[tuple[str, str]] = ()
 
 
 def steps(folder: Path, *, rehearse: bool) -> list[Step]:
@@ -67,10 +66,10 @@ def steps(folder: Path, *, rehearse: bool) -> list[Step]:
         under = [sanitizer, "--tool", tool, "--error-exitcode", f"{_SANITIZER_ERROR}"] if sanitizer else []
         # the call of an API that fails is torch's way to find out what there is
         under += ["--report-api-errors", "no"] * (bool(sanitizer) and tool == "memcheck")
-        command = [*under, *gpu_tests, "-k", _SANITIZED]
         # memory of its own for each tensor, so that an access outside of it is one
-        environment = [("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")] if tool == "memcheck" else []
-        found.append(Step(tool, 75, command if sanitizer or rehearse else [], environment))
+        under = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"] * (tool == "memcheck") + under
+        command = [*under, *gpu_tests, "-k", _SANITIZED]
+        found.append(Step(tool, 75, command if sanitizer or rehearse else []))
     for name, seconds in BENCHMARKS.items():
         options = ["--benchmark-enable", "--device", "cuda", "--resume", *rehearsed]
         options += ["--seconds", f"{_PROGRAM_SECONDS}", "--jsonl", f"{folder / name}.jsonl"]
@@ -113,10 +112,9 @@ class Visit:
     def _run(self, step: Step, seconds: float) -> dict[str, Any]:
         started, code = time.monotonic(), None
         log = self.folder / f"{step.name}.log"
-        environment = os.environ | dict(step.environment)
         with log.open("w") as file:
             streams: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-            process = subprocess.Popen(step.command, cwd=ROOT, env=environment, **streams)
+            process = subprocess.Popen(step.command, cwd=ROOT, **streams)
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(seconds)
             # with all that it has started

@@ -18,30 +18,24 @@ from fastdl.programs import RECIPES, Impl, Model, build, run
 from fastdl.reference import textbook
 from fastdl.reproduce import LINEAR_SCRATCH_FACTOR
 
+Rows = torch.Generator | None
 _MODELS = {"linear": models.LinearRegression, "softmax": models.SoftmaxRegression, "mlp": models.MLP}
 
 
 class EagerTrainer(Trainer):
     """A Python loop over float batches that ``index_select`` takes from memory.
 
-    It keeps the loss of each step as a tensor, and counts no accuracy. `row_order` shuffles the rows within
-    each batch, which changes nothing but the rounding; `options` are SGD's.
+    It keeps the loss of each step as a tensor, and counts no accuracy. `rows` shuffles the rows within each
+    batch, which changes nothing but the rounding; `options` are SGD's.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        dtype: torch.dtype,
-        *,
-        row_order: torch.Generator | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, problem: Problem, dtype: torch.dtype, *, rows: Rows = None, **options: Any) -> None:
         self.net: nn.Module = problem.net(dtype)
         super().__init__(problem, self.net.state_dict())
         self.X, self.y = problem.rows(dtype), problem.labels(dtype)
         self.loss: nn.Module = problem.loss()
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=problem.lr, **options)
-        self.row_order = row_order
+        self.shuffled_by = rows
         # of each batch in the epoch
         sizes = [len(index) for index in torch.arange(len(self.X)).split(self.batch_size)]
         self.shares = torch.tensor(sizes, dtype=torch.float64, device=self.X.device) / len(self.X)
@@ -61,8 +55,8 @@ class EagerTrainer(Trainer):
     def epoch(self, order: Tensor) -> Tensor:
         """Train on the batches of an order, and return the mean loss."""
         pieces = order.to(self.X.device).split(self.batch_size)
-        if self.row_order is not None:
-            pieces = tuple(p[torch.randperm(len(p), generator=self.row_order)] for p in pieces)
+        if self.shuffled_by is not None:
+            pieces = tuple(p[torch.randperm(len(p), generator=self.shuffled_by)] for p in pieces)
         return (torch.stack([self.step(index) for index in pieces]).double() * self.shares).sum()
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.problem import Problem, Trainer
-from fastdl import data
 
 
 class JaxTrainer(Trainer):
@@ -37,17 +36,11 @@ class JaxTrainer(Trainer):
             self.params = [(jnp.array(w), jnp.array(b)) for w, b in zip(start[::2], start[1::2], strict=True)]
             self.scan = jax.jit(_epoch(problem, gather_first, unroll), donate_argnums=0)
 
-    def epoch(self, order: Any) -> Any:
-        """Train on the batches of an order, a Tensor or JAX's own array, and return the mean loss."""
+    def epoch(self, order: Tensor) -> Any:
+        """Train on the batches of an order, and return the mean loss."""
         with jax.enable_x64(self.x64):
-            rows = order.int().numpy() if isinstance(order, Tensor) else order
-            self.params, mean = self.scan(self.params, self.X, self.y, rows)
+            self.params, mean = self.scan(self.params, self.X, self.y, order.int().numpy())
             return mean
-
-    def in_one_order(self) -> Callable[[], float]:
-        """Return what trains an epoch in an order that lies in memory, the scan alone, for its loss."""
-        order = jnp.asarray(data.order(self.num_examples, self.order).int().numpy())
-        return lambda: float(self.epoch(order))
 
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""

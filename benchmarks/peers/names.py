@@ -7,9 +7,6 @@ SCRATCH, CONCISE, TEXTBOOK = "from scratch", "concise (torch.nn)", "textbook loo
 EAGER, COMPILE, JAX, SKLEARN = "torch eager", "torch.compile", "JAX jit + scan", "scikit-learn"
 GRAPH = "torch in a CUDA graph of an epoch"
 MEDIUM = 'torch eager, precision "medium"'
-# an epoch without a call's own work: draw the order, look at the net
-ALONE = (f"{FIT}, compiled epoch alone", f"{JAX}, scan alone")
-# of a step
 CAPTURED, TORCH_CAPTURED = "fastdl in a CUDA graph", "torch in a CUDA graph"
 
 

@@ -11,17 +11,7 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.peers import names
-from benchmarks.peers.epochs import (
-    CompiledStepTrainer,
-    DropInTrainer,
-    EagerTrainer,
-    FitTrainer,
-    GraphTrainer,
-    MediumTrainer,
-    ProgramTrainer,
-    TextbookTrainer,
-)
+from benchmarks.peers import epochs, names
 from benchmarks.peers.problem import Make, Problem
 from benchmarks.setup import REDUCED_PRECISION, Setup, cpu_features
 
@@ -45,21 +35,21 @@ def programs(model: str, setup: Setup) -> dict[str, Callable[[Problem], Peer]]:
     """Return the programs of one of the three models; where a package is missing, the call skips the test."""
     images = model != "linear"
     found: dict[str, Callable[[Problem], Peer]] = {
-        names.FIT: lambda problem: Peer({"": FitTrainer}),
+        names.FIT: lambda problem: Peer({"": epochs.FitTrainer}),
         names.DROP_IN: lambda problem: Peer(drop_in_variants(setup)),
-        names.SCRATCH: lambda problem: Peer({"": partial(ProgramTrainer, impl="scratch")}),
-        names.CONCISE: lambda problem: Peer({"": partial(ProgramTrainer, impl="concise")}),
+        names.SCRATCH: lambda problem: Peer({"": partial(epochs.ProgramTrainer, impl="scratch")}),
+        names.CONCISE: lambda problem: Peer({"": partial(epochs.ProgramTrainer, impl="concise")}),
         names.EAGER: lambda problem: Peer(eager_variants(setup)),
         names.JAX: lambda problem: Peer(jax_variants(problem, setup)),
     }
     if images and (setup.cuda or any(name in cpu_features() for name in REDUCED_PRECISION)):
-        found[names.MEDIUM] = lambda problem: Peer({"": MediumTrainer}, has_parity=False)
+        found[names.MEDIUM] = lambda problem: Peer({"": epochs.MediumTrainer}, has_parity=False)
     # compiling takes long
     if setup.cuda or not setup.small or not images:
         found[names.COMPILE] = lambda problem: Peer(_compiled_variants(problem, setup), has_float64=False)
     if setup.cuda:
         return found | {names.GRAPH: lambda problem: Peer(graph_variants(setup), has_float64=False)}
-    textbook = Peer({"": TextbookTrainer}, has_float64=False, gate_epochs=1)
+    textbook = Peer({"": epochs.TextbookTrainer}, has_float64=False, gate_epochs=1)
     return found | {names.SKLEARN: lambda problem: Peer(_sklearn()), names.TEXTBOOK: lambda problem: textbook}
 
 
@@ -70,18 +60,19 @@ def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
 
 def drop_in_variants(setup: Setup) -> dict[str, Make]:
     """Return a loop with fastdl's modules in torch's net, and with a net of fastdl's own."""
-    return _first({"fastdl.models": partial(DropInTrainer, own_net=True), "accelerate": DropInTrainer}, setup)
+    own = partial(epochs.DropInTrainer, own_net=True)
+    return _first({"fastdl.models": own, "accelerate": epochs.DropInTrainer}, setup)
 
 
 def eager_variants(setup: Setup) -> dict[str, Make]:
     """Return torch eager with each of SGD's implementations."""
-    foreach, fused = partial(EagerTrainer, foreach=True), partial(EagerTrainer, fused=True)
-    return _first({"SGD": EagerTrainer, "SGD(foreach=True)": foreach, "SGD(fused=True)": fused}, setup)
+    foreach, fused = partial(epochs.EagerTrainer, foreach=True), partial(epochs.EagerTrainer, fused=True)
+    return _first({"SGD": epochs.EagerTrainer, "SGD(foreach=True)": foreach, "SGD(fused=True)": fused}, setup)
 
 
 def graph_variants(setup: Setup) -> dict[str, Make]:
     """Return CUDA graphs of torch eager."""
-    make = partial(GraphTrainer, device=setup.device)
+    make = partial(epochs.GraphTrainer, device=setup.device)
     return _first({"fused SGD": partial(make, fused=True), "SGD": make}, setup)
 
 
@@ -105,12 +96,12 @@ def _compiled_variants(problem: Problem, setup: Setup) -> dict[str, Make]:
         pytest.skip("there is no C++ compiler")
     if setup.cuda:
         modes = ("reduce-overhead", "max-autotune")
-        return _first({mode: partial(CompiledStepTrainer, mode=mode) for mode in modes}, setup)
-    count = 2 if setup.small else 5 if problem.classifies else 20
-    variants: dict[str, Make] = {f"{count} steps unrolled": partial(CompiledStepTrainer, unrolled=count)}
-    variants["step by step"] = CompiledStepTrainer
+        return _first({mode: partial(epochs.CompiledStepTrainer, mode=mode) for mode in modes}, setup)
+    step, count = epochs.CompiledStepTrainer, 2 if setup.small else 5 if problem.classifies else 20
+    several = partial(step, unrolled=count)
+    variants: dict[str, Make] = {f"{count} steps unrolled": several, "step by step": step}
     if problem.classifies:
-        variants["max-autotune"] = partial(CompiledStepTrainer, mode="max-autotune")
+        variants["max-autotune"] = partial(step, mode="max-autotune")
     return _first(variants, setup)
 
 
