@@ -166,8 +166,8 @@ def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Se
                 try:
                     programs[name] = variants(make, name)
                 # a peer that is missing, fails to start or lacks parity ends its own test and no other
-                except (Exception, pytest.skip.Exception) as error:
-                    failed[name] = error
+                except (Exception, pytest.skip.Exception) as reason:
+                    failed[name] = reason
             limits = {"seconds": setup.seconds} | limits | ({"rounds": (2, 2)} if setup.small else {})
             measured[key] = failed | in_turn(programs, **limits)
         found = measured[key][program]

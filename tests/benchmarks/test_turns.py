@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
 def test_programs_take_turns_until_each_has_had_its_rounds_or_its_time(clock):
     works = {"slow": clock.work("slow", 1.0), "fast": clock.work("fast", 0.1)}
-    found = in_turn(works, seconds=2.0, most=5)
+    found = in_turn(works, seconds=2.0, rounds=(3, 5))
     assert found["slow"].median == pytest.approx(1.0)
     assert found["fast"].median == pytest.approx(0.1)
     assert [len(found[name].seconds) for name in works] == [3, 5]
@@ -58,7 +58,7 @@ def test_the_fastest_variant_is_chosen_in_turn_and_the_slow_ones_are_given_up(cl
     variants = {
         name: clock.work(name, seconds)[""] for name, seconds in (("x", 0.3), ("y", 0.2), ("z", 0.21))
     }
-    found = in_turn({"peer": variants}, seconds=0.0, least=5)["peer"]
+    found = in_turn({"peer": variants}, seconds=0.0, rounds=(5, 31))["peer"]
     assert found.info["variant"] == "y"
     assert found.info["variants"] == pytest.approx({"x": 0.3, "y": 0.2, "z": 0.21})
     assert [clock.calls.count(name) - 2 for name in "xyz"] == [2, 5, 5]
@@ -70,7 +70,7 @@ def test_one_lucky_round_does_not_choose_a_variant(clock):
         "lucky": clock.work("lucky", 0.3, 0.3, 0.1, 0.3)[""],
         "steady": clock.work("steady", 0.29)[""],
     }
-    assert in_turn({"peer": variants}, seconds=0.0, least=5)["peer"].info["variant"] == "steady"
+    assert in_turn({"peer": variants}, seconds=0.0, rounds=(5, 31))["peer"].info["variant"] == "steady"
 
 
 @pytest.mark.parametrize(("other", "rounds"), [(0.84, 3), (0.86, 9), (1.04, 9), (1.06, 3)])
