@@ -95,8 +95,7 @@ def passed(checks: Sequence[Check]) -> str:
 def same_loss(loss: float, expected: float, allowed: float = parity.EPOCH_LOSS, what: str = "loss") -> str:
     """Return the difference of a loss from torch's: the rule's last part, for what is large."""
     # a NaN compares as False
-    same = abs(loss - expected) <= allowed
-    assert same, f"no parity: the {what} is {loss:.6g}, torch's {expected:.6g}"
+    assert abs(loss - expected) <= allowed, f"no parity: the {what} is {loss:.6g}, torch's {expected:.6g}"
     return _figure(abs(loss - expected))
 
 

@@ -223,7 +223,6 @@ def _share(line: Line, found: Mapping[str, Line]) -> str:
 
 
 def _facts(line: Line, found: Mapping[str, Line]) -> str:
-    """Return what a process has told beside the time of its first call."""
     info = line["info"]
     words = f"fastdl's import {duration(info['import'])}, torch's {duration(info['torch'])}"
     if "training" in info:

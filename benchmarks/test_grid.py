@@ -25,7 +25,7 @@ GPU_WIDTHS, GPU_BATCHES = (64, 256, 1024, 4096), (32, 256, 4096, 65536)
 _NUM_INPUTS, _NUM_OUTPUTS = 784, 10
 # An epoch of torch's should take about so long: a step's Python and dispatch for each layer, its arithmetic,
 # and five passes over the parameters at the speed of memory.
-_EPOCH_SECONDS, _SMALL_EPOCH_SECONDS = 0.25, 0.02
+_EPOCH_SECONDS, _SMALL_EPOCH_SECONDS = 0.1, 0.02
 _LAYER_SECONDS, _FLOPS, _BYTES = 60e-6, 1e11, 1e10
 _MOST_STEPS, _MOST_ROWS, _SMALL_ROWS = 2000, 40_960, 4096
 _GPU_STEPS, _GPU_ROWS = 64, 1 << 17
