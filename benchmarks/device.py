@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +23,6 @@ class Cpu:
 
     name = "cpu"
 
-    def synchronize(self) -> None:
-        """Wait for all work."""
-
     def timed(self, run: Program) -> float:
         """Return the seconds that a run takes, with its work on the device."""
         return turns.timed(run)
@@ -40,29 +36,11 @@ class Cpu:
     # of the device's work of a call, without the host's
     kernel_timed = timed
 
-    def host_timed(self, calls: int) -> turns.Timer:
-        """Return a timer of what the host needs to issue a call that nobody waits for."""
-
-        def timer(run: Program) -> float:
-            self.synchronize()
-            started = time.perf_counter()
-            for _ in range(calls):
-                run()
-            seconds = time.perf_counter() - started
-            self.synchronize()
-            return seconds / calls
-
-        return timer
-
 
 class Cuda(Cpu):
     """A GPU, through torch: events, and graphs."""
 
     name = "cuda"
-
-    def synchronize(self) -> None:
-        """Wait for all work."""
-        torch.cuda.synchronize()
 
     def timed(self, run: Program) -> float:
         """Return the seconds between an event before and an event after, both on the current stream."""

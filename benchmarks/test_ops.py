@@ -19,9 +19,9 @@ from benchmarks.turns import Work
 from fastdl import functional
 
 MODES = ("forward", "no_grad", "backward", "full")
-# the device's work of a forward pass, and what the host does to issue it
-GPU_MODES = (*MODES, "device", "host")
-_CALLS, _SMALL_CALLS, _ROUNDS = 400, 3, 5
+# the device's own work of a forward pass
+GPU_MODES = (*MODES, "device")
+_ROUNDS = 5
 Way = Callable[..., Tensor]
 # fastdl's and torch's; what ends in cross_entropy takes the target last
 _WAYS: dict[str, tuple[Way, Way]] = {
@@ -98,10 +98,8 @@ def test_op(turns: Turns, setup: Setup, precision: str, name: str, mode: str) ->
             with torch.no_grad():
                 function(*inputs)
 
-        if mode in ("device", "host"):
-            host = device.host_timed(_SMALL_CALLS if setup.small else _CALLS)
-            timer = host if mode == "host" else device.kernel_timed
-            return Work(no_grad, timer=timer, rounds=_ROUNDS, info=info)
+        if mode == "device":
+            return Work(no_grad, timer=device.kernel_timed, rounds=_ROUNDS, info=info)
         modes = {
             "forward": lambda: function(*inputs),
             "no_grad": no_grad,

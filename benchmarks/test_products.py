@@ -77,7 +77,7 @@ def test_product(turns: Turns, setup: Setup, threads: int, shape: tuple[int, int
 
     with torch_threads(threads):
         title = f"{product} of {' x '.join(map(str, shape))}, {threads} thread{'s' * (threads > 1)}"
-        turns(title, make, seconds=setup.seconds / 10)
+        turns(title, make, seconds=setup.seconds / 10, rounds=(3, 15))
 
 
 @pytest.mark.only("cuda")

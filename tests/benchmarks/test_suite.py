@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
-import pytest
 import torch
 
-from benchmarks.device import Cpu, Cuda
+from benchmarks.device import Cuda
 from benchmarks.visit import Step, Visit, failed_tests, steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,17 +74,6 @@ def test_a_gpu_is_timed_by_events_and_captures_by_graphs(monkeypatch):
     assert called == [*["program"] * 3, "graph().__enter__", "program", "graph().__exit__"]
     assert replay() is cuda.program.return_value
     assert cuda.mock_calls[-1][0] == "CUDAGraph().replay"
-
-
-def test_the_hosts_time_leaves_the_wait_for_the_device_out(monkeypatch):
-    clock = [0.0]
-
-    def move(seconds):
-        clock[0] += seconds
-
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    monkeypatch.setattr(Cpu, "synchronize", lambda self: move(100.0))
-    assert Cpu().host_timed(10)(lambda: move(2e-6)) == pytest.approx(2e-6)
 
 
 def python(name, text, seconds=60.0):
