@@ -13,6 +13,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks import setup as setups
+from benchmarks.results import read
 from benchmarks.setup import Setup
 from benchmarks.turns import Variants, Work, in_turn
 
@@ -24,7 +25,7 @@ MEASURED = pytest.StashKey[dict[tuple[Any, ...], dict[str, Any]]]()
 # JAX, scikit-learn and the like need not be installed: only the tests that use them import these
 collect_ignore_glob = ["peers/*"]
 
-Make = Callable[[str], Work | Variants]
+Turns = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +35,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rehearse", action="store_true", help="Small sizes, the CPU in a GPU's place.")
     group.addoption("--threads", type=int, default=2, help="Of every program.")
     group.addoption("--seconds", type=float, default=1.0, help="For how long a program is timed, about.")
-    group.addoption("--data", default="auto", help="The images: auto, fashion-mnist or garments.")
     group.addoption("--jsonl", type=Path, help="Where each test's line goes; runs/benchmarks-DEVICE.jsonl.")
     group.addoption("--resume", action="store_true", help="Leave out the tests that have a line already.")
 
@@ -57,11 +57,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # and three quarters of the GPU's memory, while torch is beside it
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     small = rehearse or not measures
-    seconds = 0.0 if small else config.getoption("seconds")
-    config.stash[SETUP] = Setup(device, rehearse, small, threads, seconds, config.getoption("data"))
+    setup = Setup(device, rehearse, small, threads, 0.0 if small else config.getoption("seconds"))
     path = config.getoption("jsonl") or ROOT / "runs" / f"benchmarks-{device}{'-rehearsal' * rehearse}.jsonl"
-    config.stash[MEASURED] = {}
-    config.stash[LOG] = Log(path, config.stash[SETUP] if measures else None, config.getoption("resume"))
+    config.stash[SETUP], config.stash[MEASURED] = setup, {}
+    config.stash[LOG] = Log(path if measures else None, setup, config.getoption("resume"))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,52 +75,44 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.nodeid not in done and all(mark.args == (device,) for mark in item.iter_markers("only"))
 
     config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
-    items[:] = [item for item in items if stays(item)]
+    items[:] = filter(stays, items)
 
 
 @dataclass
 class Log:
     """The lines of a session, if it measures; each is on disk when its test is done."""
 
-    path: Path
-    setup: Setup | None
+    path: Path | None
+    setup: Setup
     resumes: bool
     begun: bool = False
 
     def write(self, line: dict[str, Any]) -> None:
         """Add a line."""
-        if self.setup is None:
+        if self.path is None:
             return
         if not self.begun:
             self.begun = True
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.resumes:
-                self.path.unlink(missing_ok=True)
+            with self.path.open("a" if self.resumes else "w") as file:
+                # what was cut off in the middle of a line
+                file.write("\n" * self.resumes)
             self.write(self.setup.as_json())
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def finished(self) -> set[str]:
         """Return the tests that need not be run again."""
-        lines = self.path.read_text().splitlines() if self.resumes and self.path.exists() else []
-        found = [json.loads(line) for line in lines if line.endswith("}")]
+        found = read(self.path) if self.resumes and self.path and self.path.exists() else []
         return {line["id"] for line in found if line["kind"] in ("benchmark", "skipped")}
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
     """Keep why a test has no figure."""
     report: Any = yield
-    if report.outcome != "passed" and "turns" in getattr(item, "fixturenames", ()):
-        crash = getattr(report.longrepr, "reprcrash", None)
-        text = (
-            report.longrepr[2]
-            if isinstance(report.longrepr, tuple)
-            else getattr(crash, "message", report.longrepr)
-        )
-        reason = str(text).removeprefix("Skipped: ").strip().partition("\n")[0][:300]
+    if call.excinfo is not None and "turns" in getattr(item, "fixturenames", ()):
+        reason = str(call.excinfo.value).strip().partition("\n")[0][:300]
         item.config.stash[LOG].write({"kind": report.outcome, "id": report.nodeid, "reason": reason})
     return report  # type: ignore[no-any-return]
 
@@ -150,83 +141,51 @@ def _key(item: Any) -> tuple[Any, ...]:
     return item.path, getattr(item, "originalname", ""), *others
 
 
-@dataclass
-class Turns:
-    """Times the program of one test, in turn with the others of its group.
+@pytest.fixture
+def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Setup, program: str) -> Turns:
+    """Return what times a test's program, in turn with the others of its group.
 
-    Tests of one function whose parameters differ in ``program`` alone are a group.
+    Tests of one function whose parameters differ in ``program`` alone are a group. What is returned takes the
+    group's title; what holds a program, given its name, to parity and makes its work, or its variants; and
+    limits for `in_turn`.
     """
+    node, key, measured = request.node, _key(request.node), request.config.stash[MEASURED]
 
-    request: pytest.FixtureRequest
-    benchmark: BenchmarkFixture
-    setup: Setup
-    program: str
+    def variants(make: Callable[[str], Work | Variants], name: str) -> Variants:
+        made = make(name)
+        return {"": made} if isinstance(made, Work) else made
 
-    def __call__(self, title: str, make: Make, **limits: Any) -> None:
-        """Report the rounds of this test's program, and measure the whole group first if nobody has.
-
-        Parameters
-        ----------
-        title : str
-            Of the group.
-        make : callable
-            Takes a program's name; holds it to parity and returns what is timed, or its variants.
-        limits
-            For `in_turn`.
-        """
-        node, program, measured = self.request.node, self.program, self.request.config.stash[MEASURED]
-        key = _key(node)
-        self.benchmark.group, self.benchmark.name = title, program
-        if self.benchmark.disabled:
-            first, *others = _variants(make(program)).values()
+    def report(title: str, make: Callable[[str], Work | Variants], **limits: Any) -> None:
+        benchmark.group, benchmark.name = title, program
+        if benchmark.disabled:
+            first, *others = variants(make, program).values()
             for work in others:
                 work.run()
-            self.benchmark.pedantic(first.run)
+            benchmark.pedantic(first.run)
             return
         if key not in measured:
-            limits = {"seconds": self.setup.seconds} | limits
-            limits = limits | {"least": 2, "most": 2} if self.setup.small else limits
-            group = [item for item in self.request.session.items if _key(item) == key]
-            names = [item.callspec.params["program"] for item in group]  # type: ignore[attr-defined]
-            measured[key] = _measure(names, make, **limits)
+            failed, programs = {}, {}
+            group: list[Any] = [item for item in request.session.items if _key(item) == key]
+            for name in (item.callspec.params["program"] for item in group):
+                try:
+                    programs[name] = variants(make, name)
+                # a peer that is missing, fails to start or lacks parity ends its own test and no other
+                except (Exception, pytest.skip.Exception) as reason:
+                    failed[name] = reason
+            limits = {"seconds": setup.seconds} | limits | ({"rounds": (2, 2)} if setup.small else {})
+            measured[key] = failed | in_turn(programs, **limits)
         found = measured[key][program]
         error = found.error if isinstance(found, Work) else found
         if error is not None:
             raise error
-        self.benchmark._mode = "turns"
-        self.benchmark.extra_info.update(found.info)
-        stats = self.benchmark._make_stats(1)
+        benchmark._mode = "turns"
+        benchmark.extra_info.update(found.info)
+        stats = benchmark._make_stats(1)
         for seconds in found.seconds:
             stats.update(seconds)
         line = {"kind": "benchmark", "test": node.originalname, "id": node.nodeid, "group": title}
         line |= {"program": program, "params": dict(node.callspec.params), "median": found.median}
         line |= {"iqr": stats["iqr"], "rounds": [float(f"{seconds:.6g}") for seconds in found.seconds]}
-        self.request.config.stash[LOG].write(line | {"info": found.info})
+        request.config.stash[LOG].write(line | {"info": found.info})
 
-
-def _variants(made: Work | Variants) -> Variants:
-    return {"": made} if isinstance(made, Work) else made
-
-
-def _measure(names: list[str], make: Make, **limits: Any) -> dict[str, Any]:
-    failed, programs = {}, {}
-    for name in names:
-        try:
-            programs[name] = _variants(make(name))
-        # a peer that is missing, fails to start or lacks parity ends its own test and no other
-        except (Exception, pytest.skip.Exception) as error:
-            failed[name] = error
-    return failed | in_turn(programs, **limits)
-
-
-@pytest.fixture
-def program(request: pytest.FixtureRequest) -> str:
-    """Return the name of a test's program, which every benchmark is parametrised with."""
-    name: str = request.param
-    return name
-
-
-@pytest.fixture
-def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, setup: Setup, program: str) -> Turns:
-    """Return what times a test's program."""
-    return Turns(request, benchmark, setup, program)
+    return report

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -17,16 +15,13 @@ Program = Callable[[], object]
 _T = TypeVar("_T")
 
 # a graph of a kernel's calls lasts about so long
-_GRAPH_SECONDS, _MOST_CAPTURED = 0.002, 100
+_GRAPH_MILLISECONDS = 2
 
 
 class Cpu:
     """The CPU, where all work is done when its call returns."""
 
     name = "cpu"
-
-    def synchronize(self) -> None:
-        """Wait for all work."""
 
     def timed(self, run: Program) -> float:
         """Return the seconds that a run takes, with its work on the device."""
@@ -38,32 +33,14 @@ class Cpu:
             step()
         return step
 
-    def kernel_timed(self, run: Program) -> float:
-        """Return the seconds of the device's work of a call, without the host's."""
-        return turns.timed(run)
-
-    def host_timed(self, calls: int) -> turns.Timer:
-        """Return a timer of what the host needs to issue a call that nobody waits for."""
-
-        def timer(run: Program) -> float:
-            self.synchronize()
-            started = time.perf_counter()
-            _repeat(run, calls)
-            seconds = time.perf_counter() - started
-            self.synchronize()
-            return seconds / calls
-
-        return timer
+    # of the device's work of a call, without the host's
+    kernel_timed = timed
 
 
 class Cuda(Cpu):
     """A GPU, through torch: events, and graphs."""
 
     name = "cuda"
-
-    def synchronize(self) -> None:
-        """Wait for all work."""
-        torch.cuda.synchronize()
 
     def timed(self, run: Program) -> float:
         """Return the seconds between an event before and an event after, both on the current stream."""
@@ -98,18 +75,11 @@ class Cuda(Cpu):
 
     def kernel_timed(self, run: Program) -> float:
         """Return the seconds of the device's work of a call, without the host's: many calls in one graph."""
-        try:
-            from triton.testing import do_bench_cudagraph
-        except ImportError:
-            calls = max(1, min(_MOST_CAPTURED, round(_GRAPH_SECONDS / max(self.timed(run), 1e-9))))
-            return self.timed(self.captured(partial(_repeat, run, calls), warm_up_calls=1)) / calls
-        milliseconds: float = do_bench_cudagraph(run, rep=round(1e3 * _GRAPH_SECONDS), return_mode="median")
+        # torch for CUDA brings it
+        from triton.testing import do_bench_cudagraph
+
+        milliseconds: float = do_bench_cudagraph(run, rep=_GRAPH_MILLISECONDS, return_mode="median")
         return milliseconds / 1e3
-
-
-def _repeat(run: Program, calls: int) -> None:
-    for _ in range(calls):
-        run()
 
 
 @dataclass(frozen=True)
@@ -126,19 +96,31 @@ class Precision:
     eps: float
     error: float
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Set torch's precision of products, and set it back afterwards."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.matmul)
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
 
 FLOAT32 = Precision("float32", torch.float32, "highest", 2**-23, 1e-5)
 TF32 = Precision("TF32", torch.float32, "high", 2**-10, 5e-3)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, "highest", 2**-8, 5e-2)
 FLOAT16 = Precision("float16", torch.float16, "highest", 2**-10, 1e-2)
 PRECISIONS = {precision.name: precision for precision in (FLOAT32, TF32, BFLOAT16, FLOAT16)}
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Set torch's precision of products, and set it back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch's and fastdl's programs have so many threads, and set the number back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,7 +6,6 @@ step, as it shows nothing in between; an op to the rule of the ops' tests.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +14,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.device import FLOAT32, Precision
-from benchmarks.peers.problem import Problem, Trainer
-from benchmarks.peers.torch_epochs import EagerTrainer
+from benchmarks.peers.epochs import EagerTrainer
+from benchmarks.peers.problem import Make, Problem, Trainer
 from fastdl.reference import parity
 from fastdl.reference.parity import Check, Errors, assert_as_accurate_as_torch
 
-Make = Callable[[Problem, torch.dtype], Trainer]
 Epochs = list[tuple[float, Tensor]]
+Step = Callable[[], Tensor]
+Tensors = Sequence[Tensor]
 # of a step in a Python loop
 COMPARED_STEPS = 20
 
@@ -52,7 +52,7 @@ class Gate:
         runs = [EagerTrainer(self.problem, torch.float32)]
         for index in range(1, parity.TORCH_ROW_ORDERS + 1):
             order = torch.Generator().manual_seed(index)
-            runs.append(EagerTrainer(self.problem, torch.float32, row_order=order))
+            runs.append(EagerTrainer(self.problem, torch.float32, rows=order))
         for side in (-1, 1):
             runs.append(EagerTrainer(self.problem, torch.float32))
             parity.settle_gates(runs[-1].net, side)
@@ -63,16 +63,12 @@ class Gate:
         checks = []
         if has_float64:
             exact = _errors(_epochs(make(self.problem, torch.float64), len(self._truth)), self._truth)
-            checks += [
-                Check("float64, loss of any epoch", exact.loss_max, parity.EXACT),
-                Check("float64, any parameter after any epoch", exact.parameter_max, parity.EXACT),
-            ]
+            checks += parity.check_exact(exact)
         epochs = _epochs(make(self.problem, torch.float32), num_epochs or self.problem.num_epochs)
         start = torch.cat([tensor.reshape(-1) for tensor in self.problem.start.values()])
         first_loss, parameter_scale = self._truth[0][0], float(start.abs().max())
-        checks += parity.check_first_epoch(
-            _errors(epochs[:1], self._truth), self._torchs, first_loss, parameter_scale
-        )
+        first = _errors(epochs[:1], self._truth)
+        checks += parity.check_first_epoch(first, self._torchs, first_loss, parameter_scale)
         worst = _errors(epochs, self._truth).loss_max
         checks.append(Check("float32, loss of any epoch", worst, parity.EPOCH_LOSS))
         return checks
@@ -96,30 +92,21 @@ def passed(checks: Sequence[Check]) -> str:
     return _figure(max(exact)) if exact else f"{_figure(max(check.error for check in checks))} (float32)"
 
 
-def same_steps(
-    ours: Callable[[], Tensor], torchs: Callable[[], Tensor], allowed: float = parity.EPOCH_LOSS
-) -> str:
-    """Take the first steps of two programs; return the largest difference of their losses."""
-    worst = 0.0
-    for number in range(1, COMPARED_STEPS + 1):
-        loss, expected = ours().item(), torchs().item()
-        # a NaN compares as False
-        assert abs(loss - expected) <= allowed, f"no parity: step {number}: {loss:.6g} beside {expected:.6g}"
-        worst = max(worst, abs(loss - expected))
-    return _figure(worst)
-
-
-def same_loss(loss: float, expected: float) -> str:
-    """Return the difference of an epoch's loss from torch's: the rule's last part, for what is large."""
+def same_loss(loss: float, expected: float, allowed: float = parity.EPOCH_LOSS, what: str = "loss") -> str:
+    """Return the difference of a loss from torch's: the rule's last part, for what is large."""
     # a NaN compares as False
-    same = math.isfinite(loss) and abs(loss - expected) <= parity.EPOCH_LOSS
-    assert same, f"no parity: an epoch's loss is {loss:.6g}, torch's {expected:.6g}"
+    assert abs(loss - expected) <= allowed, f"no parity: the {what} is {loss:.6g}, torch's {expected:.6g}"
     return _figure(abs(loss - expected))
 
 
-def same_results(
-    ours: Sequence[Tensor], torchs: Sequence[Tensor], truths: Sequence[Tensor], precision: Precision = FLOAT32
-) -> str:
+def same_steps(ours: Step, torchs: Step, allowed: float = parity.EPOCH_LOSS) -> str:
+    """Take the first steps of two programs; return the largest difference of their losses."""
+    numbers = range(1, COMPARED_STEPS + 1)
+    found = [same_loss(ours().item(), torchs().item(), allowed, f"loss of step {n}") for n in numbers]
+    return max(found, key=float)
+
+
+def same_results(ours: Tensors, torchs: Tensors, truths: Tensors, precision: Precision = FLOAT32) -> str:
     """Hold each result of an op to torch's own error against float64; return the worst relative error."""
     worst = 0.0
     for number, (actual, expected, truth) in enumerate(zip(ours, torchs, truths, strict=True)):
@@ -140,10 +127,8 @@ def same_norm(actual: Tensor, expected: Tensor, precision: Precision) -> str:
     return _figure(error)
 
 
-def results(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor, dtype: torch.dtype
-) -> list[Tensor]:
-    """Return an op's output and the gradients of its inputs, from inputs converted to a dtype."""
-    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+def results(function: Callable[..., Tensor], inputs: Tensors, upstream: Tensor) -> list[Tensor]:
+    """Return an op's output and the gradients of its inputs, all in the upstream gradient's dtype."""
+    leaves = [tensor.detach().to(upstream.dtype).requires_grad_() for tensor in inputs]
     output = function(*leaves)
-    return [output.detach(), *torch.autograd.grad(output, leaves, upstream.to(dtype))]
+    return [output.detach(), *torch.autograd.grad(output, leaves, upstream)]

@@ -1,4 +1,4 @@
-"""The most multiply-adds that a core does: a loop of nothing else, on numbers in registers.
+"""What a machine does at most: bytes copied, and multiply-adds in a loop of nothing else, in registers.
 
 How near such a loop comes to the core's limit depends on how its instructions happen to fall on the two units
 that execute them: on a Zen 3 loops that differ in nothing but the number of sums reach 75 to 99 % of it. So
@@ -8,14 +8,18 @@ several are tried, and the fastest is the peak.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial, reduce
 from typing import Any
 
 import numba
+import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from benchmarks.device import Cpu
 from benchmarks.turns import timed
 from fastdl import machine
 
@@ -28,10 +32,7 @@ _TRIAL_SECONDS, _TRIALS = 0.01, 3
 # Factors at which the sums stay away from infinity and from the subnormal numbers, which take longer.
 _FACTOR, _SMALL_FACTOR = 0.5, 1e-4
 _Loop = Callable[[int, float, float], float]
-
-
-def _lanes() -> int:
-    return machine.vector_bits() // 32
+_LANES = machine.vector_bits() // 32
 
 
 def _loop(num_sums: int, scales_the_sum: bool) -> _Loop:
@@ -42,39 +43,25 @@ def _loop(num_sums: int, scales_the_sum: bool) -> _Loop:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         count, *scalars = arguments
-        lanes = _lanes()
-        kind = ir.VectorType(ir.FloatType(), lanes)
+        kind = ir.VectorType(ir.FloatType(), _LANES)
         function = ir.FunctionType(kind, [kind] * 3)
-        name = f"llvm.fmuladd.v{lanes}f32"
-        multiply_add = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
-        factors = []
-        for scalar in scalars:
-            vector = ir.Constant(kind, ir.Undefined)
-            for lane in range(lanes):
-                vector = builder.insert_element(vector, scalar, ir.IntType(32)(lane))
-            factors.append(vector)
-        before = builder.block
-        inside, after = (builder.append_basic_block(name) for name in ("inside", "after"))
-        builder.branch(inside)
-        builder.position_at_end(inside)
-        index = builder.phi(count.type)
-        sums = [builder.phi(kind) for _ in range(num_sums)]
-        following = builder.add(index, count.type(1))
-        index.add_incoming(count.type(0), before)
-        index.add_incoming(following, inside)
-        totals: list[Any] = list(sums)
-        for _ in range(_UNROLLED):
-            for number, total in enumerate(totals):
-                operands = [total, factors[0], factors[0]] if scales_the_sum else [*factors, total]
-                totals[number] = builder.call(multiply_add, operands)
-        for number, (total, last) in enumerate(zip(sums, totals, strict=True)):
-            total.add_incoming(ir.Constant(kind, [float(number)] * lanes), before)
-            total.add_incoming(last, inside)
-        builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
-        builder.position_at_end(after)
-        result = totals[0]
-        for other in totals[1:]:
-            result = builder.fadd(result, other)
+        multiply_add = cgutils.get_or_insert_function(builder.module, function, f"llvm.fmuladd.v{_LANES}f32")
+        factors = [ir.Constant(kind, ir.Undefined) for _ in scalars]
+        for lane in range(_LANES):
+            lanes = zip(factors, scalars, strict=True)
+            factors = [builder.insert_element(vector, x, ir.IntType(32)(lane)) for vector, x in lanes]
+        starts = [ir.Constant(kind, [float(number)] * _LANES) for number in range(num_sums)]
+        # LLVM keeps them in registers
+        sums = [cgutils.alloca_once_value(builder, start) for start in starts]
+        with cgutils.for_range(builder, count):
+            totals = [builder.load(place) for place in sums]
+            for _ in range(_UNROLLED):
+                for number, total in enumerate(totals):
+                    operands = [total, factors[0], factors[0]] if scales_the_sum else [*factors, total]
+                    totals[number] = builder.call(multiply_add, operands)
+            for place, total in zip(sums, totals, strict=True):
+                builder.store(total, place)
+        result = reduce(builder.fadd, map(builder.load, sums))
         return builder.extract_element(result, ir.IntType(32)(0))
 
     @intrinsic
@@ -109,36 +96,27 @@ def _fastest_loop() -> tuple[_Loop, int, float]:
     return max(found, key=lambda entry: entry[0])[1:]
 
 
-@cache
-def _in_parallel() -> Callable[[int, int, float, float], float]:
-    loop = _fastest_loop()[0]
-
-    @numba.njit(parallel=True, nogil=True)
-    def loops(num_threads: int, count: int, factor: float, small: float) -> float:
-        total = 0.0
-        for _ in numba.prange(num_threads):
-            total += loop(count, factor, small)
-        return total
-
-    compiled: Callable[[int, int, float, float], float] = loops
-    return compiled
-
-
-def peak_program(num_threads: int, seconds: float = 0.005) -> tuple[Callable[[], object], float]:
+def peak_program(num_threads: int, seconds: float = 0.01) -> tuple[Callable[[], object], float]:
     """Return a program of pure multiply-adds on so many cores, which takes about so long, and its FLOPs."""
     loop, vectors, rounds_per_second = _fastest_loop()
     count = max(1, round(rounds_per_second * seconds))
-    num_flops = float(num_threads * count * vectors * _lanes() * _FLOPS_PER_MULTIPLY_ADD)
+    num_flops = float(num_threads * count * vectors * _LANES * _FLOPS_PER_MULTIPLY_ADD)
     if num_threads == 1:
         return lambda: loop(count, _FACTOR, _SMALL_FACTOR), num_flops
-    loops = _in_parallel()
+    pool = ThreadPoolExecutor(num_threads)
 
     def program() -> None:
-        # a prange has as many threads as this says, and the kernels need it back
-        threads_before = numba.get_num_threads()
-        numba.set_num_threads(num_threads)
-        loops(num_threads, count, _FACTOR, _SMALL_FACTOR)
-        numba.set_num_threads(threads_before)
+        # the loop holds no GIL
+        list(pool.map(lambda _: loop(count, _FACTOR, _SMALL_FACTOR), range(num_threads)))
 
     program()
     return program, num_flops
+
+
+@cache
+def bandwidth(device: Cpu, size: int = 1 << 24) -> float:
+    """Return the bytes a second, read and written together, of a copy of so many float32 numbers."""
+    source = torch.randn(size, device=device.name)
+    target = torch.empty_like(source)
+    seconds = [device.timed(partial(target.copy_, source)) for _ in range(10)]
+    return 2 * source.nbytes / min(seconds[2:])

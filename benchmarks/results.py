@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,8 @@ Line = dict[str, Any]
 class Results:
     """What was measured on one device; of a test that was measured again, its last line.
 
-    Attributes
-    ----------
-    session : dict
-        The machine, of the last session.
-    lines : dict of str to dict
-        The benchmarks, by the test's id.
-    without : dict of str to str
-        Why a test has no figure, by its id.
-    steps : dict of str to dict
-        Of a visit to a GPU, what is no benchmark: the tests, the sanitizer.
+    The session is the last one. Benchmarks, and why a test has no figure, are by the test's id; the steps of
+    a visit to a GPU, the tests and the sanitizer, by their name.
     """
 
     session: Line = field(default_factory=dict)
@@ -48,34 +41,33 @@ class Results:
     def find(self, test: str, **params: Any) -> dict[str, Line]:
         """Return a test's lines with these parameters, by program."""
         wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in params.items()}
-        return {
-            line["program"]: line
-            for line in self.lines.values()
-            if line["test"] == test and wanted.items() <= line["params"].items()
-        }
+        lines = (line for line in self.lines.values() if line["test"] == test)
+        return {line["program"]: line for line in lines if wanted.items() <= line["params"].items()}
 
-    def values(self, test: str, *names: str) -> list[Any]:
-        """Return the values of a parameter, or of several, that a test was measured with, in their order."""
+    def values(self, test: str, *names: str) -> list[tuple[Any, ...]]:
+        """Return the values of parameters that a test was measured with, in their order."""
         found = [line["params"] for line in self.lines.values() if line["test"] == test]
-        one = len(names) == 1
-        values = [params[names[0]] if one else tuple(params[name] for name in names) for params in found]
+        values = [tuple(params[name] for name in names) for params in found]
         return [value for index, value in enumerate(values) if value not in values[:index]]
 
 
+def read(path: Path) -> list[Line]:
+    """Return a file's lines, without what a session that was killed has left half."""
+    found = []
+    for text in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(text))
+    return found
+
+
 def load(paths: Iterable[Path]) -> dict[str, Results]:
-    """Return the results of each device; the last line of a session that was killed may be half a line."""
+    """Return the results of each device."""
     found: dict[str, Results] = {}
-    for path in paths:
-        own: Results | None = None
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue
-            if line["kind"] == "session":
-                own = found.setdefault(line["device"], Results())
-            if own is not None:
-                own.add(line)
+    own = Results()
+    for line in (line for path in paths for line in read(path)):
+        if line["kind"] == "session":
+            own = found.setdefault(line["device"], Results())
+        own.add(line)
     return found
 
 

@@ -7,13 +7,15 @@ import platform
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.device import Cpu
     from fastdl.data import ImageData
+    from fastdl.programs import Model
     from fastdl.reproduce import Examples
 
 _SMALL_IMAGES, _SMALL_POINTS, _POINTS = 600, 100, 1000
@@ -34,7 +36,6 @@ class Setup:
     small: bool
     threads: int
     seconds: float
-    data: str = "auto"
 
     @property
     def cuda(self) -> bool:
@@ -55,21 +56,17 @@ class Setup:
 
         # a machine with a GPU need not have a network, and its time is short
         without_data = self.cuda and not os.environ.get("FASTDL_DATA")
-        return data.load("garments" if self.small or without_data else self.data)
+        return data.load("garments" if self.small or without_data else "auto")
 
-    def image_examples(self) -> Examples:
-        """Return the images as a model trains on them."""
-        from fastdl.reproduce import image_examples
-
-        return image_examples(self.images, _SMALL_IMAGES if self.small else None)
-
-    def points(self, count: int | None = None) -> Examples:
-        """Return the synthetic regression."""
+    def examples(self, model: Model, count: int | None = None) -> Examples:
+        """Return what a model trains on, synthetic points or images: so many, or as the setup says."""
         import torch
 
         from fastdl import data
-        from fastdl.reproduce import linear_examples
+        from fastdl.reproduce import image_examples, linear_examples
 
+        if model != "linear":
+            return image_examples(self.images, count or (_SMALL_IMAGES if self.small else None))
         count = count or (_SMALL_POINTS if self.small else _POINTS)
         return linear_examples(data.regression(count, generator=torch.Generator().manual_seed(0)))
 
@@ -80,40 +77,28 @@ class Setup:
         found: dict[str, Any] = {"kind": "session", "date": datetime.now(UTC).isoformat(timespec="seconds")}
         found |= {"device": self.device_name, "rehearsal": self.small, "seconds": self.seconds}
         found |= {"machine": machine.describe() | {"threads": self.threads, "platform": platform.platform()}}
-        return found | {"features": cpu_features(), "versions": versions(), "load average": os.getloadavg()}
+        installed = {package.name.lower(): package.version for package in distributions()}
+        found |= {"versions": {name: installed.get(name, "missing") for name in _PACKAGES}}
+        return found | {"features": cpu_features(), "load average": os.getloadavg()}
 
 
 @cache
 def cpu_features() -> list[str]:
     """Return which of the instruction sets that the figures depend on this CPU has."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
     return [name for name in ("avx2", "fma", "avx512f", *REDUCED_PRECISION) if name in flags]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the peers and tools."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "missing"
-    return found
-
-
 def cpus(num_threads: int) -> set[int]:
     """Return as many of the CPUs that this process may use, on different cores as far as there are any."""
-    firsts: list[int] = []
-    others: list[int] = []
-    seen: set[str] = set()
+    cores: dict[str, list[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        core = siblings.read_text() if siblings.exists() else str(cpu)
-        (others if core in seen else firsts).append(cpu)
-        seen.add(core)
-    return set((firsts + others)[:num_threads])
+        cores.setdefault(siblings.read_text() if siblings.exists() else str(cpu), []).append(cpu)
+    # the first of each core, then the second ones
+    found = [cpu for own in zip_longest(*cores.values()) for cpu in own if cpu is not None]
+    return set(found[:num_threads])
 
 
 def pin_threads(num_threads: int) -> None:

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Subset
 
-from benchmarks import internals
 from benchmarks.conftest import SETUP, Turns
 from benchmarks.gate import Gate, passed, same_loss
 from benchmarks.peers import names
+from benchmarks.peers.epochs import EagerTrainer
 from benchmarks.peers.problem import Problem, Trainer, textbook_problem
-from benchmarks.peers.roster import jax_variants, peer, programs
-from benchmarks.peers.torch_epochs import EagerTrainer
+from benchmarks.peers.roster import programs
 from benchmarks.setup import Setup
 from benchmarks.turns import Work, timed
 from fastdl.programs import RECIPES, Model
 from fastdl.reference.textbook import data_loader
 
-CALLS = ("1", "recipe", "100")
-_LONG_CALL, _SMALL_CALLS = 100, {"1": 1, "recipe": 2, "100": 3}
+_SMALL_CALLS = {"1": 1, "recipe": 2, "100": 3}
 # A program whose call would take longer trains fewer epochs in it, and says how many; fit alone has a call's
 # own work, so that the number matters to it, and trains all of them.
-_CALL_SECONDS = 1.5
-_WHOLE_CALLS = (names.FIT, names.FIT_FLOATS)
-# an epoch that takes longer is timed in few rounds
+_CALL_SECONDS = 0.5
+# an epoch that takes longer is timed in few rounds, and the first of them tells how long it takes
 _SLOW_SECONDS = 2.0
 # examples of the gate: a last batch that is smaller than the others
 _GATE_EXAMPLES = {"linear": 1003, "softmax": 2660, "mlp": 2660}
@@ -48,8 +44,8 @@ class Lineup:
     @cached_property
     def problem(self) -> Problem:
         """The model on all of its data."""
-        examples = self.setup.points() if self.model == "linear" else self.setup.image_examples()
-        found = textbook_problem(self.model, examples, num_epochs=2 if self.setup.small else None)
+        epochs = 2 if self.setup.small else None
+        found = textbook_problem(self.model, self.setup.examples(self.model), num_epochs=epochs)
         if not self.setup.cuda:
             return found
         # a last batch of another size would have torch.compile tune each product a second time
@@ -78,21 +74,21 @@ class Lineup:
     def trainer(self, name: str, variant: str) -> tuple[Trainer, dict[str, Any], float]:
         """Return a program that has trained, what is known of its parity, and the seconds of an epoch."""
         if (name, variant) not in self.made:
-            found = peer(name, self.problem, self.setup)
+            found = programs(self.model, self.setup)[name](self.problem)
             make = found.variants[variant]
             trainer = make(self.problem, torch.float32)
             started = time.perf_counter()
             loss = trainer.train(1)[0]
             seconds = time.perf_counter() - started
-            info: dict[str, Any] = {"parity": "another algorithm"}
             if found.has_parity:
                 same_loss(loss, self._first_loss)
                 exact, count = found.has_float64, found.gate_epochs
-                info = {"parity": passed(self.gate.checks(make, has_float64=exact, num_epochs=count))}
-            elif name == names.MEDIUM:
+                checks = self.gate.checks(make, has_float64=exact, num_epochs=count)
+                info: dict[str, Any] = {"parity": passed(checks)}
+            else:
                 info = {"parity": "reduced precision"} | self.gate.error(make)
             # a first call compiles, which is nothing beside a slow program's epoch
-            slow = name.startswith(names.TEXTBOOK) and seconds > _SLOW_SECONDS
+            slow = name == names.TEXTBOOK and seconds > _SLOW_SECONDS
             seconds = seconds if slow else timed(partial(trainer.train, 1))
             self.made[name, variant] = trainer, info, seconds
         return self.made[name, variant]
@@ -106,25 +102,22 @@ def lineup(model: Model, setup: Setup) -> Lineup:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     setup = metafunc.config.stash[SETUP]
-    if metafunc.function is test_epoch:
-        calls = CALLS if setup.rehearse or not setup.small else CALLS[:1]
-        models: tuple[Model, ...] = get_args(Model)
-        found = [
-            (model, count, name) for model in models for count in calls for name in programs(model, setup)
-        ]
-        metafunc.parametrize(("model", "calls", "program"), found)
+    calls = list(_SMALL_CALLS)[: 1 if setup.small and not setup.rehearse else None]
+    each = ((model, count) for model in RECIPES for count in calls)
+    found = [(model, count, name) for model, count in each for name in programs(model, setup)]
+    metafunc.parametrize(("model", "calls", "program"), found)
 
 
 def test_epoch(turns: Turns, setup: Setup, model: Model, calls: str) -> None:
     """Time an epoch, in calls of so many."""
     found, recipe = lineup(model, setup), RECIPES[model]
-    wanted = {"1": 1, "recipe": recipe.num_epochs, "100": _LONG_CALL}[calls]
-    wanted = _SMALL_CALLS[calls] if setup.small else wanted
+    lengths = {"1": 1, "recipe": recipe.num_epochs, "100": 100}
+    wanted = (_SMALL_CALLS if setup.small else lengths)[calls]
     num_examples, batch_size = len(found.problem.X), found.problem.batch_size
 
     def work(name: str, variant: str) -> Work:
         trainer, info, seconds = found.trainer(name, variant)
-        whole = name in _WHOLE_CALLS
+        whole = name == names.FIT
         count = wanted if whole else min(wanted, math.ceil(_CALL_SECONDS / seconds))
         info = info | {"epochs": count, "steps": -(-num_examples // batch_size)}
         slow_rounds = 2 if calls == "recipe" else 1
@@ -132,28 +125,10 @@ def test_epoch(turns: Turns, setup: Setup, model: Model, calls: str) -> None:
         return Work(partial(trainer.train, count), count, setup.device.timed, rounds, info)
 
     def make(name: str) -> dict[str, Work]:
-        return {variant: work(name, variant) for variant in peer(name, found.problem, setup).variants}
+        variants = programs(model, setup)[name](found.problem).variants
+        return {variant: work(name, variant) for variant in variants}
 
     sizes = f"{num_examples:,} examples, batch {batch_size}"
-    turns(f"epoch of {recipe.title.lower()}, {wanted} a call, {sizes}", make)
-
-
-@pytest.mark.only("cpu")
-@pytest.mark.parametrize("program", names.ALONE)
-def test_epoch_alone(turns: Turns, setup: Setup, program: str) -> None:
-    """Time an epoch of linear regression without what a call does once: the compiled loop, and JAX's scan."""
-    problem = lineup("linear", setup).problem
-    expected = EagerTrainer(problem, torch.float32).train(1)[0]
-
-    def make(name: str) -> dict[str, Work]:
-        epochs: dict[str, Callable[[], float]] = {"": internals.compiled_epoch(problem)}
-        if name != names.ALONE[0]:
-            trainers: Any = {
-                key: own(problem, torch.float32) for key, own in jax_variants(problem, setup).items()
-            }
-            epochs = {key: trainer.in_one_order() for key, trainer in trainers.items()}
-        return {
-            key: Work(epoch, info={"parity": same_loss(epoch(), expected)}) for key, epoch in epochs.items()
-        }
-
-    turns("epoch of linear regression alone, the order ready", make)
+    # the documents lead with the recipe's; what is near fit has nine rounds in any case
+    limits = {} if calls == "recipe" else {"rounds": (2, 31), "seconds": setup.seconds / 2}
+    turns(f"epoch of {recipe.title.lower()}, {wanted} a call, {sizes}", make, close=names.FIT, **limits)

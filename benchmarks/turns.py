@@ -1,8 +1,4 @@
-"""Programs of a group are timed in turn, round by round, so that a busy moment of the machine meets them all.
-
-The `turns` fixture of ``conftest.py`` hands a whole group to `in_turn` at the group's first test; every test
-then reports the rounds of its own program to pytest-benchmark.
-"""
+"""Programs of a group are timed in turn, round by round, so that a busy moment meets them all."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ _SETTLE_SECONDS = 0.01
 # a program is called as often as takes about so long, so that the clock's own cost isn't the subject
 _TIMED_SECONDS, _MOST_CALLS = 0.005, 2000
 # where every program of a group is quicker than this, each timed run follows an untimed one
-_WARMED_SECONDS = 0.25
+_WARMED_SECONDS, _SLOW_SECONDS = 0.25, 1.5
 # variants that are slower than their program's fastest by this factor after so many rounds are given up
 _TRIAL_ROUNDS, _GIVE_UP = 2, 1.1
 # where a ratio is as near 1 as this, so many rounds decide
@@ -64,7 +60,6 @@ class Work:
     info: dict[str, Any] = field(default_factory=dict)
     calls: int = field(default=1, init=False)
     seconds: list[float] = field(default_factory=list, init=False)
-    spent: float = field(default=0.0, init=False)
     error: Exception | None = field(default=None, init=False)
 
     @property
@@ -76,8 +71,9 @@ class Work:
         """Choose the number of calls in a row; return the seconds that they take, about."""
         if self.rounds is not None:
             return 0.0
-        self.run()
-        seconds = max(self.timer(self.run), 1e-9)
+        seconds = self.timer(self.run)
+        # the first call may have compiled; where it was slow, the rounds tell
+        seconds = seconds if seconds > _SLOW_SECONDS else max(self.timer(self.run), 1e-9)
         self.calls = max(1, min(_MOST_CALLS, round(_TIMED_SECONDS / seconds)))
         return seconds * self.calls
 
@@ -92,9 +88,7 @@ class Work:
         time.sleep(settle)
         if warm and self.rounds is None:
             repeated()
-        seconds = self.timer(repeated)
-        self.spent += seconds
-        self.seconds.append(seconds / self.calls / self.parts)
+        self.seconds.append(self.timer(repeated) / self.calls / self.parts)
 
     def guarded(self, call: Callable[..., float | None], **options: Any) -> float:
         """Make a call; keep what it raises, so that a program takes no other's figures with it."""
@@ -108,7 +102,8 @@ class Work:
         """Return whether another round is due."""
         if self.error is not None or self.rounds is not None:
             return self.error is None and len(self.seconds) < (self.rounds or 0)
-        return len(self.seconds) < least or (self.spent < seconds and len(self.seconds) < most)
+        spent = sum(self.seconds) * self.calls * self.parts
+        return len(self.seconds) < least or (spent < seconds and len(self.seconds) < most)
 
 
 Variants = Mapping[str, Work]
@@ -118,8 +113,7 @@ def in_turn(
     programs: Mapping[str, Variants],
     *,
     seconds: float,
-    least: int = 3,
-    most: int = 31,
+    rounds: tuple[int, int] = (3, 31),
     settle: float = _SETTLE_SECONDS,
     close: str | None = None,
 ) -> dict[str, Work]:
@@ -131,8 +125,8 @@ def in_turn(
         For each program its variants.
     seconds : float
         After which a program has had enough rounds.
-    least, most : int
-        Rounds of each program, whatever the seconds.
+    rounds : pair of int
+        The fewest and the most of each program, whatever the seconds.
     settle : float
         Seconds to wait before each run.
     close : str, optional
@@ -150,7 +144,7 @@ def in_turn(
         # all are warmed, or none is
         longest = max((work.guarded(work.calibrate) for work in live), default=0.0)
         options = {"warm": longest < _WARMED_SECONDS, "settle": settle}
-        while turn := [work for work in live if work.wants(seconds, least, most)]:
+        while turn := [work for work in live if work.wants(seconds, *rounds)]:
             for work in turn:
                 work.guarded(work.time, **options)
             live = [work for own in programs.values() for work in _contenders(own.values())]
@@ -165,7 +159,7 @@ def in_turn(
 def _contenders(own: Iterable[Work]) -> list[Work]:
     """Return the variants of a program that may still be its fastest."""
     own = [work for work in own if work.error is None]
-    if not own or min(len(work.seconds) for work in own) < _TRIAL_ROUNDS:
+    if min((len(work.seconds) for work in own), default=0) < _TRIAL_ROUNDS:
         return own
     fastest = min(work.median for work in own)
     return [work for work in own if work.median <= _GIVE_UP * fastest]

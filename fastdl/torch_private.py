@@ -162,7 +162,8 @@ def active_modes() -> str | None:
         return "under a torch function mode"
     for name in ("linear", "relu", "cross_entropy", "mse_loss"):
         function = getattr(F, name)
-        if type(function) is not BuiltinFunctionType and getattr(function, "__globals__", None) is not vars(F):
+        home = getattr(function, "__globals__", None)
+        if home is not vars(F) and type(function) is not BuiltinFunctionType:
             return f"with torch.nn.functional.{name} replaced"
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import jax
@@ -11,11 +10,10 @@ import jax.numpy as jnp
 import torch
 from torch import Tensor
 
-from benchmarks.peers.problem import Problem
-from fastdl import data
+from benchmarks.peers.problem import Problem, Trainer
 
 
-class JaxTrainer:
+class JaxTrainer(Trainer):
     """``jit`` of a ``scan`` over the epoch, the parameters donated, products in full float32.
 
     The program returns the mean of the steps' losses and counts no accuracy. The order is ``data.order``'s,
@@ -24,16 +22,10 @@ class JaxTrainer:
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        dtype: torch.dtype,
-        *,
-        gather_first: bool,
-        pixels: bool = False,
-        unroll: int = 1,
+        self, problem: Problem, dtype: torch.dtype, *, gather_first: bool, pixels: bool, unroll: int
     ) -> None:
+        super().__init__(problem, {})
         self.x64 = dtype == torch.float64
-        self.order = problem.order()
         with jax.enable_x64(self.x64):
             X = problem.X.flatten(1) if pixels else problem.rows(dtype)
             labels = problem.labels(dtype)
@@ -42,30 +34,13 @@ class JaxTrainer:
             start = [jnp.asarray(tensor.to(dtype).numpy()) for tensor in problem.start.values()]
             # a copy, as donated memory must not be torch's
             self.params = [(jnp.array(w), jnp.array(b)) for w, b in zip(start[::2], start[1::2], strict=True)]
-            self.epoch = jax.jit(_epoch(problem, gather_first, unroll), donate_argnums=0)
+            self.scan = jax.jit(_epoch(problem, gather_first, unroll), donate_argnums=0)
 
-    def _order(self) -> Any:
-        return data.order(len(self.X), self.order).int().numpy()
-
-    def train(self, num_epochs: int) -> list[float]:
-        """Train on; return each epoch's mean loss."""
+    def epoch(self, order: Tensor) -> Any:
+        """Train on the batches of an order, and return the mean loss."""
         with jax.enable_x64(self.x64):
-            means = []
-            for _ in range(num_epochs):
-                self.params, mean = self.epoch(self.params, self.X, self.y, self._order())
-                means.append(mean)
-            # nothing is read before the last epoch is on its way
-            return [float(mean) for mean in means]
-
-    def in_one_order(self) -> Callable[[], float]:
-        """Return what trains an epoch in an order that lies in memory, the scan alone, for its loss."""
-        order = jnp.asarray(self._order())
-
-        def epoch() -> float:
-            self.params, mean = self.epoch(self.params, self.X, self.y, order)
-            return float(mean)
-
-        return epoch
+            self.params, mean = self.scan(self.params, self.X, self.y, order.int().numpy())
+            return mean
 
     def parameters(self) -> Tensor:
         """Return all parameters in one float64 vector."""
@@ -75,7 +50,7 @@ class JaxTrainer:
 
 def _epoch(problem: Problem, gather_first: bool, unroll: int) -> Callable[..., Any]:
     num_examples, batch_size, lr = len(problem.X), problem.batch_size, problem.lr
-    num_layers = len(list(pairwise(problem.widths)))
+    num_layers = len(problem.widths) - 1
     whole = num_examples // batch_size * batch_size
 
     def loss(params: Any, X: Any, y: Any) -> Any:
@@ -97,16 +72,15 @@ def _epoch(problem: Problem, gather_first: bool, unroll: int) -> Callable[..., A
 
     def epoch(params: Any, X: Any, y: Any, order: Any) -> Any:
         index = order[:whole].reshape(-1, batch_size)
-        if gather_first:
-            params, losses = jax.lax.scan(step, params, (X[index], y[index]), unroll=unroll)
-        else:
-            params, losses = jax.lax.scan(
-                lambda params, rows: step(params, (X[rows], y[rows])), params, index, unroll=unroll
-            )
+
+        def gathered(params: Any, rows: Any) -> Any:
+            return step(params, (X[rows], y[rows]))
+
+        work, batches = (step, (X[index], y[index])) if gather_first else (gathered, index)
+        params, losses = jax.lax.scan(work, params, batches, unroll=unroll)
         total = jnp.sum(losses) * batch_size
         if whole < num_examples:
-            rows = order[whole:]
-            params, last = step(params, (X[rows], y[rows]))
+            params, last = gathered(params, order[whole:])
             total += last * (num_examples - whole)
         return params, total / num_examples
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,32 +17,17 @@ from fastdl.programs import RECIPES, Model
 from fastdl.reproduce import Examples
 
 
-class Trainer(Protocol):
-    """One program that trains one problem in one dtype, from its start on."""
-
-    def train(self, num_epochs: int) -> list[float]:
-        """Train on, each epoch in the order that ``data.order`` draws next; return each epoch's mean loss."""
-        ...
-
-    def parameters(self) -> Tensor:
-        """Return all parameters in one float64 vector on the CPU, in the order of the net's state_dict."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Something to train.
+    """Something to train, by a recipe of which the seed is that of the order.
 
     Attributes
     ----------
-    name : str
     widths : tuple of int
         Inputs, the units of each hidden layer, outputs. A ReLU stands between two layers.
     X, y : Tensor
         Examples, (N, ...) uint8 pixels or float32, and labels: classes (N,) or values (N, outputs). The
         programs train on the device that these are on.
-    batch_size, num_epochs, lr, seed
-        As the recipe's; the seed is that of the order.
     start : mapping of str to Tensor
         The parameters to start from, in the names of `net`'s state_dict.
     loader : callable, optional
@@ -110,11 +95,6 @@ def plain_net(widths: Sequence[int]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def vector(state: Mapping[str, Tensor]) -> Tensor:
-    """Return parameters as one float64 vector on the CPU."""
-    return torch.cat([tensor.detach().reshape(-1).double() for tensor in state.values()]).cpu()
-
-
 def textbook_problem(
     model: Model, examples: Examples, *, num_epochs: int | None = None, seed: int = 0
 ) -> Problem:
@@ -126,9 +106,8 @@ def textbook_problem(
     for name, tensor in start.items():
         tensor.normal_(std=0.01, generator=generator) if name.endswith("weight") else tensor.zero_()
     X, y, epochs = examples.X, examples.y, num_epochs or recipe.num_epochs
-    return Problem(
-        model, widths, X, y, recipe.batch_size, epochs, recipe.lr, seed, start, loader=examples.loader
-    )
+    batch_size, lr = recipe.batch_size, recipe.lr
+    return Problem(model, widths, X, y, batch_size, epochs, lr, seed, start, examples.loader)
 
 
 def dense_problem(width: int, batch_size: int, num_hiddens: int, X: Tensor, y: Tensor) -> Problem:
@@ -139,3 +118,30 @@ def dense_problem(width: int, batch_size: int, num_hiddens: int, X: Tensor, y: T
         start = plain_net(widths).state_dict()
     name = f"{num_hiddens} x {width}, batch {batch_size}"
     return Problem(name, widths, X, y, batch_size, num_epochs=1, lr=0.01, seed=0, start=start)
+
+
+class Trainer:
+    """One program that trains one problem in one dtype, from its start on.
+
+    `state` has the parameters that it trains, in the order of the net's state_dict.
+    """
+
+    def __init__(self, problem: Problem, state: Mapping[str, Tensor]) -> None:
+        self.num_examples, self.batch_size = len(problem.X), problem.batch_size
+        self.order, self.state = problem.order(), state
+
+    def epoch(self, order: Tensor) -> Any:
+        """Train on the batches of an order; return the mean loss, which is read after the last epoch."""
+        raise NotImplementedError
+
+    def train(self, num_epochs: int) -> list[float]:
+        """Train on, each epoch in the order that ``data.order`` draws next; return each epoch's mean loss."""
+        means = [self.epoch(data.order(self.num_examples, self.order)) for _ in range(num_epochs)]
+        return [float(mean) for mean in means]
+
+    def parameters(self) -> Tensor:
+        """Return all parameters in one float64 vector on the CPU."""
+        return torch.cat([tensor.detach().reshape(-1).double() for tensor in self.state.values()]).cpu()
+
+
+Make = Callable[[Problem, torch.dtype], Trainer]

@@ -6,23 +6,15 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
 
-from benchmarks.peers import names
-from benchmarks.peers.fastdl_epochs import DropInTrainer, FitTrainer, ProgramTrainer
-from benchmarks.peers.problem import Problem, Trainer
-from benchmarks.peers.torch_epochs import (
-    CompiledStepTrainer,
-    EagerTrainer,
-    GraphTrainer,
-    MediumTrainer,
-    TextbookTrainer,
-)
+from benchmarks.peers import epochs, names
+from benchmarks.peers.problem import Make, Problem
 from benchmarks.setup import REDUCED_PRECISION, Setup, cpu_features
 
-Make = Callable[[Problem, torch.dtype], Trainer]
 _INSTALL = "isn't installed: pip install -e '.[bench]'"
 
 
@@ -30,7 +22,7 @@ _INSTALL = "isn't installed: pip install -e '.[bench]'"
 class Peer:
     """A way to train a problem: what makes its Trainer, in variants, and how it is held to parity.
 
-    Without parity it is another algorithm or precision, shown for the sense of it.
+    Without parity it rounds more than the others, and is shown for the sense of it.
     """
 
     variants: Mapping[str, Make]
@@ -39,43 +31,26 @@ class Peer:
     gate_epochs: int | None = None
 
 
-def programs(model: str, setup: Setup) -> list[str]:
-    """Return the names of the programs of one of the three models."""
+def programs(model: str, setup: Setup) -> dict[str, Callable[[Problem], Peer]]:
+    """Return the programs of one of the three models; where a package is missing, the call skips the test."""
     images = model != "linear"
-    found = [names.FIT, *[names.FIT_FLOATS] * images, names.FIT_LOOP, names.DROP_IN, names.SCRATCH]
-    found += [names.CONCISE, names.EAGER, names.JAX]
-    reduces = setup.cuda or any(name in cpu_features() for name in REDUCED_PRECISION)
-    found += [names.MEDIUM] * (images and reduces)
-    if setup.cuda:
-        return [*found, names.GRAPH_STEP, names.GRAPH_EPOCH, names.COMPILE]
-    # compiling takes long
-    found += [names.COMPILE] * (not setup.small or not images)
-    found += [names.SKLEARN, *[names.SGD_CLASSIFIER] * (model == "softmax"), names.TEXTBOOK]
-    return found + [names.TEXTBOOK_WORKERS] * (images and not setup.small)
-
-
-def peer(name: str, problem: Problem, setup: Setup) -> Peer:
-    """Return a program by its name; where its package is missing the test is skipped."""
-    textbook = partial(Peer, has_float64=False, gate_epochs=1)
-    makes: dict[str, Callable[[], Peer]] = {
-        names.FIT: lambda: Peer({"": FitTrainer}),
-        names.FIT_FLOATS: lambda: Peer({"": partial(FitTrainer, floats=True)}),
-        names.FIT_LOOP: lambda: Peer({"": partial(FitTrainer, compiled=False)}),
-        names.DROP_IN: lambda: Peer({"": DropInTrainer}),
-        names.SCRATCH: lambda: Peer({"": partial(ProgramTrainer, impl="scratch")}),
-        names.CONCISE: lambda: Peer({"": partial(ProgramTrainer, impl="concise")}),
-        names.EAGER: lambda: Peer(eager_variants(setup)),
-        names.MEDIUM: lambda: Peer({"": MediumTrainer}, has_parity=False),
-        names.JAX: lambda: Peer(jax_variants(problem, setup)),
-        names.COMPILE: lambda: Peer(_compiled_variants(problem, setup), has_float64=False),
-        names.GRAPH_STEP: lambda: Peer(_graph_variants(setup, whole_epoch=False), has_float64=False),
-        names.GRAPH_EPOCH: lambda: Peer(_graph_variants(setup, whole_epoch=True), has_float64=False),
-        names.SKLEARN: lambda: Peer({"": _sklearn("MLPTrainer")}),
-        names.SGD_CLASSIFIER: lambda: Peer({"": _sklearn("SGDClassifierTrainer")}, has_parity=False),
-        names.TEXTBOOK: lambda: textbook({"": TextbookTrainer}),
-        names.TEXTBOOK_WORKERS: lambda: textbook({"": partial(TextbookTrainer, num_workers=2)}),
+    found: dict[str, Callable[[Problem], Peer]] = {
+        names.FIT: lambda problem: Peer({"": epochs.FitTrainer}),
+        names.DROP_IN: lambda problem: Peer(drop_in_variants(setup)),
+        names.SCRATCH: lambda problem: Peer({"": partial(epochs.ProgramTrainer, impl="scratch")}),
+        names.CONCISE: lambda problem: Peer({"": partial(epochs.ProgramTrainer, impl="concise")}),
+        names.EAGER: lambda problem: Peer(eager_variants(setup)),
+        names.JAX: lambda problem: Peer(jax_variants(problem, setup)),
     }
-    return makes[name]()
+    if images and (setup.cuda or any(name in cpu_features() for name in REDUCED_PRECISION)):
+        found[names.MEDIUM] = lambda problem: Peer({"": epochs.MediumTrainer}, has_parity=False)
+    # compiling takes long
+    if setup.cuda or not setup.small or not images:
+        found[names.COMPILE] = lambda problem: Peer(_compiled_variants(problem, setup), has_float64=False)
+    if setup.cuda:
+        return found | {names.GRAPH: lambda problem: Peer(graph_variants(setup), has_float64=False)}
+    textbook = Peer({"": epochs.TextbookTrainer}, has_float64=False, gate_epochs=1)
+    return found | {names.SKLEARN: lambda problem: Peer(_sklearn()), names.TEXTBOOK: lambda problem: textbook}
 
 
 def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
@@ -83,30 +58,21 @@ def _first(variants: Mapping[str, Make], setup: Setup) -> dict[str, Make]:
     return dict(list(variants.items())[: 1 if setup.small else None])
 
 
+def drop_in_variants(setup: Setup) -> dict[str, Make]:
+    """Return a loop with fastdl's modules in torch's net, and with a net of fastdl's own."""
+    own = partial(epochs.DropInTrainer, own_net=True)
+    return _first({"fastdl.models": own, "accelerate": epochs.DropInTrainer}, setup)
+
+
 def eager_variants(setup: Setup) -> dict[str, Make]:
     """Return torch eager with each of SGD's implementations."""
-    foreach, fused = partial(EagerTrainer, foreach=True), partial(EagerTrainer, fused=True)
-    return _first({"SGD": EagerTrainer, "SGD(foreach=True)": foreach, "SGD(fused=True)": fused}, setup)
+    foreach, fused = partial(epochs.EagerTrainer, foreach=True), partial(epochs.EagerTrainer, fused=True)
+    return _first({"SGD": epochs.EagerTrainer, "SGD(foreach=True)": foreach, "SGD(fused=True)": fused}, setup)
 
 
-def _compiled_variants(problem: Problem, setup: Setup) -> dict[str, Make]:
-    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        pytest.skip("there is no C++ compiler")
-    if setup.cuda:
-        modes = ("reduce-overhead", "max-autotune")
-        return _first({mode: partial(CompiledStepTrainer, mode=mode) for mode in modes}, setup)
-    unrolled = 2 if setup.small else 5 if problem.classifies else 20
-    variants: dict[str, Make] = {
-        f"{unrolled} steps unrolled": partial(CompiledStepTrainer, unrolled=unrolled)
-    }
-    variants["step by step"] = CompiledStepTrainer
-    if problem.classifies:
-        variants["max-autotune"] = partial(CompiledStepTrainer, mode="max-autotune")
-    return _first(variants, setup)
-
-
-def _graph_variants(setup: Setup, *, whole_epoch: bool) -> dict[str, Make]:
-    make = partial(GraphTrainer, device=setup.device, whole_epoch=whole_epoch)
+def graph_variants(setup: Setup) -> dict[str, Make]:
+    """Return CUDA graphs of torch eager."""
+    make = partial(epochs.GraphTrainer, device=setup.device)
     return _first({"fused SGD": partial(make, fused=True), "SGD": make}, setup)
 
 
@@ -118,18 +84,29 @@ def jax_variants(problem: Problem, setup: Setup, unrolls: tuple[int, ...] = (1, 
     from benchmarks.peers.jax_epochs import JaxTrainer
 
     variants: dict[str, Make] = {}
-    for gather_first in (False, True):
-        for pixels in (False, True) if problem.X.dtype == torch.uint8 else (False,):
-            for unroll in unrolls:
-                where = "before" if gather_first else "in"
-                name = f"gather {where} the scan" + ", uint8" * pixels + f", unroll {unroll}"
-                variants[name] = partial(JaxTrainer, gather_first=gather_first, pixels=pixels, unroll=unroll)
+    kinds = (False, True) if problem.X.dtype == torch.uint8 else (False,)
+    for gather_first, pixels, unroll in product((False, True), kinds, unrolls):
+        name = f"gather {'before' if gather_first else 'in'} the scan{', uint8' * pixels}, unroll {unroll}"
+        variants[name] = partial(JaxTrainer, gather_first=gather_first, pixels=pixels, unroll=unroll)
     return _first(variants, setup)
 
 
-def _sklearn(trainer: str) -> Make:
-    pytest.importorskip("sklearn", reason=f"scikit-learn {_INSTALL}")
-    from benchmarks.peers import sklearn_epochs
+def _compiled_variants(problem: Problem, setup: Setup) -> dict[str, Make]:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    if setup.cuda:
+        modes = ("reduce-overhead", "max-autotune")
+        return _first({mode: partial(epochs.CompiledStepTrainer, mode=mode) for mode in modes}, setup)
+    step, count = epochs.CompiledStepTrainer, 2 if setup.small else 5 if problem.classifies else 20
+    several = partial(step, unrolled=count)
+    variants: dict[str, Make] = {f"{count} steps unrolled": several, "step by step": step}
+    if problem.classifies:
+        variants["max-autotune"] = partial(step, mode="max-autotune")
+    return _first(variants, setup)
 
-    make: Make = getattr(sklearn_epochs, trainer)
-    return make
+
+def _sklearn() -> dict[str, Make]:
+    pytest.importorskip("sklearn", reason=f"scikit-learn {_INSTALL}")
+    from benchmarks.peers.sklearn_epochs import MLPTrainer
+
+    return {"": MLPTrainer}
