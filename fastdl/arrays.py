@@ -8,7 +8,6 @@ autocast, a dispatch mode) goes to torch instead.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 _DTYPES = frozenset({torch.float32, torch.float64})
-_IMPORTED_BY = os.getpid()
 
 
 def are_plain(*tensors: Tensor | None) -> bool:
@@ -122,15 +120,10 @@ def _traced_are_plain(*tensors: Tensor | None) -> bool:
 
 @cache
 def cpu_kernels() -> ModuleType:
-    """Import the CPU kernels (nothing compiles yet), leaving torch's thread count as it was."""
-    num_threads = torch.get_num_threads()
+    """Import the CPU kernels; nothing compiles yet."""
     with collector_paused():
         from fastdl.kernels import cpu
 
-    # Numba's first threads may set the thread count of an OpenMP library that torch shares.
-    cpu.threads.start(is_forked=os.getpid() != _IMPORTED_BY)
-    if torch.get_num_threads() != num_threads:
-        torch.set_num_threads(num_threads)
     return cpu
 
 

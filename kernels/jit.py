@@ -96,7 +96,7 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     function
         The Python function to compile. Left out when options are given.
     **options
-        Passed to ``numba.njit``; ``parallel=True`` for a kernel that has a ``prange``.
+        Passed to ``numba.njit``.
     """
     if function is None:
         return lambda function: jit(function, **options)

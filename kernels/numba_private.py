@@ -51,7 +51,12 @@ def set_cache(dispatcher: Any, cache: Any) -> None:
 def add_symbol(symbol: str, compiled: Any) -> None:
     """Have other kernels find a compiled function under a symbol."""
     engine = compiled.library.codegen._engine
-    binding.add_symbol(symbol, engine.get_function_address(compiled.fndesc.llvm_func_name))
+    add_address(symbol, engine.get_function_address(compiled.fndesc.llvm_func_name))
+
+
+def add_address(symbol: str, address: int) -> None:
+    """Have kernels find what is at an address under a symbol."""
+    binding.add_symbol(symbol, address)
 
 
 def packed(compiled: Any, links: Callable[[set[str]], Any], *, is_linked: bool) -> bytes:

@@ -11,11 +11,10 @@ Floor: N x C logits read once and written once, N x C exponentials, which cost t
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
 from fastdl.kernels.cpu.exp import exp
 from fastdl.kernels.cpu.memory import array_at, matrix_at, vector_at
-from fastdl.kernels.cpu.parallel import share, shared_out, worthwhile_threads
+from fastdl.kernels.cpu.parallel import shared_out, worthwhile_threads
 from fastdl.kernels.cpu.reduction import MEAN, NONE, RUN, ordered_sum
 from fastdl.kernels.jit import inlined_jit, jit, linked_jit
 from fastdl.kernels.options import CrossEntropyOptions
@@ -180,15 +179,15 @@ def cross_entropy_block(columns, target, weight, options, scale, losses, best, n
             columns[label, n] -= scale * factor[n]
 
 
-@inlined_jit
-def _rows(logits, target, weight, options, scale, losses, grad_logits, rows):
+@shared_out
+def _rows(logits, target, weight, options, scale, losses, grad_logits, start, stop):
     num_classes = logits.shape[1]
     block = block_rows(num_classes)
-    columns = np.empty((num_classes + ROW_SUMS, min(block, rows[1] - rows[0])), logits.dtype)
+    columns = np.empty((num_classes + ROW_SUMS, min(block, stop - start)), logits.dtype)
     no_best = np.empty(0, np.int32)
     needs_grad = grad_logits.size > 0
-    for first in range(rows[0], rows[1], block):
-        last = min(first + block, rows[1])
+    for first in range(start, stop, block):
+        last = min(first + block, stop)
         at, labels = first * num_classes, target[first:last]
         read_block(logits.reshape(-1), at, num_classes, 0, last - first, columns)
         cross_entropy_block(columns, labels, weight, options, scale, losses[first:last], no_best, needs_grad)
@@ -196,7 +195,7 @@ def _rows(logits, target, weight, options, scale, losses, grad_logits, rows):
             write_block(columns, last - first, grad_logits.reshape(-1), at, num_classes, 0)
 
 
-@jit(parallel=True)
+@jit
 def cross_entropy_forward(addresses, sizes, options, num_threads, like):
     """Write the loss and its gradient with respect to the logits.
 
@@ -229,13 +228,8 @@ def cross_entropy_forward(addresses, sizes, options, num_threads, like):
         return invalid_row
     scale = 1.0 / total_weight if options.reduction == MEAN else 1.0
     losses = loss if options.reduction == NONE else np.empty(num_rows, logits.dtype)
-    num_threads = worthwhile_threads(_COST * logits.size, num_threads)
-    if num_threads == 1:
-        _rows(logits, target, weight, options, scale, losses, grad_logits, (0, num_rows))
-    else:
-        for thread in prange(num_threads):
-            rows = share(num_rows, thread, num_threads)
-            _rows(logits, target, weight, options, scale, losses, grad_logits, rows)
+    arguments = logits, target, weight, options, scale, losses, grad_logits
+    _rows(arguments, num_rows, worthwhile_threads(_COST * logits.size, num_threads))
     if options.reduction != NONE:
         total = ordered_sum(losses)
         if options.reduction == MEAN:

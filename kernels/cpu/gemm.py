@@ -29,7 +29,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import prange
 
 from fastdl.kernels.cpu.intrinsics import (
     FROM_BIAS,
@@ -55,7 +54,7 @@ from fastdl.kernels.cpu.panels import (
     tile_height,
     transpose_square,
 )
-from fastdl.kernels.cpu.parallel import share
+from fastdl.kernels.cpu.parallel import share, shared_out
 from fastdl.kernels.jit import inlined_jit, linked_jit
 
 # What is packed at a time: PANEL_BYTES of a panel of b (a step of its depth is one row of the panel); so many
@@ -79,11 +78,11 @@ DOT_DEPTH_BYTES = 4096
 PACK_A_CYCLES = 0.15
 PACK_B_CYCLES = 0.35
 SUM_LANES_CYCLES = 5.0
-# A thread's share of a smaller product takes less time than entering a parallel region.
+# A thread's share of a smaller product takes less time than handing it over.
 MIN_PRODUCTS_PER_THREAD = 1 << 17
 # Fewer columns aren't split among threads: tiles would be left without half of their vectors.
 FEW_COLUMNS = 64
-# Columns are split in whole cache lines.
+# numbers of a cache line
 LINE = 16
 
 
@@ -302,22 +301,22 @@ def _prefers_dots(rows, cols, depth, lanes):
 
 
 @inlined_jit
-def _block(shape, thread, num_threads):
-    """Return a thread's rows and columns: all of the one, a share of the other."""
-    rows, cols = shape
-    # Every thread packs all of the operand whose rows or columns aren't shared, and b is the dearer to pack.
-    if rows > 2 * cols or cols < FEW_COLUMNS:
-        return share(rows, thread, num_threads), (0, cols)
-    start, stop = share((cols + LINE - 1) // LINE, thread, num_threads)
-    return (0, rows), (min(start * LINE, cols), min(stop * LINE, cols))
+def _splits_rows(rows, cols):
+    """Return whether threads share the rows of a product, not its columns, in whole cache lines."""
+    # every thread packs all of the operand whose rows or columns aren't shared, and b is the dearer to pack
+    return rows > 2 * cols or cols < FEW_COLUMNS
 
 
-@linked_jit
-def _part(a, b, bias, relu, product, sums, thread, num_threads):
+@shared_out
+def _part(a, b, bias, relu, product, sums, length, start, stop):
     """Do one thread's part of ``gemm``."""
     values, mask_source, depth = a.values, a.mask_source, b.values.shape[0]
     lanes = TILE.vector_bytes // values.itemsize
-    rows, cols = _block(product.shape, thread, num_threads)
+    rows, cols = (0, product.shape[0]), (0, product.shape[1])
+    if _splits_rows(rows[1], cols[1]):
+        rows = start, min(stop, rows[1])
+    else:
+        cols = min(start * LINE, cols[1]), min(stop * LINE, cols[1])
     can_be_dots = b.is_transposed and not a.is_transposed and mask_source.size == 0
     if can_be_dots and _prefers_dots(product.shape[0], product.shape[1], values.shape[1], lanes):
         _multiply_dots(values, b.values, bias, relu, product, rows, cols)
@@ -328,14 +327,14 @@ def _part(a, b, bias, relu, product, sums, thread, num_threads):
     else:
         _multiply_packed(a, b, bias, relu, product, rows, cols)
     width = SUM_VECTORS * lanes
-    start, stop = share(sums.size, thread, num_threads)
-    for j in range(start, stop, width):
-        size = (values.shape[0], min(width, stop - j))
+    first, last = sums.size * start // length, sums.size * stop // length
+    for j in range(first, last, width):
+        size = (values.shape[0], min(width, last - j))
         source = Matrix(values, j, values.shape[1])
         sum_rows(source, (mask_source, j), mask_source.size > 0, size, (sums, j))
 
 
-@linked_jit(parallel=True)
+@linked_jit
 def gemm(a, b, bias, relu, product, sums, num_threads):
     """Write the matrix product ``relu(a @ b + bias)``.
 
@@ -354,13 +353,10 @@ def gemm(a, b, bias, relu, product, sums, num_threads):
     sums : (columns of a's values,) or (0,)
         The sum of each column of the masked values, where it is wanted.
     num_threads : int
-        How many threads may share the work. With 1 no parallel region is entered.
+        How many threads may share the work.
     """
     num_products = product.size * a.values.shape[0 if a.is_transposed else 1]
     num_threads = max(1, min(num_threads, num_products // MIN_PRODUCTS_PER_THREAD))
-    if num_threads == 1:
-        # a literal 0 would be a type of its own, and so is prange's index: _part would be compiled twice
-        _part(a, b, bias, relu, product, sums, np.intp(0), num_threads)
-    else:
-        for index in prange(num_threads):
-            _part(a, b, bias, relu, product, sums, np.intp(index), num_threads)
+    rows, cols = product.shape
+    length = max(1, rows if _splits_rows(rows, cols) else (cols + LINE - 1) // LINE)
+    _part((a, b, bias, relu, product, sums, length), length, num_threads)

@@ -12,11 +12,9 @@ Floor: p and g read, p written (12 bytes an element in float32), and b read and 
 
 from __future__ import annotations
 
-from numba import prange
-
 from fastdl.kernels.cpu.memory import array_at
-from fastdl.kernels.cpu.parallel import share, worthwhile_threads
-from fastdl.kernels.jit import inlined_jit, jit, linked_jit
+from fastdl.kernels.cpu.parallel import shared_out, worthwhile_threads
+from fastdl.kernels.jit import jit, linked_jit
 from fastdl.kernels.options import SGDOptions
 
 # the columns of the table that tells the kernel where the parameters are
@@ -77,7 +75,7 @@ def update(param, grad, scale, buffer, is_fresh, options):
             param[i] -= lr * (scale * grad[i] + momentum * buffer[i])
 
 
-@inlined_jit
+@shared_out
 def _update_share(table, like, options, first, last):
     """Update the elements from first to last of all parameters laid end to end."""
     offset, itemsize, dtype = 0, like.itemsize, like.dtype
@@ -97,7 +95,7 @@ def _update_share(table, like, options, first, last):
         offset += size
 
 
-@jit(parallel=True)
+@jit
 def sgd(table, like, options, num_threads):
     """Update every parameter of the table, and its momentum buffer, in place.
 
@@ -117,10 +115,4 @@ def sgd(table, like, options, num_threads):
     total = 0
     for row in range(table.shape[0]):
         total += table[row, SIZE]
-    num_threads = worthwhile_threads(total, num_threads)
-    if num_threads == 1:
-        _update_share(table, like, record, 0, total)
-    else:
-        for thread in prange(num_threads):
-            first, last = share(total, thread, num_threads)
-            _update_share(table, like, record, first, last)
+    _update_share((table, like, record), total, worthwhile_threads(total, num_threads))

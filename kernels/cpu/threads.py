@@ -1,63 +1,219 @@
-"""Who may enter a parallel region of Numba, and with how many threads.
+"""The threads that single ops share their work among: the caller, and workers that sleep while there is none.
 
-Kernels take the number of threads as an argument and split their work by it, so a caller needs no global
-setting; with 1 they enter no parallel region at all.
+A job is a function, called for each part of a range. Whoever has time claims the next part: a worker, or the
+caller, who does all parts himself that no worker has begun, and waits for those alone that one has. So beside
+busy neighbours, whose cores no worker gets, an op takes as long as on one thread. OpenMP's threads each have
+their part, and all wait for the one whose core is taken; they can't be used in a forked child either.
+
+One caller at a time has the workers; another one meanwhile works alone. Workers are Python threads inside a
+kernel that has released the GIL for good. The first job that is large enough asks for them, and the next op
+starts them: a kernel can't.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from pathlib import Path
 
-import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-_owner = 0
-_limit = 1
-_is_for_owner_alone = False
-# Linux's mark of a process that forked and runs on its parent's program
-_FORKED_WITHOUT_EXEC = 0x40
+from fastdl.kernels import numba_private
+from fastdl.kernels.cpu.atomics import add, compare_exchange, load, pause, sleep_while, wake
+from fastdl.kernels.cpu.memory import aligned, array_at
+from fastdl.kernels.jit import inlined_jit, jit, linked_jit
+from fastdl.kernels.numba_private import cgutils
+
+# 64-bit words between counters, so that none shares a cache line with another
+_LINE = 8
+# Which part is next: in 32 bits the number of the job, in 16 the part, in 16 the number of parts. It is one
+# word, so that whoever claims a part has it of this job and no later one.
+NEXT = 0
+_PART, _PARTS = 1 << 32, 1 << 48
+_MOST_PARTS = 1 << 14
+# parts that are done; workers that sleep; whether the caller sleeps; whether the workers have a caller
+DONE, SLEEPERS, IS_ASLEEP, IS_TAKEN = (position * _LINE for position in range(1, 5))
+# the job: its function, the function's arguments, the length of the range, whether a part failed
+_FUNCTION, _ARGUMENTS, _LENGTH, _HAS_FAILED = (5 * _LINE + position for position in range(4))
+# the number of workers, and how many the jobs so far could have used
+WORKERS, WANTED = (6 * _LINE + position for position in range(2))
+_SIZE = 7 * _LINE
+# how long a thread spins before it sleeps, in nanoseconds: the next op of a training step comes sooner
+_SPIN = 100_000
+
+_counters = aligned(_SIZE, np.int64)
+# an attribute of an array costs an op more than this
+_words = memoryview(_counters)
+# workers look at it to the very end of the process
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(_counters))
+_SYMBOL = "fastdl.threads"
+numba_private.add_address(_SYMBOL, _counters.ctypes.data)
+# how many workers have been started, or refused
+_asked = 0
+_starting = threading.Lock()
 
 
-def _after_fork() -> None:
-    global _limit
-    _limit = 1
+@intrinsic
+def _counters_address(typing_context):
+    """Return where this process has the counters; machine code on disk holds no address."""
+
+    def generate(context, builder, signature, arguments):
+        word = ir.IntType(64)
+        memory = builder.module.globals.get(_SYMBOL) or ir.GlobalVariable(builder.module, word, _SYMBOL)
+        return builder.ptrtoint(memory, word)
+
+    return types.intp(), generate
 
 
-def _is_fork() -> bool:
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return bool(int(fields[6]) & _FORKED_WITHOUT_EXEC)
+def function_type(context):
+    """Return the LLVM type of a job's function: of the arguments' address, start and stop of a part."""
+    return context.call_conv.get_function_type(types.none, (types.intp,) * 3)
 
 
-def start(is_forked: bool) -> None:
-    """Start Numba's pool of threads, once for the process.
+@intrinsic
+def _call(typing_context, function, arguments, start, stop):
+    """Call the function at an address, and return whether it failed."""
+
+    def generate(context, builder, signature, values):
+        kind = function_type(context)
+        result, error = (cgutils.alloca_once(builder, argument.pointee) for argument in kind.args[:2])
+        code = builder.call(builder.inttoptr(values[0], kind.as_pointer()), [result, error, *values[1:]])
+        return builder.icmp_signed("!=", code, code.type(0))
+
+    return types.boolean(*(types.intp,) * 4), generate
+
+
+@inlined_jit
+def share(length, part, num_parts):
+    """Return the half-open range of ``range(length)`` that is one of so many parts."""
+    return length * part // num_parts, length * (part + 1) // num_parts
+
+
+@inlined_jit
+def _claim(counters):
+    """Return a part of the job that nobody has begun, or -1, and the number of parts."""
+    while True:
+        word = load(counters, NEXT)
+        part, num_parts = word >> 32 & 0xFFFF, word >> 48
+        if part >= num_parts:
+            return -1, num_parts
+        if compare_exchange(counters, NEXT, word, word + _PART):
+            return part, num_parts
+
+
+@inlined_jit
+def _run_part(counters, part, num_parts):
+    start, stop = share(counters[_LENGTH], part, num_parts)
+    if _call(counters[_FUNCTION], counters[_ARGUMENTS], start, stop):
+        counters[_HAS_FAILED] = 1
+    if add(counters, DONE, 1) == num_parts and load(counters, IS_ASLEEP) > 0:
+        wake(counters, DONE, 1)
+
+
+@jit
+def serve(counters, index):
+    """Run parts of jobs, as the worker of an index; return when there are to be no more workers than that."""
+    since = pause()
+    while index < load(counters, WORKERS):
+        word = load(counters, NEXT)
+        part, num_parts = _claim(counters)
+        if part >= 0:
+            _run_part(counters, part, num_parts)
+            since = pause()
+        elif pause() - since > _SPIN:
+            add(counters, SLEEPERS, 1)
+            sleep_while(counters, NEXT, word)
+            add(counters, SLEEPERS, -1)
+            since = pause()
+
+
+@linked_jit
+def run(function, arguments, length, num_threads):
+    """Call a function for all parts of ``range(length)``, one for each thread, and return when all are done.
 
     Parameters
     ----------
-    is_forked : bool
-        Whether the process is known to be a forked child. It gets no pool: OpenMP's may have been in use
-        in the parent, by torch or by others.
+    function : int
+        Its address; it is of ``function_type``.
+    arguments : int
+        An address, which the function gets.
+    length : int
+    num_threads : int
+
+    Raises
+    ------
+    MemoryError
+        If a part failed, as nothing else can go wrong in one.
     """
-    global _owner, _limit, _is_for_owner_alone
-    if _owner == 0:
-        _owner = threading.get_ident()
-        if is_forked or _is_fork():
-            return
-        numba.get_num_threads()
-        _limit = int(numba.config.NUMBA_NUM_THREADS)
-        _is_for_owner_alone = numba.threading_layer() == "workqueue"
-        os.register_at_fork(after_in_child=_after_fork)
+    counters = array_at(_counters_address(), _SIZE, np.dtype(np.int64))
+    num_threads = min(num_threads, _MOST_PARTS)
+    counters[WANTED] = max(counters[WANTED], num_threads - 1)
+    num_parts = min(num_threads, counters[WORKERS] + 1)
+    if num_parts <= 1 or not compare_exchange(counters, IS_TAKEN, 0, 1):
+        if _call(function, arguments, 0, length):
+            raise MemoryError("there is too little memory to compute with")
+        return
+    counters[_FUNCTION], counters[_ARGUMENTS], counters[_LENGTH] = function, arguments, length
+    counters[_HAS_FAILED], counters[DONE] = 0, 0
+    # the caller has the first part
+    job = (counters[NEXT] + 1) % _PART
+    add(counters, NEXT, num_parts * _PARTS + _PART + job - counters[NEXT])
+    sleepers = load(counters, SLEEPERS)
+    if sleepers > 0:
+        wake(counters, NEXT, num_parts - 1 - max(0, counters[WORKERS] - sleepers))
+    part = 0
+    while part >= 0:
+        _run_part(counters, part, num_parts)
+        part, _ = _claim(counters)
+    since = pause()
+    done = load(counters, DONE)
+    while done < num_parts:
+        if pause() - since > _SPIN:
+            add(counters, IS_ASLEEP, 1)
+            sleep_while(counters, DONE, done)
+            add(counters, IS_ASLEEP, -1)
+        done = load(counters, DONE)
+    has_failed = counters[_HAS_FAILED] != 0
+    add(counters, IS_TAKEN, -1)
+    if has_failed:
+        raise MemoryError("there is too little memory to compute with")
 
 
 def usable(num_threads: int) -> int:
-    """Return how many of the wanted threads the caller may use.
+    """Return how many threads an op may use, all that it wants, once the workers are there."""
+    if _words[WANTED] > _asked:
+        _start_workers()
+    return num_threads
 
-    OpenMP ends or hangs a forked child that enters a parallel region after its parent did, and Numba's own
-    ``workqueue`` layer ends a process in which two threads enter one at once: both get 1.
-    """
-    if _is_for_owner_alone and threading.get_ident() != _owner:
-        return 1
-    return num_threads if num_threads < _limit else _limit
+
+def _start_workers() -> None:
+    global _asked
+    with _starting:
+        first, _asked = _asked, max(_asked, _words[WANTED])
+        if first == 0:
+            # compiles it, not in a thread that the end of the process may find amidst
+            serve(_counters, 0)
+        for index in range(first, _asked):
+            worker = threading.Thread(
+                target=serve, args=(_counters, index), name=f"fastdl-worker-{index}", daemon=True
+            )
+            _words[WORKERS] = index + 1
+            try:
+                worker.start()
+            except RuntimeError:
+                # the system has no more threads to give
+                _words[WORKERS] = index
+                return
+
+
+def _after_fork() -> None:
+    """Begin anew in a forked child, which has its parent's counters but no workers."""
+    global _asked, _starting
+    _counters[:] = 0
+    _asked, _starting = 0, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
