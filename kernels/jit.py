@@ -162,8 +162,8 @@ def linked_jit(
 ) -> Any:
     """Compile a function that returns nothing once, whatever number of kernels call it.
 
-    Numba copies the code of all that a function calls into the function, and compiles the copy: a kernel
-    that has a serial and a parallel branch compiles a helper four times. This is for the large ones.
+    Numba copies the code of all that a function calls into the function, and compiles the copy.
+    This is for the large ones.
 
     Parameters
     ----------

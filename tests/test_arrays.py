@@ -70,7 +70,7 @@ print(all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0],
 
 
 @pytest.mark.slow
-def test_a_forked_child_computes_on_one_thread():
+def test_a_forked_child_computes():
     program = """
 import os, torch
 from fastdl import functional

@@ -71,8 +71,11 @@ def compare_exchange(typing_context, counters, at, expected, value):
 
 
 @intrinsic
-def sleep_while(typing_context, counters, at, value):
-    """Sleep until woken, if the lower half of a counter is that of the value; it may end at any time."""
+def sleep_while(typing_context, counters, at, value, nanoseconds):
+    """Sleep until woken, if the lower half of a counter is that of the value; it may end at any time.
+
+    It ends after so many nanoseconds, at most a second; with 0 it may last for ever.
+    """
 
     def generate(context, builder, signature, arguments):
         if _FUTEX is None or sys.platform != "linux":
@@ -80,12 +83,17 @@ def sleep_while(typing_context, counters, at, value):
         else:
             # the counter's lower half comes first: the processors above are little-endian
             word = _pointer(context, builder, counters, *arguments[:2])
-            forever, value = word.type(None), builder.trunc(arguments[2], _INT)
-            arguments = _LONG(_FUTEX), word, _INT(_WAIT), value, forever
+            limit = cgutils.alloca_once(builder, ir.ArrayType(_LONG, 2))
+            builder.store(ir.ArrayType(_LONG, 2)([0, 0]), limit)
+            builder.store(arguments[3], builder.gep(limit, [_INT(0), _INT(1)]))
+            is_limited = builder.icmp_signed("!=", arguments[3], _LONG(0))
+            limit = builder.select(is_limited, limit, limit.type(None))
+            value = builder.trunc(arguments[2], _INT)
+            arguments = _LONG(_FUTEX), word, _INT(_WAIT), value, limit
             _call(builder, _LONG, "syscall", *arguments, is_variadic=True)
         return context.get_dummy_value()
 
-    return types.void(counters, types.intp, types.int64), generate
+    return types.void(counters, types.intp, types.int64, types.int64), generate
 
 
 @intrinsic

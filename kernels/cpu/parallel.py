@@ -25,7 +25,7 @@ def worthwhile_threads(num_elements, num_threads):
 
 
 def shared_out(part):
-    """Make ``share_out(arguments, length, num_threads)`` of ``part(*arguments, start, stop)``, a thread's share.
+    """Make ``share_out(arguments, length, num_threads)`` of a thread's ``part(*arguments, start, stop)``.
 
     What is computed may not depend on how ``range(length)`` is split.
     """

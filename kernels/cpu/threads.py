@@ -46,7 +46,7 @@ _SPIN = 100_000
 
 _counters = aligned(_SIZE, np.int64)
 # an attribute of an array costs an op more than this
-_words = memoryview(_counters)
+_words = _counters.data
 # workers look at it to the very end of the process
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(_counters))
 _SYMBOL = "fastdl.threads"
@@ -96,7 +96,7 @@ def share(length, part, num_parts):
 def _claim(counters):
     """Return a part of the job that nobody has begun, or -1, and the number of parts."""
     while True:
-        word = load(counters, NEXT)
+        word: int = load(counters, NEXT)
         part, num_parts = word >> 32 & 0xFFFF, word >> 48
         if part >= num_parts:
             return -1, num_parts
@@ -116,7 +116,7 @@ def _run_part(counters, part, num_parts):
 @jit
 def serve(counters, index):
     """Run parts of jobs, as the worker of an index; return when there are to be no more workers than that."""
-    since = pause()
+    since: int = pause()
     while index < load(counters, WORKERS):
         word = load(counters, NEXT)
         part, num_parts = _claim(counters)
@@ -125,7 +125,7 @@ def serve(counters, index):
             since = pause()
         elif pause() - since > _SPIN:
             add(counters, SLEEPERS, 1)
-            sleep_while(counters, NEXT, word)
+            sleep_while(counters, NEXT, word, 0)
             add(counters, SLEEPERS, -1)
             since = pause()
 
@@ -173,7 +173,7 @@ def run(function, arguments, length, num_threads):
     while done < num_parts:
         if pause() - since > _SPIN:
             add(counters, IS_ASLEEP, 1)
-            sleep_while(counters, DONE, done)
+            sleep_while(counters, DONE, done, 0)
             add(counters, IS_ASLEEP, -1)
         done = load(counters, DONE)
     has_failed = counters[_HAS_FAILED] != 0
@@ -183,28 +183,28 @@ def run(function, arguments, length, num_threads):
 
 
 def usable(num_threads: int) -> int:
-    """Return how many threads an op may use, all that it wants, once the workers are there."""
+    """Return how many threads an op may use, all that it wants, and start the workers that jobs could use."""
     if _words[WANTED] > _asked:
-        _start_workers()
+        start_workers(_words[WANTED])
     return num_threads
 
 
-def _start_workers() -> None:
+def start_workers(count: int) -> None:
+    """Have at least so many workers, or as many as the system has threads to give; it is asked once."""
     global _asked
     with _starting:
-        first, _asked = _asked, max(_asked, _words[WANTED])
+        first, _asked = _asked, max(_asked, count)
         if first == 0:
             # compiles it, not in a thread that the end of the process may find amidst
             serve(_counters, 0)
         for index in range(first, _asked):
             worker = threading.Thread(
-                target=serve, args=(_counters, index), name=f"fastdl-worker-{index}", daemon=True
+                target=serve, args=(_counters, index), name=f"fastdl worker {index}", daemon=True
             )
             _words[WORKERS] = index + 1
             try:
                 worker.start()
-            except RuntimeError:
-                # the system has no more threads to give
+            except (RuntimeError, MemoryError):
                 _words[WORKERS] = index
                 return
 
