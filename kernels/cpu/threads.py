@@ -41,8 +41,12 @@ _FUNCTION, _ARGUMENTS, _LENGTH, _HAS_FAILED = (5 * _LINE + position for position
 # the number of workers, and how many the jobs so far could have used
 WORKERS, WANTED = (6 * _LINE + position for position in range(2))
 _SIZE = 7 * _LINE
-# how long a thread spins before it sleeps, in nanoseconds: the next op of a training step comes sooner
-_SPIN = 100_000
+# How long a worker spins before it sleeps, in nanoseconds: the next op of a training step comes sooner, and
+# waking takes as long as a small op. A worker whose looks at the clock are further apart than a glance while
+# it spins has a core that others want.
+_LONGEST_SPIN, _SHORTEST_SPIN, _GLANCE = 300_000, 20_000, 50_000
+# how long the caller spins, while a worker has a part
+_CALLERS_SPIN = 100_000
 
 _counters = aligned(_SIZE, np.int64)
 # an attribute of an array costs an op more than this
@@ -116,18 +120,26 @@ def _run_part(counters, part, num_parts):
 @jit
 def serve(counters, index):
     """Run parts of jobs, as the worker of an index; return when there are to be no more workers than that."""
+    spin = _LONGEST_SPIN
     since: int = pause()
+    last = since
     while index < load(counters, WORKERS):
         word = load(counters, NEXT)
         part, num_parts = _claim(counters)
+        now = pause()
         if part >= 0:
             _run_part(counters, part, num_parts)
-            since = pause()
-        elif pause() - since > _SPIN:
+            spin = min(spin + spin // 8, _LONGEST_SPIN)
+            since = now = pause()
+        elif now - last > _GLANCE:
+            # others had the core: they may have it until there is work
+            spin = _SHORTEST_SPIN
+        if now - since > spin:
             add(counters, SLEEPERS, 1)
             sleep_while(counters, NEXT, word, 0)
             add(counters, SLEEPERS, -1)
-            since = pause()
+            since = now = pause()
+        last = now
 
 
 @linked_jit
@@ -171,7 +183,7 @@ def run(function, arguments, length, num_threads):
     since = pause()
     done = load(counters, DONE)
     while done < num_parts:
-        if pause() - since > _SPIN:
+        if pause() - since > _CALLERS_SPIN:
             add(counters, IS_ASLEEP, 1)
             sleep_while(counters, DONE, done, 0)
             add(counters, IS_ASLEEP, -1)
