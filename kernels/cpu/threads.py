@@ -1,9 +1,9 @@
 """The threads that single ops share their work among: the caller, and workers that sleep while there is none.
 
-A job is a function, called for each part of a range. Whoever has time claims the next part: a worker, or the
-caller, who does all parts himself that no worker has begun, and waits for those alone that one has. So beside
-busy neighbours, whose cores no worker gets, an op takes as long as on one thread. OpenMP's threads each have
-their part, and all wait for the one whose core is taken; they can't be used in a forked child either.
+A job is a function, called for each part of a range. A worker or the caller, whoever has time, claims the
+next part. The caller does all parts that no worker has begun, and waits only for those that one has. So
+beside busy neighbours, where workers get no core, an op takes no longer than on one thread. OpenMP's threads
+have a fixed part each, and all wait for the one whose core is taken; nor can a forked child use them.
 
 One caller at a time has the workers; another one meanwhile works alone. Workers are Python threads inside a
 kernel that has released the GIL for good. The first job that is large enough asks for them, and the next op
@@ -173,9 +173,9 @@ def run(function, arguments, length, num_threads):
     # the caller has the first part
     job = (counters[NEXT] + 1) % _PART
     add(counters, NEXT, num_parts * _PARTS + _PART + job - counters[NEXT])
-    sleepers = load(counters, SLEEPERS)
-    if sleepers > 0:
-        wake(counters, NEXT, num_parts - 1 - max(0, counters[WORKERS] - sleepers))
+    num_missing = num_parts - 1 - (counters[WORKERS] - load(counters, SLEEPERS))
+    if num_missing > 0:
+        wake(counters, NEXT, num_missing)
     part = 0
     while part >= 0:
         _run_part(counters, part, num_parts)
