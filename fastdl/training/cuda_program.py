@@ -140,6 +140,8 @@ class CudaProgram:
         )
         self._option_rows: list[SGDOptions] = []
         self._first_steps = [0] * (2 * len(layers))
+        # the owners of the momentum buffers that entered the optimizer since `save`, if `write` was called
+        self._entered: list[Tensor] | None = None
         progress = self._zeros(3, dtype=torch.int64)
         self._steps_before, self._num_rows, self._stop = progress.unbind()
         self._totals = self._zeros(3, dtype=torch.float64)
@@ -226,6 +228,22 @@ class CudaProgram:
             self._updates.is_first_step.copy_(torch.tensor(first_steps))
             self._first_steps = first_steps
 
+    def _own(self) -> list[Tensor]:
+        return [own for copy in self._copies for own in (copy.own, copy.buffer) if own is not None]
+
+    def save(self) -> None:
+        """Keep what there is, for `undo`."""
+        self._before = [own.clone() for own in self._own()]
+        self._entered = None
+
+    def undo(self) -> None:
+        """Bring net and optimizer back to where they were when `save` was called."""
+        copy_all(self._own(), self._before)
+        if self._entered is not None:
+            self.write()
+            for owner in self._entered:
+                self._lowered.optimizer.state[owner].pop("momentum_buffer", None)
+
     @torch.no_grad()
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer."""
@@ -238,6 +256,8 @@ class CudaProgram:
         sources = [copy.own for copy in trained] + [
             copy.buffer for copy in with_momentum if copy.buffer is not None
         ]
+        if self._entered is None:
+            self._entered = [tensor for tensor, _ in fresh]
         copy_all(targets, sources)
         for tensor, buffer in fresh:
             optimizer.state[tensor]["momentum_buffer"] = buffer
