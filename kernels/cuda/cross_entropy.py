@@ -42,7 +42,6 @@ from fastdl.kernels.cuda.reduction import (
     WARPS,
     block_max,
     block_sum,
-    build_mean,
     lanes_for,
     lanes_max,
     lanes_sum,
@@ -77,7 +76,8 @@ class Shares(NamedTuple):
 class Results(NamedTuple):
     """What is written: the loss, or each block's sum where there are more blocks, and the gradient.
 
-    Behind the blocks' sums is the sum of the rows' weights.
+    Behind the blocks' sums is the sum of the rows' weights; then, where labels are smoothed, each block's sum
+    of what all classes have of the losses.
     """
 
     loss: Elements
@@ -141,7 +141,6 @@ def build_gradient(real: Any) -> Any:
 
 def _build_rows(real: Any) -> Callable[..., None]:
     sum_of_weights, gradient = _build_sum_of_weights(real), build_gradient(real)
-    mean = build_mean(real)
 
     @cuda.jit(device=True, inline="always")
     def row_max(value, lanes, shared):
@@ -176,6 +175,9 @@ def _build_rows(real: Any) -> Callable[..., None]:
             else:
                 total_weight = load(partial_sums, num_blocks)
         scale = one / total_weight
+        if share_of_all > zero and total_weight == zero:
+            # infinities of both signs meet in a row, or 0 / 0 is a part of it
+            scale = real(float("nan"))
         weight_sum = real(num_classes)
         if share_of_all > zero and not is_null(weight):
             own = zero
@@ -185,7 +187,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
 
         group, lane = thread // lanes, thread % lanes
         groups = THREADS // lanes
-        own_losses = zero
+        own_losses, own_smooth = zero, zero
         # every thread takes part in every sum over lanes, so all go round equally often
         for first in range(block * groups, num_rows, num_blocks * groups):
             n = first + group
@@ -213,26 +215,34 @@ def _build_rows(real: Any) -> Callable[..., None]:
             if share_of_all > zero:
                 weighted_logits = row_sum(weighted_logits, lanes, shared)
             log_total = log(exponentials)
+            if weight_sum - weight_sum != zero:
+                # a class weight isn't finite: 0 times it is NaN, so each goes with its log-probability
+                weighted_logits = zero
+                for c in range(lane, stop, lanes):
+                    weighted_logits += load(weight, c) * ((load(logits, at + c) - greatest) - log_total)
+                weighted_logits = row_sum(weighted_logits, lanes, shared)
 
             # 4: the row's loss. A label that is no class reads nothing, and leaves NaN
             label = ignore_index
             if is_row:
                 label = target[n]
             is_class = is_counted(label, ignore_index, num_classes)
-            row_loss, label_weight = zero, zero
+            row_loss, smooth_loss, label_weight = zero, zero, zero
             if is_class:
                 label_weight = one if is_null(weight) else load(weight, label)
                 log_probability = (load(logits, at + label) - greatest) - log_total
                 row_loss = -share_of_label * label_weight * log_probability
                 if share_of_all > zero:
-                    row_loss -= share_of_all * (weighted_logits - weight_sum * log_total)
+                    of_totals = weight_sum * log_total if weight_sum - weight_sum == zero else zero
+                    smooth_loss = -share_of_all * (weighted_logits - of_totals)
             elif label != ignore_index:
                 row_loss = real(float("nan"))
             if is_row and lane == 0:
                 if reduction == NONE:
-                    store(loss, n, row_loss)
+                    store(loss, n, row_loss + smooth_loss)
                 else:
                     own_losses += row_loss
+                    own_smooth += smooth_loss
 
             # 5: the row's gradient
             if not is_null(grad_logits):
@@ -253,11 +263,18 @@ def _build_rows(real: Any) -> Callable[..., None]:
         # 6: the sum of this block's losses
         if reduction != NONE:
             own_losses = block_sum(own_losses, shared)
+            if share_of_all > zero:
+                own_smooth = block_sum(own_smooth, shared)
             if thread == 0:
                 if is_null(partial_sums):
-                    store(loss, 0, mean(own_losses, total_weight))
+                    result = own_losses / total_weight
+                    if share_of_all > zero:
+                        result += own_smooth / total_weight
+                    store(loss, 0, result)
                 else:
                     store(partial_sums, block, own_losses)
+                    if share_of_all > zero:
+                        store(partial_sums, num_blocks + 1 + block, own_smooth)
 
     return cross_entropy_of_rows
 
@@ -308,7 +325,7 @@ def _num_blocks(num_rows: int, num_classes: int) -> int:
 def cross_entropy_partial_sums(num_rows: int, num_classes: int) -> int:
     """Return how many numbers of workspace ``cross_entropy_forward`` needs for a mean or sum."""
     blocks = _num_blocks(num_rows, num_classes)
-    return 0 if blocks == 1 else blocks + 1
+    return 0 if blocks == 1 else 2 * blocks + 1
 
 
 def cross_entropy_forward(
@@ -366,9 +383,15 @@ def cross_entropy_forward(
         rows=rows,
     )
     if has_partial_sums:
-        has_divisor = reduction == MEAN
         ADD_PARTIAL_SUMS[element].launch(
-            stream, 1, partial_sums=sums, count=blocks, factor=1.0, has_divisor=has_divisor, loss=loss
+            stream,
+            1,
+            partial_sums=sums,
+            count=blocks,
+            factor=1.0,
+            has_divisor=reduction == MEAN,
+            has_second=smoothing > 0,
+            loss=loss,
         )
 
 

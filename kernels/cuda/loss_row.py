@@ -15,7 +15,7 @@ from fastdl.kernels.cuda.cross_entropy import build_gradient
 from fastdl.kernels.cuda.intrinsics import is_null, load, store
 from fastdl.kernels.cuda.launch import Elements, Integers
 from fastdl.kernels.cuda.numba_cuda import cuda, types
-from fastdl.kernels.cuda.reduction import WARP, build_mean, lanes_max, lanes_sum
+from fastdl.kernels.cuda.reduction import WARP, lanes_max, lanes_sum
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
 # the outcome of a row: whether its label has the greatest output, or is no class
@@ -72,7 +72,7 @@ class RowResults(NamedTuple):
 
 def build_loss_row(real: Any) -> tuple[Any, Any]:
     """Return the device functions ``scales`` and ``loss_row``."""
-    gradient, mean = build_gradient(real), build_mean(real)
+    gradient = build_gradient(real)
 
     @cuda.jit(device=True, inline="always")
     def scales(loss, step, count, width):
@@ -83,7 +83,8 @@ def build_loss_row(real: Any) -> tuple[Any, Any]:
         divisor = real(count * width) if loss.kind == SQUARED_ERROR else real(count)
         if not is_null(loss.divisors):
             divisor = load(loss.divisors, step.steps_before[0] + step.number)
-        return one / divisor, mean(real(count), divisor)
+        # where no row has a weight, torch's loss has a part that is 0 / 0, whatever a smoothed label adds
+        return one / divisor, real(count) / divisor if divisor != real(0) else real(float("nan"))
 
     @cuda.jit(device=True, inline="always")
     def loss_row(row, outputs_of_row, grads_of_row, width, relu, scales, loss, results):

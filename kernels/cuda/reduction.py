@@ -81,31 +81,31 @@ def block_max(value, shared):
     return greatest
 
 
-def build_mean(real: Any) -> Any:
-    """Return ``mean(total, weight)``: a loss's sum over the sum of its rows' weights."""
-
-    @cuda.jit(device=True, inline="always")
-    def mean(total, weight):
-        # where no row has a weight, torch's loss has a part that is 0 / 0, whatever a smoothed label adds
-        return total / weight if weight != real(0) else real(float("nan"))
-
-    return mean
-
-
 def _build(real: Any) -> Callable[..., None]:
-    mean = build_mean(real)
-
     def add_partial_sums(
-        partial_sums: Sums, count: int, factor: float, has_divisor: bool, loss: Elements
+        partial_sums: Sums, count: int, factor: float, has_divisor: bool, has_second: bool, loss: Elements
     ) -> None:
-        """Write partial_sums (count,) summed to loss (1,), times factor or over the number behind them."""
+        """Write partial_sums (count,) summed to loss (1,), times factor or over the number behind them.
+
+        Behind that number may be as many sums of a second part of the loss.
+        """
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
-        total = real(0)
+        total, second = real(0), real(0)
         for i in range(types.int64(cuda.threadIdx.x), count, THREADS):
             total += load(partial_sums, i)
-        total = block_sum(total, shared)
+            if has_second:
+                second += load(partial_sums, count + 1 + i)
+        total, second = block_sum(total, shared), block_sum(second, shared)
         if cuda.threadIdx.x == 0:
-            store(loss, 0, mean(total, load(partial_sums, count)) if has_divisor else total * factor)
+            if has_divisor:
+                divisor = load(partial_sums, count)
+                # one by one, as over 0 infinities of both signs may meet
+                result = total / divisor
+                if has_second:
+                    result += second / divisor
+                store(loss, 0, result)
+            else:
+                store(loss, 0, (total + second) * factor)
 
     return add_partial_sums
 
