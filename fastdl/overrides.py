@@ -32,14 +32,10 @@ def references(module: nn.Module) -> int:
     return sys.getrefcount(vars(module).get("forward"))
 
 
-def _references_of_one() -> int:
-    module = nn.Module()
-    vars(module)["forward"] = MethodType(references, module)
-    return int(module())
-
-
+_probe = nn.Module()
+vars(_probe)["forward"] = MethodType(references, _probe)
 # a forward with more of them may stand in another module too, by ``vars(other).update(vars(module))``
-ONE_OWNER = _references_of_one()
+ONE_OWNER: int = _probe()
 
 
 def called(module: nn.Module) -> nn.Module:

@@ -1,9 +1,4 @@
-"""Numerically stable softmax-cross-entropy: the loss and grad_logits in one pass over the logits.
-
-With p = softmax(logits), a row's label y and class weights w, and smoothing s over C classes,
-
-    loss        = -(1 - s) w[y] log p[y] - s / C sum_c w[c] log p[c]
-    grad_logits =  (1 - s) w[y] (p - onehot(y)) + s / C (p sum_c w[c] - w)
+"""Numerically stable softmax-cross-entropy, by the formulas of ``kernels.cpu.cross_entropy``.
 
 A row belongs to as many lanes of a warp as its length pays for, a long one to a whole block. So the second
 and third look at a row find it in the multiprocessor's cache.
@@ -151,12 +146,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
         return block_sum(value, shared) if lanes > WARP else lanes_sum(value, lanes)
 
     def cross_entropy_of_rows(
-        logits: Elements,
-        target: Integers,
-        weight: Elements,
-        shares: Shares,
-        results: Results,
-        rows: Rows,
+        logits: Elements, target: Integers, weight: Elements, shares: Shares, results: Results, rows: Rows
     ) -> None:
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
@@ -338,24 +328,13 @@ def cross_entropy_forward(
     partial_sums: Array | None,
     stream: Stream,
 ) -> None:
-    """Write the loss and its gradient with respect to the logits.
+    """Write the loss, (N,) without reduction, else (1,), and its gradient with respect to the logits (N, C).
 
-    Parameters
-    ----------
-    logits : (N, C)
-    target : (N,), int64
-        Class indices. One that is neither a class nor the ignore_index is never used to read: its row's loss
-        is NaN, and its gradient is 0.
-    weight : (C,) or None
-        A weight for each class, or none.
-    options : CrossEntropyOptions
-        Rows with the label ignore_index have no loss, and a gradient of 0, or NaN as torch's.
-    loss : (N,) without reduction, else (1,)
-    grad_logits : (N, C) or None
-        Of the reduced loss, or row by row of each loss; None where it isn't wanted.
-    partial_sums : (cross_entropy_partial_sums(N, C),) or None
-        Workspace for a reduced loss, float64 or float32 as the logits are computed in.
-    stream : Stream
+    The target (N,) is class indices, int64. One that is neither a class nor the ignore_index is never used to
+    read: its row's loss is NaN, and its gradient is 0. The weight is (C,) or None. Rows with the label
+    ignore_index have no loss, and a gradient of 0, or NaN as torch's. ``grad_logits`` is of the reduced loss,
+    or row by row of each loss; None where it isn't wanted. ``partial_sums`` is workspace for a reduced loss,
+    (cross_entropy_partial_sums(N, C),) of the type that the logits are computed in.
     """
     element = element_of(logits)
     num_rows, num_classes = logits.shape
@@ -400,16 +379,7 @@ def cross_entropy_backward(
 ) -> None:
     """Write ``grad_loss * grad_logits``, row by row, to scaled.
 
-    Parameters
-    ----------
-    grad_loss : (N,) or (1,)
-        The upstream gradient of each row's loss, or of the one reduced loss.
-    grad_logits : (N, C)
-        What the forward wrote.
-    target : (N,), int64
-    ignore_index : int
-    scaled : (N, C)
-    stream : Stream
+    ``grad_loss`` is the upstream gradient of each row's loss, (N,), or of the reduced one, (1,).
     """
     num_rows, num_classes = grad_logits.shape
     if num_rows == 0 or num_classes == 0:

@@ -6,6 +6,7 @@ would save the last block, but the order of their additions changes from run to 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,55 +31,40 @@ def lanes_for(count: int) -> int:
     return min(WARP, 1 << max(0, count - 1).bit_length())
 
 
-@cuda.jit(device=True, inline="always")
-def lanes_sum(value, lanes):
-    """Return the sum over each group of so many lanes (a power of 2, at most a warp) to all of the group."""
-    offset = lanes // 2
-    while offset > 0:
-        value += cuda.shfl_xor_sync(ALL_LANES, value, offset)
-        offset //= 2
-    return value
+def _build_reductions(combine: Any) -> tuple[Any, Any]:
+    """Return how numbers are combined over each group of lanes, and over a block, to all of its threads.
+
+    So many lanes of a warp, a power of 2, are a group; ``shared`` is workspace for WARPS numbers.
+    """
+
+    @cuda.jit(device=True, inline="always")
+    def over_lanes(value, lanes):
+        offset = lanes // 2
+        while offset > 0:
+            value = combine(value, cuda.shfl_xor_sync(ALL_LANES, value, offset))
+            offset //= 2
+        return value
+
+    @cuda.jit(device=True, inline="always")
+    def over_block(value, shared):
+        thread = cuda.threadIdx.x
+        value = over_lanes(value, WARP)
+        if thread % WARP == 0:
+            store(shared, thread // WARP, value)
+        cuda.syncthreads()
+        result = load(shared, 0)
+        for warp in range(1, WARPS):
+            result = combine(result, load(shared, warp))
+        # the workspace may be written anew
+        cuda.syncthreads()
+        return result
+
+    return over_lanes, over_block
 
 
-@cuda.jit(device=True, inline="always")
-def lanes_max(value, lanes):
-    """Return the greatest value of each group of lanes, NaN left out, to all of the group."""
-    offset = lanes // 2
-    while offset > 0:
-        value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, offset))
-        offset //= 2
-    return value
-
-
-@cuda.jit(device=True, inline="always")
-def block_sum(value, shared):
-    """Return the sum over the block's threads to all of them; shared is workspace for WARPS numbers."""
-    thread = cuda.threadIdx.x
-    value = lanes_sum(value, WARP)
-    if thread % WARP == 0:
-        store(shared, thread // WARP, value)
-    cuda.syncthreads()
-    total = load(shared, 0)
-    for warp in range(1, WARPS):
-        total += load(shared, warp)
-    # the workspace may be written anew
-    cuda.syncthreads()
-    return total
-
-
-@cuda.jit(device=True, inline="always")
-def block_max(value, shared):
-    """Return the greatest value of the block's threads to all of them, as ``block_sum`` does."""
-    thread = cuda.threadIdx.x
-    value = lanes_max(value, WARP)
-    if thread % WARP == 0:
-        store(shared, thread // WARP, value)
-    cuda.syncthreads()
-    greatest = load(shared, 0)
-    for warp in range(1, WARPS):
-        greatest = max(greatest, load(shared, warp))
-    cuda.syncthreads()
-    return greatest
+lanes_sum, block_sum = _build_reductions(operator.add)
+# NaN is left out
+lanes_max, block_max = _build_reductions(max)
 
 
 def _build(real: Any) -> Callable[..., None]:
