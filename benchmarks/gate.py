@@ -109,17 +109,14 @@ def same_steps(ours: Step, torchs: Step, allowed: float = parity.EPOCH_LOSS) -> 
 def same_results(
     ours: Tensors, torchs: Tensors, truths: Tensors, precision: Precision = FLOAT32, terms: Tensors = ()
 ) -> str:
-    """Hold each result of an op to torch's own error against float64; return the worst relative error.
-
-    `terms` are the sums of the absolute values of what each result sums, where terms may cancel.
-    """
+    """Hold each result of an op to torch's own error against float64; return the worst relative error."""
     worst = 0.0
     for number, (actual, expected, truth) in enumerate(zip(ours, torchs, truths, strict=True)):
         size = truth.double().abs().max()
         # where torch rounds the operands of a product, fastdl may, and the other way round
         scale = size * precision.eps / torch.finfo(precision.dtype).eps
         if terms:
-            # sums are in float32 at the least, and round by the size of what they sum
+            # what is summed, as absolute values: it may cancel, and rounds in float32 at the least
             rounding = torch.finfo(torch.float32).eps / torch.finfo(precision.dtype).eps
             scale = torch.maximum(scale, terms[number].abs().max() * rounding)
         name = "output" if number == 0 else f"gradient {number}"
