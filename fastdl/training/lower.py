@@ -285,6 +285,8 @@ def lower(
                 why = "requires a gradient"
             if why is None and not loss.weight.isfinite().all():
                 why = "has values that aren't finite"
+            if why is None and lowered.is_mean and loss.weight.min() < 0 < loss.weight.max():
+                why = "has values of both signs, whose sum over a batch may be 0"
             if why is not None:
                 raise refusal(f"with a class weight that {why}")
             read["the class weight"] = loss.weight
