@@ -19,21 +19,9 @@ import torch
 # torch.jit.script compiles the forward that a bound one wraps, with the names of this file
 import torch.nn.functional as F  # noqa: F401
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
 
 from fastdl import functional, torch_private
-from fastdl.overrides import (
-    BOUND,
-    ONE_OWNER,
-    called,
-    global_hooks,
-    is_accelerated,
-    is_bound,
-    is_untouched,
-    overridden,
-    references,
-    replaced,
-)
+from fastdl.overrides import BOUND, global_hooks, is_accelerated, is_bound, is_untouched, overridden, replaced
 
 __all__ = [
     "Acceleration",
@@ -217,8 +205,6 @@ def _forward_for(kind: type[nn.Module], run: Callable[..., Any]) -> Callable[...
 
     @functools.wraps(torchs)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not is_dynamo_compiling() and references(self) > ONE_OWNER:
-            self = called(self)
         # the class may be another by then: adapters and parametrizations assign to __class__
         own = type(self).forward
         is_ours = own is torchs and not torch_private.has_node_hooks(self)
@@ -229,14 +215,12 @@ def _forward_for(kind: type[nn.Module], run: Callable[..., Any]) -> Callable[...
 
 def _getstate(self: nn.Module) -> Any:
     """Leave out what is bound to this one object: in a pickle or a shallow copy torch's forward runs."""
-    self = called(self)
     state = type(self).__getstate__(self)
     return {k: v for k, v in state.items() if not is_bound(v)} if isinstance(state, dict) else state
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
     """Copy what is bound too; Python binds the copy of a method to the copy of its object."""
-    self = called(self)
     own = getattr(type(self), "__deepcopy__", None)
     if own is not None:
         return own(self, memo)
@@ -248,12 +232,7 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
         finally:
             vars(self)["__deepcopy__"] = bound
     twin = memo[id(self)] = type(self).__new__(type(self))
-    # what is bound may be bound to another module, whose vars were copied
-    state = {
-        k: MethodType(v.__func__, self) if is_bound(v) else v
-        for k, v in type(self).__getstate__(self).items()
-    }
-    twin.__setstate__(copy.deepcopy(state, memo))
+    twin.__setstate__(copy.deepcopy(type(self).__getstate__(self), memo))
     return twin
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -25,26 +23,6 @@ _UNPATCHED: dict[type[nn.Module], list[Any]] = {}
 def is_bound(value: object) -> bool:
     """Return whether a value in ``vars(module)`` is a method that accelerate bound, to whichever module."""
     return type(value) is MethodType and value.__func__ in BOUND
-
-
-def references(module: nn.Module) -> int:
-    """Return how many references there are to the forward of a module, with those of a call that runs."""
-    return sys.getrefcount(vars(module).get("forward"))
-
-
-_probe = nn.Module()
-vars(_probe)["forward"] = MethodType(references, _probe)
-# a forward with more of them may stand in another module too, by ``vars(other).update(vars(module))``
-ONE_OWNER: int = _probe()
-
-
-def called(module: nn.Module) -> nn.Module:
-    """Return the module that is called or copied where a method runs that is bound to `module`."""
-    caller = sys._getframe(2)
-    names = {copy.deepcopy.__code__: "x", copy.copy.__code__: "x"}
-    name = "self" if caller.f_code in torch_private.FORWARD_CALLERS else names.get(caller.f_code)
-    found = module if name is None else caller.f_locals.get(name)
-    return found if isinstance(found, nn.Module) else module
 
 
 def is_accelerated(module: nn.Module) -> bool:

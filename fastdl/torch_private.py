@@ -6,7 +6,7 @@ Importing this imports torch, and neither its compiler nor CUDA.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping, Sequence
-from types import BuiltinFunctionType, CodeType
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -35,9 +35,6 @@ GLOBAL_STEP_HOOKS = _optimizer._global_optimizer_pre_hooks, _optimizer._global_o
 REPLICATE = "_replicate_for_data_parallel"
 # what a module's ``__call__`` calls on it before its forward
 MODULE_CALLS = ("_call_impl", "_slow_forward")
-_CALL_CODE = nn.Module._call_impl.__code__
-# the code that calls a module's forward: in it the module is ``self``
-FORWARD_CALLERS = frozenset({_CALL_CODE, *filter(lambda it: isinstance(it, CodeType), _CALL_CODE.co_consts)})
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

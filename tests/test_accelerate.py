@@ -700,46 +700,6 @@ class Reduced(nn.Linear):
         return make, arguments, {**state, "scale": self.scale + 1}, *rest
 
 
-@pytest.mark.parametrize(
-    "copied", [lambda module: module, copy.deepcopy, copy.copy], ids=["", "deep", "copy"]
-)
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("undone", [False, True])
-@pytest.mark.parametrize(
-    ("make", "change"),
-    [
-        (lambda: nn.Linear(12, 3), lambda a: vars(a).update(_parameters=dict(nn.Linear(12, 3)._parameters))),
-        (lambda: nn.Linear(12, 3), lambda a: setattr(a, "__class__", Doubled)),
-        (lambda: nn.ReLU(), lambda a: setattr(a, "inplace", True)),
-        (lambda: nn.MSELoss(), lambda a: setattr(a, "reduction", "sum")),
-        (lambda: nn.CrossEntropyLoss(), lambda a: setattr(a, "label_smoothing", 0.5)),
-        (
-            lambda: nn.Sequential(nn.Linear(12, 3), nn.ReLU()),
-            lambda a: vars(a).update(_modules=dict(a._modules, last=nn.Linear(3, 2))),
-        ),
-    ],
-    ids=["parameters", "class", "inplace", "reduction", "smoothing", "children"],
-)
-def test_a_module_with_the_vars_of_an_accelerated_one_is_itself(make, change, copied, hooked, undone):
-    results = []
-    for accelerates in (False, True):
-        torch.manual_seed(0)
-        module, other = make(), make()
-        if accelerates:
-            accelerate(other)
-        vars(module).update(vars(other))
-        if undone and accelerates:
-            fastdl.accelerate(other, undo=True, report=None)
-        change(module)
-        if hooked:
-            module.register_forward_hook(lambda module, args, output: output * 2)
-        module = copied(module)
-        input, targets = torch.randn(5, 12), {nn.MSELoss: (torch.randn(5, 12),)}
-        targets[nn.CrossEntropyLoss] = (torch.randint(12, (5,)),)
-        results.append((module(input, *targets.get(type(module), ())), input))
-    torch.testing.assert_close(*results)
-
-
 def test_a_class_that_says_how_it_is_copied_is_copied_so():
     net = nn.Sequential(Reduced(3, 3), nn.ReLU())
     net.append(net[0])
