@@ -11,7 +11,7 @@ from pathlib import Path
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # what version 2 and version 1 of cgroups call a quota and its period
 _QUOTA_FILES = ("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-# Both can change while a process runs; as every op asks, and reading takes 0.4 ms, a count is kept for so long.
+# Both can change while a process runs. As every op asks, and reading takes 0.4 ms, a count is kept so long.
 _SECONDS = 1.0
 _count = 1
 _is_valid_until = -math.inf

@@ -9,6 +9,7 @@ The system may leave threads that wake each other on one core, so after some suc
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -36,11 +37,10 @@ _ALL_THREADS = (1 << 31) - 1
 _CORE_WORDS = 16
 
 if sys.platform == "linux":
-    _current_core = types.ExternalFunction("sched_getcpu", types.int32())
-    _get_affinity, _set_affinity = (
-        types.ExternalFunction(name, types.int32(types.int32, types.intp, types.intp))
-        for name in ("sched_getaffinity", "sched_setaffinity")
-    )
+    _current_core: Any = types.ExternalFunction("sched_getcpu", types.int32())
+    _affinity: Any = types.int32(types.int32, types.intp, types.intp)
+    _get_affinity: Any = types.ExternalFunction("sched_getaffinity", _affinity)
+    _set_affinity: Any = types.ExternalFunction("sched_setaffinity", _affinity)
 else:
 
     @inlined_jit
