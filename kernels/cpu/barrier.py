@@ -27,8 +27,9 @@ ARRIVALS, SLEEPERS, STOP, STEPS, OWN = (position * LINE for position in range(5)
 _CORE, _MEETINGS, _MOVES = 1, 2, 3
 # how long a thread waits before it looks where the others are, and before it sleeps, in nanoseconds
 _GLANCE, _SPIN = 4_000, 100_000
-# a thread that sleeps looks again after so many nanoseconds, as nobody wakes it when the run is to stop
-_LONGEST_SLEEP = 10_000_000
+# A thread that sleeps looks again after so many nanoseconds, as nobody wakes it when the run is to stop. When
+# it sleeps again, Linux may give its core to whom it waits for, if that last ran more than 0.5 ms ago.
+_LONGEST_SLEEP = 600_000
 # A thread moves after so many waits in a row for one on its core, and after twice as many each time, up to
 # 2 to the power of this: where there are more threads than cores it is of no use.
 _FIRST_MEETINGS, _MOST_DOUBLINGS = 4, 8
