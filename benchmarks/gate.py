@@ -106,13 +106,19 @@ def same_steps(ours: Step, torchs: Step, allowed: float = parity.EPOCH_LOSS) -> 
     return max(found, key=float)
 
 
-def same_results(ours: Tensors, torchs: Tensors, truths: Tensors, precision: Precision = FLOAT32) -> str:
+def same_results(
+    ours: Tensors, torchs: Tensors, truths: Tensors, precision: Precision = FLOAT32, terms: Tensors = ()
+) -> str:
     """Hold each result of an op to torch's own error against float64; return the worst relative error."""
     worst = 0.0
     for number, (actual, expected, truth) in enumerate(zip(ours, torchs, truths, strict=True)):
         size = truth.double().abs().max()
         # where torch rounds the operands of a product, fastdl may, and the other way round
         scale = size * precision.eps / torch.finfo(precision.dtype).eps
+        if terms:
+            # what is summed, as absolute values: it may cancel, and rounds in float32 at the least
+            rounding = torch.finfo(torch.float32).eps / torch.finfo(precision.dtype).eps
+            scale = torch.maximum(scale, terms[number].abs().max() * rounding)
         name = "output" if number == 0 else f"gradient {number}"
         assert_as_accurate_as_torch(actual, expected, truth, scale=scale, name=name)
         worst = max(worst, float((actual.double() - truth.double()).abs().max() / size) if size else 0.0)

@@ -69,7 +69,8 @@ def check(found: Op, precision: Precision) -> str:
     upstream = torch.randn_like(found.torchs(*found.inputs))
     ours, torchs = (results(way, found.inputs, upstream) for way in found[1:])
     truths = results(found.torchs, found.inputs, upstream.double())
-    return same_results(ours, torchs, truths, precision)
+    terms = results(found.torchs, [tensor.abs() for tensor in found.inputs], upstream.double().abs())
+    return same_results(ours, torchs, truths, precision, terms)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

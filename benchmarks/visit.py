@@ -147,7 +147,7 @@ def compile_kernels(*, few: bool) -> str:
     import torch
 
     from benchmarks import internals
-    from fastdl.machine import num_cores
+    from fastdl.cores import num_cores
 
     capability = torch.cuda.get_device_capability(0) if torch.cuda.is_available() else _CAPABILITY
     kernels = internals.cuda_kernels()[: _FEW_KERNELS if few else None]

@@ -19,6 +19,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.overrides import has_torch_function
 
 from fastdl import cuda_arrays
+from fastdl.cores import num_cores
 from fastdl.kernels.garbage import collector_paused
 from fastdl.torch_private import autocasts_anywhere, is_watched
 
@@ -128,8 +129,8 @@ def cpu_kernels() -> ModuleType:
 
 
 def num_threads() -> int:
-    """Return how many threads a kernel may use: torch's count, or 1 where Numba's pool can't be entered."""
-    return _usable_threads()(get_num_threads())
+    """Return how many threads a kernel may use: torch's count, as far as there are cores for them."""
+    return _usable_threads()(min(get_num_threads(), num_cores()))
 
 
 @cache

@@ -34,13 +34,7 @@ def cuda_kernels() -> ModuleType:
 
 
 def missing_link(device: int) -> str | None:
-    """Return, in one sentence, why the CUDA kernels can't be used on a GPU, or None where they can.
-
-    Parameters
-    ----------
-    device : int
-        torch's number of the GPU.
-    """
+    """Return, in one sentence, why the CUDA kernels can't be used on torch's GPU of this number, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install torch's build for CUDA 12 or 13"
     if not torch.cuda.is_available():

@@ -13,7 +13,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from fastdl.arrays import accepts, are_labels
 from fastdl.ops.cross_entropy import apply_cross_entropy, apply_linear_cross_entropy
@@ -134,8 +133,6 @@ def _takes_class_indices(
         num_classes > 0
         and are_labels(target, logits_shape[:class_dimension] + logits_shape[class_dimension + 1 :], device)
         and (weight is None or (weight.shape == (num_classes,) and not weight.requires_grad))
-        # torch meets 0 * inf elsewhere; a GPU would have to be waited for, and a compiler can't look
-        and (weight is None or is_dynamo_compiling() or weight.is_cuda or math.isfinite(weight.sum().item()))
         and reduction in _REDUCTIONS
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
@@ -163,7 +160,7 @@ def cross_entropy(
     target : Tensor, (), (N,) or (N, d1, ...), int64
         Class indices. Class probabilities, and other dtypes, are handed to torch.
     weight : Tensor, (C,), optional
-        A weight for each class; handed to torch if it requires a gradient or, on the CPU, isn't finite.
+        A weight for each class; handed to torch if it requires a gradient.
     size_average, reduce : bool, optional
         Deprecated in torch, and handed to it.
     ignore_index : int

@@ -135,20 +135,7 @@ class _CompiledRun(Run):
 
 
 def parity_run(program: Program, impl: Impl, loss_factor: float = 1.0) -> Run:
-    """Return a program as the parity rule compares it.
-
-    Parameters
-    ----------
-    program : Program
-        As `build` made it for `impl`.
-    impl : {'scratch', 'concise', 'fused', 'compiled'}
-    loss_factor : float
-        What its loss is multiplied by.
-
-    Returns
-    -------
-    Run
-    """
+    """Return a program that `build` made for `impl` as the parity rule compares it."""
     return (_CompiledRun if impl == "compiled" else Run)(program, loss_factor)
 
 

@@ -384,15 +384,7 @@ class _Bench:
 
 
 def draw_predictions(program: Program, examples: Examples, path: Path) -> None:
-    """Draw the first test images with their true and predicted classes, or a regression's errors.
-
-    Parameters
-    ----------
-    program : Program
-    examples : Examples
-    path : Path
-        Of the picture.
-    """
+    """Draw the first test images with their true and predicted classes, or a regression's errors."""
     X, y = examples.X_test, examples.y_test
     if examples.classes:
         X, y = X[:NUM_PICTURES], y[:NUM_PICTURES]

@@ -170,13 +170,17 @@ def active_modes() -> str | None:
 
 def has_tensor_hooks(tensor: Tensor) -> bool:
     """Return whether a hook waits for the tensor's gradient, on itself or on its node in a graph."""
-    node: Any = torch.autograd.graph.get_gradient_edge(tensor).node if tensor.requires_grad else None
+    if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+        return True
+    # its node holds the tensor; one that nobody else holds would be made anew, without hooks
+    if not tensor.requires_grad or tensor._use_count() == 1:  # type: ignore[attr-defined]
+        return False
+    node: Any = torch.autograd.graph.get_gradient_edge(tensor).node
     # a node doesn't show its hooks, but the handle of one more does
-    handles = [] if node is None else [node.register_hook(print), node.register_prehook(print)]
-    on_node = any(len(handle.hooks_dict_ref()) > 1 for handle in handles)
+    handles = [node.register_hook(print), node.register_prehook(print)]
     for handle in handles:
         handle.remove()
-    return bool(tensor._backward_hooks or tensor._post_accumulate_grad_hooks or on_node)
+    return any(len(handle.hooks_dict_ref()) > 0 for handle in handles)
 
 
 def version_of(tensor: Tensor) -> int:

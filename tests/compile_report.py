@@ -23,7 +23,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from fastdl.machine import num_cores
+from fastdl.cores import num_cores
 
 ARCHITECTURES = ("sm_80", "sm_90a")
 # each imports Numba, and a kernel takes about as long

@@ -272,26 +272,45 @@ def test_an_ignored_row_has_torchs_nan(weight, reduction, smoothing):
         assert torch.equal(*(grad[:5] == 0 for grad in grads))
 
 
+# whose sums over rows are infinite, NaN or 0
+_WEIGHTS = [[value, *rest] for value in (math.inf, -math.inf, math.nan) for rest in ([1, 1], [0, 1])]
+_WEIGHTS += [[1, math.inf, -math.inf], [math.nan] * 3, [-1, 1, 2], [2, -2, 0]]
+
+
+def _assert_torchs_by_weights(cross_entropy, rows, torchs=F.cross_entropy, **options):
+    for weight, row, label in itertools.product(_WEIGHTS, rows, range(3)):
+        logits = torch.tensor([row, [1, 2, 4]], dtype=torch.float64, requires_grad=True)
+        arguments = logits, torch.tensor([label, 1]), torch.tensor(weight, dtype=torch.float64)
+        losses = [f(*arguments, **options) for f in (cross_entropy, torchs)]
+        grads = [torch.autograd.grad(loss.sum(), logits) for loss in losses]
+        torch.testing.assert_close(*losses, equal_nan=True)
+        torch.testing.assert_close(*grads, equal_nan=True)
+
+
+_ROWS = [[1.0, 2, 3], [3, 2, 1], [2, 2, 2], [1000, 0, 0]]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
-def test_class_weights_that_are_not_finite_give_torchs_numbers(function, value, reduction, smoothing):
-    rows = [[1.0, 2, 3], [3, 2, 1], [2, 2, 2], [1000, 0, 0], [math.inf, 1, 2]]
+def test_class_weights_that_are_not_finite_or_sum_to_0_give_torchs_numbers(reduction, smoothing):
+    identity = torch.eye(3, dtype=torch.float64)
+
+    def fused(logits, target, weight, **options):
+        return functional.linear_cross_entropy(logits, identity, target, weight=weight, **options)
+
+    def torchs(logits, *arguments, **options):
+        return F.cross_entropy(F.linear(logits, identity), *arguments, **options)
+
     options = {"reduction": reduction, "label_smoothing": smoothing}
-    for weight in ([value, 1, 1], [1, value, -value], [value] * 3, [value, 0, 1]):
-        options["weight"] = torch.tensor(weight, dtype=torch.float64)
-        for row, label in itertools.product(rows, range(3)):
-            logits = torch.tensor([row, [1, 2, 3]], dtype=torch.float64, requires_grad=True)
-            target = torch.tensor([label, 1])
-            if function == "cross_entropy":
-                loss = functional.cross_entropy(logits, target, **options)
-            else:
-                identity = torch.eye(3, dtype=torch.float64)
-                loss = functional.linear_cross_entropy(logits, identity, target, **options)
-                # a product with infinity makes NaN of the zeros
-                logits = torch.tensor((logits @ identity).tolist(), dtype=torch.float64)
-            torch.testing.assert_close(loss, F.cross_entropy(logits, target, **options), equal_nan=True)
+    _assert_torchs_by_weights(functional.cross_entropy, [*_ROWS, [math.inf, 1, 2]], **options)
+    _assert_torchs_by_weights(fused, _ROWS, torchs, **options)
+
+
+@pytest.mark.parametrize(("reduction", "smoothing"), [("mean", 0.0), ("mean", 0.3), ("none", 0.3)])
+def test_such_class_weights_give_a_compiled_function_torchs_numbers(reduction, smoothing):
+    torch.compiler.reset()
+    compiled = torch.compile(functional.cross_entropy, backend="aot_eager", fullgraph=True)
+    _assert_torchs_by_weights(compiled, _ROWS, reduction=reduction, label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize("label", [-1, 4, 2**40, -(2**62)])

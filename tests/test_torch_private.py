@@ -20,6 +20,7 @@ TREE = ast.parse(Path(torch_private.__file__).read_text())
 # what a name that isn't a module's stands for
 EXAMPLES = {
     "torch": torch,
+    "nn": nn,
     "forward_ad": forward_ad,
     "_module": all_modules,
     "_optimizer": all_optimizers,

@@ -21,17 +21,9 @@ from fastdl.reproduce import Examples
 class Problem:
     """Something to train, by a recipe of which the seed is that of the order.
 
-    Attributes
-    ----------
-    widths : tuple of int
-        Inputs, the units of each hidden layer, outputs. A ReLU stands between two layers.
-    X, y : Tensor
-        Examples, (N, ...) uint8 pixels or float32, and labels: classes (N,) or values (N, outputs). The
-        programs train on the device that these are on.
-    start : mapping of str to Tensor
-        The parameters to start from, in the names of `net`'s state_dict.
-    loader : callable, optional
-        Makes the textbook's DataLoader of the same data.
+    The widths are those of inputs, hidden layers and outputs, with a ReLU between two layers. X are uint8
+    pixels or float32, (N, ...), y classes (N,) or values (N, outputs); the programs train on their device.
+    The start has the names of `net`'s state_dict; the loader makes the textbook's DataLoader of this data.
     """
 
     name: str

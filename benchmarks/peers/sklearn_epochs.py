@@ -26,13 +26,8 @@ class MLPTrainer(Trainer):
         self.factor, kind, classes = 2.0, MLPRegressor, {}
         if problem.classifies:
             self.factor, kind, classes = 1.0, MLPClassifier, {"classes": np.arange(problem.widths[-1])}
-        options: dict[str, Any] = {
-            "alpha": 0.0,
-            "momentum": 0.0,
-            "nesterovs_momentum": False,
-            "shuffle": False,
-        }
-        options |= {"learning_rate_init": problem.lr * self.factor, "batch_size": self.batch_size}
+        options: dict[str, Any] = {"learning_rate_init": problem.lr * self.factor, "shuffle": False}
+        options |= {"alpha": 0.0, "momentum": 0.0, "nesterovs_momentum": False, "batch_size": self.batch_size}
         self.estimator: Any = kind(solver="sgd", hidden_layer_sizes=problem.widths[1:-1], **options)
         # an estimator has parameters once it has seen a batch
         self.estimator.partial_fit(self.X[: self.batch_size], self.y[: self.batch_size], **classes)

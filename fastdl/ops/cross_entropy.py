@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -15,8 +17,8 @@ from fastdl.ops.linear import fits, linear_backward, linear_forward
 from fastdl.reference import ops as reference
 
 
-def _forward(outputs: tuple[Tensor, Tensor], logits: Tensor, target: Tensor, *options: Any) -> None:
-    weight, ignore_index, label_smoothing, reduction, _ = options
+def _forward(outputs: tuple[Tensor, Tensor], logits: Tensor, target: Tensor, *arguments: Any) -> None:
+    weight, ignore_index, label_smoothing, reduction, _ = arguments
     loss, grad_logits = outputs
     kernels = cpu_kernels()
     inputs = logits.data_ptr(), target.data_ptr(), address(weight)
@@ -32,6 +34,12 @@ def _forward(outputs: tuple[Tensor, Tensor], logits: Tensor, target: Tensor, *op
             f"Target {target[invalid_row].item()} is out of bounds: row {invalid_row} of target must be a "
             f"class from 0 to {logits.shape[1] - 1} or the ignore_index {ignore_index}"
         )
+    # where weights aren't finite, or those of a batch sum to 0, torch meets inf - inf and 0 * inf elsewhere
+    if weight is not None and not math.isfinite(loss.sum().item()):
+        options = ignore_index, reduction, label_smoothing
+        loss.copy_(F.cross_entropy(logits, target, weight, None, ignore_index, None, *options[1:]))
+        if grad_logits.numel():
+            grad_logits.copy_(reference.cross_entropy_grad(logits, target, weight, *options))
 
 
 @register(_forward, _cuda.cross_entropy_forward, "N C, int64 N, C")

@@ -12,21 +12,7 @@ from fastdl.reference.textbook import Program, data_loader
 def load_array(
     *data_arrays: Tensor, batch_size: int, generator: torch.Generator | None = None
 ) -> DataLoader[tuple[Tensor, ...]]:
-    """Return a shuffling DataLoader over tensors.
-
-    Parameters
-    ----------
-    *data_arrays : Tensor
-        With one row for each example.
-    batch_size : int
-        Rows of a batch.
-    generator : torch.Generator, optional
-        Where each epoch's order comes from: that of ``data.batches``.
-
-    Returns
-    -------
-    DataLoader
-    """
+    """Return the shuffling `textbook.data_loader` over tensors with one row for each example."""
     return data_loader(TensorDataset(*data_arrays), batch_size, generator)
 
 

@@ -77,6 +77,21 @@ def cross_entropy(
     return losses.sum() / row_weight.sum() if reduction == "mean" else losses.sum()
 
 
+def cross_entropy_grad(
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: str, label_smoothing: float
+) -> Tensor:
+    """Return the gradient of the cross entropy, or of each row's; what isn't finite in it is as torch's."""
+    counted = target != ignore_index
+    label = torch.where(counted, target, 0)
+    total = weight[target[counted]].sum() if reduction == "mean" else weight.new_ones(())
+    of_label = torch.where(counted, -weight[label] * ((1 - label_smoothing) / total), 0)
+    grad = torch.zeros_like(logits).scatter(1, label.unsqueeze(1), of_label.unsqueeze(1))
+    if label_smoothing > 0:
+        of_all = torch.where(counted, -label_smoothing / len(weight) / total, 0)
+        grad += of_all.unsqueeze(1) * weight
+    return grad - torch.softmax(logits, dim=1) * grad.sum(dim=1, keepdim=True)
+
+
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -103,6 +104,10 @@ class Errors:
 
 def _worse(a: float, b: float) -> float:
     return b if math.isnan(b) or b > a else a
+
+
+def _largest_difference(values: Sequence[float], true_values: Sequence[float]) -> float:
+    return reduce(_worse, (abs(a - b) for a, b in zip(values, true_values, strict=True)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -246,9 +251,7 @@ def check_epochs(history: History, truth: History) -> list[Check]:
     for name in names:
         values, true_values = getattr(history, name), getattr(truth, name)
         allowed = EPOCH_LOSS if name.endswith("loss") else EPOCH_ACCURACY
-        worst = 0.0
-        for value, true_value in zip(values, true_values, strict=True):
-            worst = _worse(worst, abs(value - true_value))
+        worst = _largest_difference(values, true_values)
         checks.append(Check(f"float32, {name.replace('_', ' ')} of any epoch", worst, allowed))
     return checks
 
@@ -267,9 +270,7 @@ def check_whole_run(history: History, run: Run, truth: History, true_run: Run) -
     -------
     list of Check
     """
-    worst = 0.0
-    for value, true_value in zip(history.train_loss, truth.train_loss, strict=True):
-        worst = _worse(worst, abs(value - true_value))
+    worst = _largest_difference(history.train_loss, truth.train_loss)
     parameters = float((run.parameters() - true_run.parameters()).abs().max())
     return [
         Check("float64, train loss of any epoch of the run as one call", worst, EXACT),

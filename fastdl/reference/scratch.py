@@ -101,10 +101,8 @@ def softmax_regression(
         Pixels of an image, and classes.
     lr : float
         Learning rate.
-    generator : torch.Generator, optional
-        Where the weights come from: normal with standard deviation 0.01. The bias starts at 0.
-    dtype : torch.dtype
-        Of the parameters.
+    generator, dtype
+        As for `linear_regression`.
 
     Returns
     -------
@@ -143,10 +141,8 @@ def mlp(
         Pixels of an image, classes, and hidden units.
     lr, momentum, weight_decay : float
         Of ``torch.optim.SGD``.
-    generator : torch.Generator, optional
-        Where the weights come from: ``randn * 0.01``. The biases start at 0.
-    dtype : torch.dtype
-        Of the parameters.
+    generator, dtype
+        As for `linear_regression`.
 
     Returns
     -------
@@ -167,10 +163,6 @@ def mlp(
         return H @ W2 + b2
 
     updater = torch.optim.SGD([W1, b1, W2, b2], lr=lr, momentum=momentum, weight_decay=weight_decay)
-    state = {
-        "1.weight": W1.detach().T,
-        "1.bias": b1.detach(),
-        "3.weight": W2.detach().T,
-        "3.bias": b2.detach(),
-    }
+    state = {"1.weight": W1.T, "1.bias": b1, "3.weight": W2.T, "3.bias": b2}
+    state = {name: tensor.detach() for name, tensor in state.items()}
     return Program(net, nn.CrossEntropyLoss(), updater, state)

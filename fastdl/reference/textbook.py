@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Program:
         return self
 
 
+@dataclass
 class Batches:
     """Data in memory that is cut into mini-batches anew each time it is iterated, as a DataLoader is.
 
@@ -89,22 +90,13 @@ class Batches:
         False keeps the order of the data.
     """
 
-    def __init__(
-        self,
-        X: Tensor,
-        y: Tensor,
-        batch_size: int,
-        generator: torch.Generator | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        shuffle: bool = True,
-    ) -> None:
-        self.X = X
-        self.y = y
-        self.batch_size = batch_size
-        self.generator = generator
-        self.dtype = dtype
-        self.shuffle = shuffle
+    X: Tensor
+    y: Tensor
+    batch_size: int
+    generator: torch.Generator | None = None
+    _: KW_ONLY
+    dtype: torch.dtype = torch.float32
+    shuffle: bool = True
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = data.batches(self.X, self.y, self.batch_size, self.generator, shuffle=self.shuffle)

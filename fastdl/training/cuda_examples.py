@@ -26,14 +26,8 @@ def is_there(tensor: Tensor, device: torch.device) -> bool:
 class CudaExamples:
     """Examples as the kernels read them, and what comes in for each piece of an epoch beside the GPU's work.
 
-    Attributes
-    ----------
-    X, y : Tensor
-        The examples, (rows, K), and their labels, which are on the GPU.
-    order : Tensor
-        Which of them are next, (rows,), int64.
-    labels : Tensor
-        The labels of all examples, wherever they are.
+    On the GPU are examples X (rows, K), their labels y, and the order (rows,), which of them are next;
+    ``labels`` are those of all examples, wherever they are.
     """
 
     X: Tensor

@@ -45,18 +45,10 @@ class _Copy(NamedTuple):
 
 
 class CudaData(NamedTuple):
-    """Examples on the GPU, what their loss needs, and memory for the results of each row.
+    """Examples on the GPU, as the kernels read them; their loss, and memory for the results of each row.
 
-    Attributes
-    ----------
-    examples : CudaExamples
-    source : fastdl.kernels.cuda.step.Source
-        How the kernels read them: their dtype, and the scale that is theirs.
-    loss : fastdl.kernels.cuda.loss_row.Loss
-    results : fastdl.kernels.cuda.loss_row.RowResults
-    batch_size : int
-    given : (X, y, input_scale, batch_size)
-        What they were made of, and its version counters.
+    ``source`` is a ``step.Source``, loss and results are ``loss_row``'s; ``given`` is (X, y, input_scale,
+    batch_size), what they were made of, and ``versions`` its version counters.
     """
 
     examples: CudaExamples
@@ -69,21 +61,11 @@ class CudaData(NamedTuple):
 
 
 class CudaProgram:
-    """A net on a GPU that is trained by whole epochs.
+    """A net on a GPU that is trained by whole epochs; its parameters are on one GPU.
 
-    Parameters
-    ----------
-    lowered : Lowered
-        Its parameters are on one GPU.
-    X : Tensor
-        The examples, (N, K), contiguous: uint8, or the net's dtype; on the CPU or the GPU.
-    y : Tensor
-        Labels (N,), int64, or targets (N, M) of the net's dtype.
-    batch_size : int
-    input_scale : float
-        What each number of `X` is multiplied by.
-    evaluation_rows : int
-        How many rows are evaluated at once where their labels have unequal weights.
+    The examples X, (N, K), are contiguous, uint8 or of the net's dtype, on the CPU or the GPU; y are labels
+    (N,), int64, or targets (N, M) of the net's dtype. ``evaluation_rows`` is how many rows are evaluated at
+    once where their labels have unequal weights.
     """
 
     is_interruptible = True
@@ -140,21 +122,15 @@ class CudaProgram:
         )
         self._option_rows: list[SGDOptions] = []
         self._first_steps = [0] * (2 * len(layers))
+        # the owners of the momentum buffers that entered the optimizer since `save`, if `write` was called
+        self._entered: list[Tensor] | None = None
         progress = self._zeros(3, dtype=torch.int64)
         self._steps_before, self._num_rows, self._stop = progress.unbind()
         self._totals = self._zeros(3, dtype=torch.float64)
         self._host_totals = pinned_memory((3,), torch.float64)
 
     def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> CudaData:
-        """Return examples as `evaluate` takes them.
-
-        Parameters
-        ----------
-        X, y : Tensor
-            As for the constructor; the dtype of `X` may be the other one.
-        input_scale : float
-            What each number of this `X` is multiplied by.
-        """
+        """Return examples as `evaluate` takes them; the dtype of `X` may be another than in training."""
         with cuda.device(self._device):
             return self._prepare(X, y, input_scale, None)
 
@@ -197,10 +173,7 @@ class CudaProgram:
     def read(self) -> None:
         """Copy the parameters, momentum buffers and options from the net and the optimizer.
 
-        Raises
-        ------
-        RuntimeError
-            If a momentum buffer doesn't fit its parameter.
+        A momentum buffer that doesn't fit its parameter is a RuntimeError.
         """
         optimizer = self._lowered.optimizer
         sources = [copy.parameter.tensor for copy in self._copies]
@@ -226,6 +199,22 @@ class CudaProgram:
             self._updates.is_first_step.copy_(torch.tensor(first_steps))
             self._first_steps = first_steps
 
+    def _own(self) -> list[Tensor]:
+        return [own for copy in self._copies for own in (copy.own, copy.buffer) if own is not None]
+
+    def save(self) -> None:
+        """Keep what there is, for `undo`."""
+        self._before = [own.clone() for own in self._own()]
+        self._entered = None
+
+    def undo(self) -> None:
+        """Bring net and optimizer back to where they were when `save` was called."""
+        copy_all(self._own(), self._before)
+        if self._entered is not None:
+            self.write()
+            for owner in self._entered:
+                self._lowered.optimizer.state[owner].pop("momentum_buffer", None)
+
     @torch.no_grad()
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer."""
@@ -238,6 +227,8 @@ class CudaProgram:
         sources = [copy.own for copy in trained] + [
             copy.buffer for copy in with_momentum if copy.buffer is not None
         ]
+        if self._entered is None:
+            self._entered = [tensor for tensor, _ in fresh]
         copy_all(targets, sources)
         for tensor, buffer in fresh:
             optimizer.state[tensor]["momentum_buffer"] = buffer
@@ -248,26 +239,11 @@ class CudaProgram:
         tick: Callable[[int], None] | None = None,
         meanwhile: Callable[[], Tensor | None] | None = None,
     ) -> Scores:
-        """Train on the examples in this order.
+        """Train on the examples in this order, int64 on the CPU; return the scores met on the way.
 
-        Parameters
-        ----------
-        order : Tensor
-            Which examples, int64, on the CPU.
-        tick : callable, optional
-            Called now and then, in this thread, with how many steps are done.
-        meanwhile : callable, optional
-            Called once while the GPU trains; returns the next epoch's order, if it is known already.
-
-        Returns
-        -------
-        Scores
-            Met on the way.
-
-        Raises
-        ------
-        IndexError
-            If a label was no class.
+        ``tick`` is called now and then, in this thread, with how many steps are done; ``meanwhile`` once
+        while the GPU trains, and returns the next epoch's order, if it is known already. A label that was no
+        class is an IndexError.
         """
         with cuda.device(self._device), torch.no_grad():
             data = self._current(self._data)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastdl.arrays import cpu_kernels
 from fastdl.torch_private import active_modes, autocasts_anywhere, note_step, version_of
 from fastdl.training.evaluation import EVALUATION_ROWS, Loss, check_targets, evaluated, output_shape, to_net
 from fastdl.training.examples import check_labels, floating
@@ -23,6 +24,7 @@ from fastdl.training.undo import undone_by_errors
 if TYPE_CHECKING:
     from fastdl.training.cuda_program import CudaProgram
     from fastdl.training.program import Program
+    from fastdl.training.small import SmallProgram
 
 # seconds that training took, and the scores on the train data and on the test data
 Epoch: TypeAlias = tuple[float, Scores, Scores | None]
@@ -72,6 +74,9 @@ class LoopEngine:
             tested = [evaluated(net, loss, *pair, input_scale) for pair in test]
         return seconds, scores, tested[0] if tested else None
 
+    def undo(self) -> None:
+        """Do nothing: what raises in an epoch has undone it."""
+
     def close(self) -> None:
         """Do nothing: the net itself was trained."""
 
@@ -81,7 +86,7 @@ class CompiledEngine:
 
     def __init__(self, training: Training) -> None:
         self._training = training
-        self._has_read = self._is_ahead = False
+        self._has_read = self._is_ahead = self._was_ahead = self._is_saved = False
         self._identity: object = None
         self._look()
 
@@ -110,8 +115,9 @@ class CompiledEngine:
             if why is not None:
                 raise UnsupportedError(f"the compiled engine takes no {name} that {why}: {WAY_OUT}")
         shape = data[0][0].shape
-        if shape[:1] != (orders.num_examples,) or any(
-            X.shape[:1] != y.shape[:1] or X.shape[1:] != shape[1:] for X, y in data
+        if self._has_read and (
+            shape[:1] != (orders.num_examples,)
+            or any(X.shape[:1] != y.shape[:1] or X.shape[1:] != shape[1:] for X, y in data)
         ):
             raise ValueError("X and y must keep the shapes that they had when fit was called")
         self._lowered = lower(net, loss, optimizer, shape[1:], tensors)
@@ -135,11 +141,15 @@ class CompiledEngine:
         batch_size, scale = self._training.batch_size, _scale(train[0], input_scale)
         examples = *self._taken(*train), batch_size, scale, EVALUATION_ROWS
         tests = [(*self._taken(*pair, "test "), _scale(pair[0], input_scale)) for pair in test]
-        self._program: Program | CudaProgram
+        self._program: Program | SmallProgram | CudaProgram
         if lowered.parameters[0].device.type == "cuda":
             from fastdl.training.cuda_program import CudaProgram
 
             self._program = CudaProgram(lowered, *examples)
+        elif lowered.is_small(cpu_kernels().small.MAX_INPUTS):
+            from fastdl.training.small import SmallProgram
+
+            self._program = SmallProgram(lowered, *examples)
         else:
             from fastdl.training.program import Program
 
@@ -174,8 +184,9 @@ class CompiledEngine:
         return X.reshape(X.shape[0], -1).contiguous(), y.contiguous()
 
     def epoch(self, bar: EpochProgress, *, is_last: bool) -> Epoch:
-        """Train an epoch and evaluate; what raises leaves net and optimizer as they were before."""
+        """Train an epoch and evaluate."""
         started = time.perf_counter()
+        self._is_saved = False
         orders, is_watched = self._training.orders, self._training.is_watched
         if is_watched and self._has_read:
             self._look()
@@ -183,16 +194,24 @@ class CompiledEngine:
         if is_watched or not self._has_read:
             program.read()
             self._has_read = True
+        program.save()
+        self._was_ahead, self._is_saved = self._is_ahead, True
         scores = program.epoch(orders.next(), bar.redraw, None if is_last else orders.draw_ahead)
         trained = time.perf_counter()
         tested = [program.evaluate(test) for test in self._tests]
         evaluated = time.perf_counter()
         self._is_ahead = True
-        if is_watched or program.is_interruptible:
+        if is_last or is_watched or program.is_interruptible:
             self.close()
         note_step(self._training.optimizer)
         seconds = time.perf_counter() - started - (evaluated - trained)
         return seconds, scores, tested[0] if tested else None
+
+    def undo(self) -> None:
+        """Bring all back to where it was before the last epoch, whatever of it was done."""
+        if self._is_saved:
+            self._program.undo()
+            self._is_ahead = self._was_ahead
 
     def close(self) -> None:
         """Bring net and optimizer to where the program is."""

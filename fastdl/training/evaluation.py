@@ -43,7 +43,7 @@ def evaluate(net: nn.Module, X: Any, y: Array | None = None, loss: Loss | None =
         As for `fit`.
     """
     check_kinds(net=net)
-    X, y = checked(net, *unpacked(X, y))
+    X, y = checked(floating(net), *unpacked(X, y))
     if loss is None:
         loss = nn.MSELoss() if y.is_floating_point() else nn.CrossEntropyLoss()
     check_kinds(loss=loss)

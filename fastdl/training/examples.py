@@ -14,7 +14,10 @@ Array: TypeAlias = Tensor | NDArray[Any]
 
 def floating(net: nn.Module) -> Tensor | None:
     """Return the parameter whose dtype and device the net's inputs must have."""
-    return next((parameter for parameter in net.parameters() if parameter.is_floating_point()), None)
+    for parameter in net.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    return None
 
 
 def unpacked(X: Any, y: Array | None, part: str = "") -> tuple[Array, Array]:
@@ -112,9 +115,8 @@ def check_labels(y: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def checked(net: nn.Module, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
-    """Return examples and labels as tensors, or raise an error that says what doesn't fit."""
-    parameter = floating(net)
+def checked(parameter: Tensor | None, X: Array, y: Array, part: str = "") -> tuple[Tensor, Tensor]:
+    """Return examples and labels for such a net as tensors, or raise an error that says what doesn't fit."""
     X = checked_examples(parameter, X, part)
     y = _as_tensor(y, f"{part}y")
     if y.dim() == 0 or X.shape[0] != y.shape[0]:

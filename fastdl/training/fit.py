@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastdl.training.engines import CompiledEngine, LoopEngine, Training
 from fastdl.training.evaluation import Loss, restored_modes
-from fastdl.training.examples import Array, checked, unpacked
+from fastdl.training.examples import Array, checked, floating, unpacked
 from fastdl.training.history import History
 from fastdl.training.options import FLAGS, check_kinds, integer, number
 from fastdl.training.orders import Orders
@@ -138,17 +138,18 @@ def fit(
     )  # fmt: skip
     epochs, batch_size = integer("epochs", epochs, 0), integer("batch_size", batch_size, 1)
     own = set(map(id, net.parameters()))
-    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+    if all(own.isdisjoint(map(id, group["params"])) for group in optimizer.param_groups):
         raise ValueError("the optimizer holds none of the net's parameters: make it of net.parameters()")
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ValueError("the scheduler belongs to another optimizer: make it of the one that is passed")
-    X, y = checked(net, *unpacked(X, y))
+    parameter = floating(net)
+    X, y = checked(parameter, *unpacked(X, y))
     sets = [(X, y)]
     if test is not None:
         if isinstance(test, (tuple, list)) and len(test) != 2:
             raise ValueError(f"test must be a pair (X, y) or a dataset, not {len(test)} things")
         test_X, test_y = test if isinstance(test, (tuple, list)) else (test, None)
-        sets.append(checked(net, *unpacked(test_X, test_y, "test "), "test "))
+        sets.append(checked(parameter, *unpacked(test_X, test_y, "test "), "test "))
         if sets[1][0].shape[1:] != X.shape[1:]:
             raise ValueError(
                 f"an example of test X has shape {tuple(sets[1][0].shape[1:])}, but one of X has "
@@ -179,10 +180,13 @@ def fit(
         for epoch in range(epochs):
             try:
                 seconds, train, tested = engine.epoch(bar, is_last=epoch == epochs - 1)
+                history.append(seconds, train, tested)
             except BaseException:
-                orders.undo()
+                if len(history) == epoch:
+                    engine.undo()
+                    orders.undo()
                 raise
-            history.append(seconds, train, tested)
+            orders.keep()
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step((tested or train).loss)
             elif scheduler is not None:

@@ -10,14 +10,7 @@ from torch import Tensor, nn
 
 
 class Scores(NamedTuple):
-    """A loss, and an accuracy where the labels are classes, as means over examples.
-
-    Attributes
-    ----------
-    loss : float
-    accuracy : float or None
-        The share of labels that are the class with the largest output.
-    """
+    """A loss, and where the labels are classes the share of them that have the largest output, or None."""
 
     loss: float
     accuracy: float | None = None
@@ -51,22 +44,10 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> Scores:
-    """Train for one epoch.
+    """Train for one epoch, and return the scores that are met on the way, before each update.
 
-    Parameters
-    ----------
-    net : nn.Module
-        In the mode that it is to train in.
-    loss : callable
-        Returns a scalar; a mean unless its attribute ``reduction`` says ``"sum"``.
-    optimizer : torch.optim.Optimizer
-    batches : iterable of (Tensor, Tensor)
-        X and y of each batch, in the dtype and on the device that `net` takes.
-
-    Returns
-    -------
-    Scores
-        Met on the way, before each update.
+    The net is in the mode that it is to train in, and takes each batch's X as it is. The loss is a scalar, a
+    mean unless its attribute ``reduction`` says ``"sum"``.
     """
     meter = _Meter(loss)
     for X, y in batches:
@@ -87,17 +68,8 @@ def evaluate_epoch(
 ) -> Scores:
     """Return the mean loss and accuracy over batches, without a gradient.
 
-    Parameters
-    ----------
-    net : callable
-        In the mode that it is to be evaluated in.
-    loss : callable
-        Returns a scalar, as for `train_epoch`, or the loss of each row.
-    batches : iterable of (Tensor, Tensor)
-
-    Returns
-    -------
-    Scores
+    The net is in the mode that it is to be evaluated in; the loss is a scalar, as for `train_epoch`, or one
+    for each row.
     """
     meter = _Meter(loss)
     for X, y in batches:

@@ -68,6 +68,16 @@ class Lowered:
         is_one = len(self.layers) == 1 and not (self.is_classifier or self.layers[0].has_relu)
         return is_one and num_outputs == 1 and num_inputs <= most_inputs
 
+    def check_shapes(self, X: Tensor, y: Tensor) -> None:
+        """Raise RuntimeError unless examples (N, K) and their labels or targets have the net's sizes."""
+        num_inputs, num_outputs = self.parameters[0].shape[1], self.layers[-1].module.out_features
+        outputs = () if self.is_classifier else (num_outputs,)
+        if (X.shape[1:], y.shape) != ((num_inputs,), (X.shape[0], *outputs)):
+            shapes = f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}"
+            raise RuntimeError(
+                f"the net takes {num_inputs} features, gives {num_outputs} outputs, but {shapes}"
+            )
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of every parameter."""
@@ -275,6 +285,8 @@ def lower(
                 why = "requires a gradient"
             if why is None and not loss.weight.isfinite().all():
                 why = "has values that aren't finite"
+            if why is None and lowered.is_mean and loss.weight.min() < 0 < loss.weight.max():
+                why = "has values of both signs, whose sum over a batch may be 0"
             if why is not None:
                 raise refusal(f"with a class weight that {why}")
             read["the class weight"] = loss.weight

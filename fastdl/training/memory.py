@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 def unreadable(tensor: object) -> str | None:
     """Return why a tensor's memory doesn't hold its values, as a phrase such as "is on meta"; or None."""
-    if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
         return f"is a {type(tensor).__name__}"
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}"

@@ -47,6 +47,10 @@ class Orders:
                 return drawn
         return self._draw(self._generator)
 
+    def keep(self) -> None:
+        """Note that the last order's epoch is finished: `undo` does nothing until the next."""
+        self._before = None
+
     def undo(self) -> None:
         """Bring the generator to where it was before the last order, whose epoch failed."""
         if self._before is not None:

@@ -99,11 +99,10 @@ class Program:
         relus = [layer.has_relu for layer in lowered.layers]
         if any(depth != width for (width, _), (_, depth) in pairwise(shapes)):
             raise RuntimeError(f"weights of the shapes {shapes} are no chain of layers")
-        self._is_small = lowered.is_small(kernels.small.MAX_INPUTS)
         flops = 6 * batch_size * sum(width * depth for width, depth in shapes)
         threads = min(num_threads(), flops // _MIN_FLOPS_PER_THREAD)
-        self._num_threads = 1 if self._is_small else int(max(1, threads))
-        self.is_interruptible = not self._is_small and (
+        self._num_threads = int(max(1, threads))
+        self.is_interruptible = (
             self._num_threads > 1 or flops * (X.shape[0] / batch_size) > _MIN_FLOPS_TO_HAND_OVER
         )
         self._by_columns = self._num_threads > 1 and batch_size < _FEW_ROWS * self._num_threads
@@ -116,32 +115,24 @@ class Program:
             and not self._by_columns
         )
         self._loss_sums = np.zeros(rows)
-        if self._is_small:
-            self._net = kernels.small.small_net(shapes[0][1], self._dtype)
-        else:
-            self._memory = kernels.layout.Memory(
-                shapes, relus, self._dtype, rows, self._num_threads, self._takes_integers
-            )
-            self._net = self._memory.net
-            self._team = kernels.team.Team(self._num_threads)
+        self._memory = kernels.layout.Memory(
+            shapes, relus, self._dtype, rows, self._num_threads, self._takes_integers
+        )
+        self._net = self._memory.net
+        self._before = np.empty_like(self._net.state)
+        self._team = kernels.team.Team(self._num_threads)
         self._places = [self._place(parameter) for parameter in lowered.parameters]
         # what was to be trained when it was read, and of it what has a momentum buffer
         self._trained: list[_Place] = []
         self._with_momentum: list[_Place] = []
-        self._is_valid = True
+        # the owners of the momentum buffers that entered the optimizer since `save`, if `write` was called
+        self._entered: list[Tensor] | None = None
         self._data = self.prepare(X, y, input_scale)
 
     def prepare(self, X: Tensor, y: Tensor, input_scale: float) -> tuple[Any, Any, Any]:
         """Return a data set as `evaluate` takes it, of any dtype that the constructor takes."""
         layout, lowered = self._kernels.layout, self._lowered
-        layers = self._net.layers
-        num_inputs, num_outputs = int(layers[0]["num_inputs"]), int(layers[-1]["num_outputs"])
-        outputs = () if lowered.is_classifier else (num_outputs,)
-        if (X.shape[1:], y.shape) != ((num_inputs,), (X.shape[0], *outputs)):
-            shapes = f"X has shape {tuple(X.shape)} and y {tuple(y.shape)}"
-            raise RuntimeError(
-                f"the net takes {num_inputs} features, gives {num_outputs} outputs, but {shapes}"
-            )
+        lowered.check_shapes(X, y)
         weight = lowered.class_weight
         loss = layout.Loss(
             kind=layout.CROSS_ENTROPY if lowered.is_classifier else layout.SQUARED_ERROR,
@@ -153,7 +144,7 @@ class Program:
             label_smoothing=lowered.label_smoothing,
         )
         examples = layout.Examples(array(X), float(input_scale))
-        return examples, loss, None if self._is_small else self._memory.inputs(examples.X)
+        return examples, loss, self._memory.inputs(examples.X)
 
     def _place(self, parameter: Parameter) -> _Place:
         layer = self._net.layers[parameter.layer]
@@ -185,15 +176,24 @@ class Program:
             layers["bias" if parameter.is_bias else "weight"][parameter.layer] = record
         arrays = [array(tensor) for tensor, *_ in _fitting(parts)]
         self._copy(parts, arrays, to_state=True)
-        if not self._is_small:
-            self._team.members["has_finite_weight"] = np.isfinite(arrays[0]).all()
-            self._fits_integers = self._takes_integers and _is_even(arrays[0])
-        self._is_valid = True
+        self._team.members["has_finite_weight"] = np.isfinite(arrays[0]).all()
+        self._fits_integers = self._takes_integers and _is_even(arrays[0])
+
+    def save(self) -> None:
+        """Keep what there is, for `undo`."""
+        self._before[:] = self._net.state
+        self._entered = None
+
+    def undo(self) -> None:
+        """Bring net and optimizer back to where they were when `save` was called."""
+        self._net.state[:] = self._before
+        if self._entered is not None:
+            self.write()
+            for owner in self._entered:
+                self._lowered.optimizer.state[owner].pop("momentum_buffer", None)
 
     def write(self) -> None:
         """Copy the parameters and momentum buffers to the net and the optimizer: all of them, or none."""
-        if not self._is_valid:
-            return
         state = self._lowered.optimizer.state
         owners = [place.parameter for place in self._with_momentum]
         buffers, fresh = momentum_buffers(self._lowered.optimizer, owners)
@@ -207,6 +207,8 @@ class Program:
             (tensor.detach().numpy(), ..., values) for (tensor, *_), values in zip(parts, arrays, strict=True)
         ]
         entries += [(state[owner], "momentum_buffer", buffer) for owner, buffer in fresh]
+        if self._entered is None:
+            self._entered = [owner for owner, _ in fresh]
         # one call of C, into which no Ctrl-C comes
         deque(starmap(operator.setitem, entries), maxlen=0)
         # a graph that saved a tensor must notice: numpy's writes aren't counted, torch's are
@@ -245,13 +247,7 @@ class Program:
         Where other threads train, this one calls ``meanwhile`` once, and now and then ``tick`` with how many
         steps are done. A label that is no class raises an IndexError.
         """
-        try:
-            return self._run(self._data, array(order), True, tick, meanwhile)
-        except BaseException as error:
-            # Ctrl-C comes between two epochs where they run in this thread
-            if self.is_interruptible or not isinstance(error, KeyboardInterrupt):
-                self._is_valid = False
-            raise
+        return self._run(self._data, array(order), True, tick, meanwhile)
 
     def evaluate(self, data: tuple[Any, Any, Any]) -> Scores:
         """Return loss and accuracy on a data set that `prepare` returned."""
@@ -262,11 +258,6 @@ class Program:
         batch_size = self._batch_size if trains else self._evaluation_rows
         examples, loss, inputs = data
         self._loss_sums[:] = 0
-        if self._is_small:
-            kernels.small.run_small_epoch(
-                *net, *examples, order, batch_size, loss.is_mean, loss.targets, trains, self._loss_sums
-            )
-            return Scores(float(self._loss_sums[0]) / len(order))
         if inputs.mode == kernels.layout.INTEGER and not self._fits_integers:
             inputs = inputs._replace(mode=kernels.layout.NONZERO)
         epoch = kernels.layout.Epoch(order, batch_size, trains and self._by_columns, trains, self._loss_sums)

@@ -46,13 +46,8 @@ def linear_forward(addresses, sizes, relu, num_threads, like):
 def linear_grad_input(addresses, sizes, num_threads, like):
     """Write ``masked(grad_output) @ weight`` to grad_input.
 
-    Parameters
-    ----------
-    addresses : of grad_output (N, M), output (N, M) or left out, weight (M, K), and grad_input (N, K)
-        The output is what the forward wrote, if it had a ReLU: grad_output counts as 0 where it is 0 or less.
-    sizes : (N, K, M)
-    num_threads : int
-    like : (0,)
+    The addresses are of grad_output (N, M), output (N, M) or left out, weight (M, K), and grad_input (N, K).
+    The output is what the forward wrote, if it had a ReLU: grad_output counts as 0 where it is 0 or less.
     """
     num_rows, num_inputs, num_outputs = sizes
     grad_output = array_at(addresses[0], (num_rows, num_outputs), like.dtype)
@@ -68,14 +63,9 @@ def linear_grad_input(addresses, sizes, num_threads, like):
 def linear_grad_weight(addresses, sizes, num_threads, like):
     """Write ``masked(grad_output).T @ input`` to grad_weight and the column sums to grad_bias.
 
-    Parameters
-    ----------
-    addresses : of grad_output (N, M), output, input (N, K), grad_weight (M, K) and grad_bias (M,)
-        The output is as in ``linear_grad_input``; a gradient that isn't wanted is left out. The input is
-        read for grad_weight alone.
-    sizes : (N, K, M)
-    num_threads : int
-    like : (0,)
+    The addresses are of grad_output (N, M), output, input (N, K), grad_weight (M, K) and grad_bias (M,). The
+    output is as in ``linear_grad_input``; a gradient that isn't wanted is left out. The input is read for
+    grad_weight alone.
     """
     num_rows, num_inputs, num_outputs = sizes
     grad_output = array_at(addresses[0], (num_rows, num_outputs), like.dtype)

@@ -94,7 +94,7 @@ class Team:
                     thread.join(_PATIENCE)
                     if tick is not None:
                         tick(int(shared.counters[STEPS]))
-        except BaseException:
+        except BaseException as error:
             # a second Ctrl-C must not leave anybody behind either
             while True:
                 try:
@@ -103,6 +103,9 @@ class Team:
                     break
                 except BaseException:
                     continue
+            # Ctrl-C amidst a lock of Python's own may come out as the lock's error: "release unlocked lock"
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
             raise
         if errors:
             raise errors.pop(0)

@@ -1,9 +1,4 @@
-"""Numerically stable softmax-cross-entropy: the loss and grad_logits in one pass over the logits.
-
-With p = softmax(logits), a row's label y and class weights w, and smoothing s over C classes,
-
-    loss        = -(1 - s) w[y] log p[y] - s / C sum_c w[c] log p[c]
-    grad_logits =  (1 - s) w[y] (p - onehot(y)) + s / C (p sum_c w[c] - w)
+"""Numerically stable softmax-cross-entropy, by the formulas of ``kernels.cpu.cross_entropy``.
 
 A row belongs to as many lanes of a warp as its length pays for, a long one to a whole block. So the second
 and third look at a row find it in the multiprocessor's cache.
@@ -42,7 +37,6 @@ from fastdl.kernels.cuda.reduction import (
     WARPS,
     block_max,
     block_sum,
-    build_mean,
     lanes_for,
     lanes_max,
     lanes_sum,
@@ -77,7 +71,8 @@ class Shares(NamedTuple):
 class Results(NamedTuple):
     """What is written: the loss, or each block's sum where there are more blocks, and the gradient.
 
-    Behind the blocks' sums is the sum of the rows' weights.
+    Behind the blocks' sums is the sum of the rows' weights; then, where labels are smoothed, each block's sum
+    of what all classes have of the losses.
     """
 
     loss: Elements
@@ -141,7 +136,6 @@ def build_gradient(real: Any) -> Any:
 
 def _build_rows(real: Any) -> Callable[..., None]:
     sum_of_weights, gradient = _build_sum_of_weights(real), build_gradient(real)
-    mean = build_mean(real)
 
     @cuda.jit(device=True, inline="always")
     def row_max(value, lanes, shared):
@@ -152,12 +146,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
         return block_sum(value, shared) if lanes > WARP else lanes_sum(value, lanes)
 
     def cross_entropy_of_rows(
-        logits: Elements,
-        target: Integers,
-        weight: Elements,
-        shares: Shares,
-        results: Results,
-        rows: Rows,
+        logits: Elements, target: Integers, weight: Elements, shares: Shares, results: Results, rows: Rows
     ) -> None:
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
         thread = types.int64(cuda.threadIdx.x)
@@ -176,6 +165,9 @@ def _build_rows(real: Any) -> Callable[..., None]:
             else:
                 total_weight = load(partial_sums, num_blocks)
         scale = one / total_weight
+        if share_of_all > zero and total_weight == zero:
+            # infinities of both signs meet in a row, or 0 / 0 is a part of it
+            scale = real(float("nan"))
         weight_sum = real(num_classes)
         if share_of_all > zero and not is_null(weight):
             own = zero
@@ -185,7 +177,7 @@ def _build_rows(real: Any) -> Callable[..., None]:
 
         group, lane = thread // lanes, thread % lanes
         groups = THREADS // lanes
-        own_losses = zero
+        own_losses, own_smooth = zero, zero
         # every thread takes part in every sum over lanes, so all go round equally often
         for first in range(block * groups, num_rows, num_blocks * groups):
             n = first + group
@@ -213,26 +205,34 @@ def _build_rows(real: Any) -> Callable[..., None]:
             if share_of_all > zero:
                 weighted_logits = row_sum(weighted_logits, lanes, shared)
             log_total = log(exponentials)
+            if weight_sum - weight_sum != zero:
+                # a class weight isn't finite: 0 times it is NaN, so each goes with its log-probability
+                weighted_logits = zero
+                for c in range(lane, stop, lanes):
+                    weighted_logits += load(weight, c) * ((load(logits, at + c) - greatest) - log_total)
+                weighted_logits = row_sum(weighted_logits, lanes, shared)
 
             # 4: the row's loss. A label that is no class reads nothing, and leaves NaN
             label = ignore_index
             if is_row:
                 label = target[n]
             is_class = is_counted(label, ignore_index, num_classes)
-            row_loss, label_weight = zero, zero
+            row_loss, smooth_loss, label_weight = zero, zero, zero
             if is_class:
                 label_weight = one if is_null(weight) else load(weight, label)
                 log_probability = (load(logits, at + label) - greatest) - log_total
                 row_loss = -share_of_label * label_weight * log_probability
                 if share_of_all > zero:
-                    row_loss -= share_of_all * (weighted_logits - weight_sum * log_total)
+                    of_totals = weight_sum * log_total if weight_sum - weight_sum == zero else zero
+                    smooth_loss = -share_of_all * (weighted_logits - of_totals)
             elif label != ignore_index:
                 row_loss = real(float("nan"))
             if is_row and lane == 0:
                 if reduction == NONE:
-                    store(loss, n, row_loss)
+                    store(loss, n, row_loss + smooth_loss)
                 else:
                     own_losses += row_loss
+                    own_smooth += smooth_loss
 
             # 5: the row's gradient
             if not is_null(grad_logits):
@@ -253,11 +253,18 @@ def _build_rows(real: Any) -> Callable[..., None]:
         # 6: the sum of this block's losses
         if reduction != NONE:
             own_losses = block_sum(own_losses, shared)
+            if share_of_all > zero:
+                own_smooth = block_sum(own_smooth, shared)
             if thread == 0:
                 if is_null(partial_sums):
-                    store(loss, 0, mean(own_losses, total_weight))
+                    result = own_losses / total_weight
+                    if share_of_all > zero:
+                        result += own_smooth / total_weight
+                    store(loss, 0, result)
                 else:
                     store(partial_sums, block, own_losses)
+                    if share_of_all > zero:
+                        store(partial_sums, num_blocks + 1 + block, own_smooth)
 
     return cross_entropy_of_rows
 
@@ -308,7 +315,7 @@ def _num_blocks(num_rows: int, num_classes: int) -> int:
 def cross_entropy_partial_sums(num_rows: int, num_classes: int) -> int:
     """Return how many numbers of workspace ``cross_entropy_forward`` needs for a mean or sum."""
     blocks = _num_blocks(num_rows, num_classes)
-    return 0 if blocks == 1 else blocks + 1
+    return 0 if blocks == 1 else 2 * blocks + 1
 
 
 def cross_entropy_forward(
@@ -321,24 +328,13 @@ def cross_entropy_forward(
     partial_sums: Array | None,
     stream: Stream,
 ) -> None:
-    """Write the loss and its gradient with respect to the logits.
+    """Write the loss, (N,) without reduction, else (1,), and its gradient with respect to the logits (N, C).
 
-    Parameters
-    ----------
-    logits : (N, C)
-    target : (N,), int64
-        Class indices. One that is neither a class nor the ignore_index is never used to read: its row's loss
-        is NaN, and its gradient is 0.
-    weight : (C,) or None
-        A weight for each class, or none.
-    options : CrossEntropyOptions
-        Rows with the label ignore_index have no loss, and a gradient of 0, or NaN as torch's.
-    loss : (N,) without reduction, else (1,)
-    grad_logits : (N, C) or None
-        Of the reduced loss, or row by row of each loss; None where it isn't wanted.
-    partial_sums : (cross_entropy_partial_sums(N, C),) or None
-        Workspace for a reduced loss, float64 or float32 as the logits are computed in.
-    stream : Stream
+    The target (N,) is class indices, int64. One that is neither a class nor the ignore_index is never used to
+    read: its row's loss is NaN, and its gradient is 0. The weight is (C,) or None. Rows with the label
+    ignore_index have no loss, and a gradient of 0, or NaN as torch's. ``grad_logits`` is of the reduced loss,
+    or row by row of each loss; None where it isn't wanted. ``partial_sums`` is workspace for a reduced loss,
+    (cross_entropy_partial_sums(N, C),) of the type that the logits are computed in.
     """
     element = element_of(logits)
     num_rows, num_classes = logits.shape
@@ -366,9 +362,15 @@ def cross_entropy_forward(
         rows=rows,
     )
     if has_partial_sums:
-        has_divisor = reduction == MEAN
         ADD_PARTIAL_SUMS[element].launch(
-            stream, 1, partial_sums=sums, count=blocks, factor=1.0, has_divisor=has_divisor, loss=loss
+            stream,
+            1,
+            partial_sums=sums,
+            count=blocks,
+            factor=1.0,
+            has_divisor=reduction == MEAN,
+            has_second=smoothing > 0,
+            loss=loss,
         )
 
 
@@ -377,16 +379,7 @@ def cross_entropy_backward(
 ) -> None:
     """Write ``grad_loss * grad_logits``, row by row, to scaled.
 
-    Parameters
-    ----------
-    grad_loss : (N,) or (1,)
-        The upstream gradient of each row's loss, or of the one reduced loss.
-    grad_logits : (N, C)
-        What the forward wrote.
-    target : (N,), int64
-    ignore_index : int
-    scaled : (N, C)
-    stream : Stream
+    ``grad_loss`` is the upstream gradient of each row's loss, (N,), or of the reduced one, (1,).
     """
     num_rows, num_classes = grad_logits.shape
     if num_rows == 0 or num_classes == 0:

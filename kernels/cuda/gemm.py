@@ -48,15 +48,7 @@ PADDING = 4
 
 
 class Matrix(NamedTuple):
-    """An operand of a product.
-
-    Parameters
-    ----------
-    array : (num_lines, length)
-    num_lines, length : int
-    is_wide : bool
-        Whether its lines can be read a chunk at a time.
-    """
+    """An operand of a product, (num_lines, length), and whether its lines can be read a chunk at a time."""
 
     array: Elements
     num_lines: int
@@ -74,14 +66,7 @@ def matrix_of(array: Array, mask: Array | None = None) -> Matrix:
 class Tile:
     """How a block computes its part of the product.
 
-    Parameters
-    ----------
-    size : int
-        Rows and columns of the product that a block computes.
-    square : int
-        Rows and columns of them that a thread computes.
-    slices : int
-        Parts into which the depth is cut.
+    That has ``size`` rows and columns, a thread's has ``square``, and the depth is cut into slices.
     """
 
     size: int
@@ -156,17 +141,10 @@ def tile_origin(block, num_cols, size):
 
 
 class Operand(NamedTuple):
-    """How ``build_sums`` reads an operand.
+    """How ``build_sums`` reads an operand, whose lines run along the depth of the product, or across it.
 
-    Parameters
-    ----------
-    load
-        ``load(operand, line, offset)`` returns CHUNK numbers of a line as they are in memory, with 0 for
-        those outside of it.
-    widen
-        ``widen(operand, chunk)`` returns them in the type that is computed in.
-    runs_along_depth : bool
-        Whether a line runs along the depth of the product, or across it.
+    ``load(operand, line, offset)`` returns CHUNK numbers of a line as they are in memory, with 0 for those
+    outside of it; ``widen(operand, chunk)`` returns them in the type that is computed in.
     """
 
     load: Any
@@ -175,14 +153,7 @@ class Operand(NamedTuple):
 
 
 def build_sums(tile: Tile, real: Any, a_operand: Operand, b_operand: Operand) -> tuple[Any, Any, Any]:
-    """Return the device functions that every tiled product is made of.
-
-    Parameters
-    ----------
-    tile : Tile
-    real
-        The type that is computed in.
-    a_operand, b_operand : Operand
+    """Return the device functions that every tiled product is made of; ``real`` is what is computed in.
 
     Returns
     -------
@@ -380,24 +351,12 @@ def gemm(
     relu: bool = False,
     row_sums: Array | None = None,
 ) -> None:
-    """Write one of the three products of a linear layer.
+    """Write one of the three products of a linear layer; the product is None where it isn't wanted.
 
-    Parameters
-    ----------
-    kind : str
-        ``FORWARD``: ``a @ b.T``, ``GRAD_INPUT``: ``a @ b``, ``GRAD_WEIGHT``: ``a.T @ b``.
-    a, b : of those shapes
-    product : Array, or None where it isn't wanted
-    stream : Stream
-    mask : of the shape of a, or None
-        The output of the ReLU that a is the gradient of: a number of a counts as 0 where this is 0 or less.
-        Not for ``FORWARD``.
-    bias : (columns of the product,) or None
-        Added to each row, for ``FORWARD``.
-    relu : bool
-        Write 0 for each number that is 0 or less, for ``FORWARD``.
-    row_sums : (rows of the product,) or None
-        Gets the sums of the masked ``a.T``, for ``GRAD_WEIGHT``.
+    ``FORWARD`` is ``a @ b.T``, plus a bias for each column, with 0 for each number that is 0 or less if relu.
+    ``GRAD_INPUT`` is ``a @ b`` and ``GRAD_WEIGHT`` ``a.T @ b``, where a is the gradient of a ReLU if there is
+    a mask, its output: a number of a counts as 0 where that is 0 or less. ``row_sums`` gets those of the
+    masked ``a.T``.
     """
     num_rows = a.shape[1 if kind == GRAD_WEIGHT else 0]
     b_matrix = matrix_of(b) if product is not None else Matrix(b, b.shape[0], 0, False)

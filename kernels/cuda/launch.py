@@ -112,15 +112,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 class Stream:
-    """Where kernels run: a CUDA stream of one GPU.
-
-    Parameters
-    ----------
-    device : int
-        torch's number of the GPU.
-    handle : int
-        The stream's raw handle; 0 is the default stream.
-    """
+    """Where kernels run: a CUDA stream, by torch's number of the GPU and its raw handle, 0 by default."""
 
     __slots__ = ("architecture", "core", "device", "handle")
 
@@ -188,20 +180,9 @@ def _argument(hint: Any, name: str, scalars: dict[Any, _Scalar]) -> tuple[Any, l
 class Kernel:
     """A kernel for one element type and a fixed number of threads a block.
 
-    Parameters
-    ----------
-    name : str
-        What profilers show, and the name of its file on disk.
-    function
-        The kernel's Python, in the part of it that Numba compiles for CUDA, with annotated arguments.
-    threads : int
-        Threads of a block.
-    element : str
-        The name of the type that `Elements` are of.
-    inputs : str, optional
-        The name of the type that `Inputs` are of; the element type without it.
-    **tables : Table
-        The types of arguments whose size is no annotation's.
+    Profilers and its file on disk show its name. The function is Python that Numba compiles for CUDA, with
+    annotated arguments; ``element`` names the type that `Elements` are of, ``inputs``, if it is another, that
+    of `Inputs`, and tables are the types of arguments whose size is no annotation's.
     """
 
     def __init__(

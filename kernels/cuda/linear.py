@@ -1,14 +1,8 @@
-"""The linear layer, with the ReLU behind it if there is one, and its gradients.
+"""The linear layer, with the ReLU behind it if there is one, and its gradients, as in ``kernels.cpu.linear``.
 
-    output      = relu(input @ weight.T + bias)       (N, K) (K, M) -> (N, M)
-    grad_input  = masked(grad_output) @ weight        (N, M) (M, K) -> (N, K)
-    grad_weight = masked(grad_output).T @ input       (M, N) (N, K) -> (M, K)
-    grad_bias   = the column sums of masked(grad_output)
-
-Floor: N K M multiply-adds for each of the three products; ``gemm`` says more. The bias, the ReLU and its mask
-cost no pass of their own over an array: they are part of how a tile starts, ends and is loaded.
-
-All arrays are contiguous and of one type; any size may be 0. float16 and bfloat16 are summed in float32.
+All arrays are contiguous and of one type; any size may be 0. float16 and bfloat16 are summed in float32. The
+input is (N, K), the weight (M, K), the bias (M,) or None, and the output (N, M), like its gradient. A
+gradient that isn't wanted is None. NaN passes a ReLU.
 """
 
 from __future__ import annotations
@@ -20,18 +14,7 @@ from fastdl.kernels.cuda.launch import Array, Stream
 def linear_forward(
     input: Array, weight: Array, bias: Array | None, relu: bool, output: Array, stream: Stream
 ) -> None:
-    """Write ``input @ weight.T + bias``, and 0 for each number that is 0 or less if relu, to the output.
-
-    Parameters
-    ----------
-    input : (N, K)
-    weight : (M, K)
-    bias : (M,) or None
-    relu : bool
-        NaN stays NaN.
-    output : (N, M)
-    stream : Stream
-    """
+    """Write ``input @ weight.T + bias``, and 0 for each number that is 0 or less if relu, to the output."""
     gemm(FORWARD, input, weight, output, stream, bias=bias, relu=relu)
 
 
@@ -40,14 +23,7 @@ def linear_grad_input(
 ) -> None:
     """Write ``masked(grad_output) @ weight`` to grad_input.
 
-    Parameters
-    ----------
-    grad_output : (N, M)
-    output : (N, M) or None
-        What the forward wrote, if it had a ReLU: grad_output counts as 0 where this is 0 or less.
-    weight : (M, K)
-    grad_input : (N, K)
-    stream : Stream
+    The output is what the forward wrote, if it had a ReLU: grad_output counts as 0 where it is 0 or less.
     """
     gemm(GRAD_INPUT, grad_output, weight, grad_input, stream, mask=output)
 
@@ -62,15 +38,6 @@ def linear_grad_weight(
 ) -> None:
     """Write ``masked(grad_output).T @ input`` to grad_weight and the column sums to grad_bias.
 
-    Parameters
-    ----------
-    grad_output : (N, M)
-    output : (N, M) or None
-        As in ``linear_grad_input``.
-    input : (N, K)
-        Not read where grad_weight isn't wanted.
-    grad_weight : (M, K), or None where it isn't wanted
-    grad_bias : (M,), or None where it isn't wanted
-    stream : Stream
+    The output is as in ``linear_grad_input``; the input is not read where grad_weight isn't wanted.
     """
     gemm(GRAD_WEIGHT, grad_output, input, grad_weight, stream, mask=output, row_sums=grad_bias)

@@ -15,7 +15,7 @@ from fastdl.kernels.cuda.cross_entropy import build_gradient
 from fastdl.kernels.cuda.intrinsics import is_null, load, store
 from fastdl.kernels.cuda.launch import Elements, Integers
 from fastdl.kernels.cuda.numba_cuda import cuda, types
-from fastdl.kernels.cuda.reduction import WARP, build_mean, lanes_max, lanes_sum
+from fastdl.kernels.cuda.reduction import WARP, lanes_max, lanes_sum
 
 CROSS_ENTROPY, SQUARED_ERROR = 0, 1
 # the outcome of a row: whether its label has the greatest output, or is no class
@@ -23,24 +23,12 @@ WRONG, RIGHT, INVALID = 0, 1, -1
 
 
 class Loss(NamedTuple):
-    """A loss and what it needs, for a network of M outputs.
+    """A loss, CROSS_ENTROPY or SQUARED_ERROR, of a network of M outputs: a batch's mean or sum.
 
-    Parameters
-    ----------
-    kind : int
-        CROSS_ENTROPY or SQUARED_ERROR.
-    is_mean : bool
-        Whether a batch's loss is the mean, or the sum.
-    labels : (examples,), int64, or None
-    targets : (examples, M) or None
-    class_weight : (M,) or None
-    weight_sum : float
-        The sum of the class weights; M without them.
-    divisors : (steps of the epoch,) or None
-        What the mean of a batch divides by, where that is not the number of its rows.
-    ignore_index : int
-    share_of_label, share_of_all : float
-        With label smoothing s: 1 - s and s / M, the weights of the label's part and of each class's.
+    It has labels (examples,) or targets (examples, M), class weights (M,) or None, and their sum, M without
+    them. ``divisors`` (steps of the epoch,) is what the mean of a batch divides by, where that is not the
+    number of its rows. With label smoothing s the shares are 1 - s and s / M, the weights of the label's part
+    and of each class's.
     """
 
     kind: int
@@ -58,12 +46,8 @@ class Loss(NamedTuple):
 class RowResults(NamedTuple):
     """What is found out about each row of an epoch, in the epoch's order.
 
-    Parameters
-    ----------
-    losses : (rows,)
-        A row's part of the batch's loss, times the rows of the batch where the loss is a mean.
-    outcomes : (rows,), int64
-        WRONG, RIGHT or INVALID.
+    A row's part of the batch's loss, times the rows of the batch where the loss is a mean; and whether it is
+    WRONG, RIGHT or INVALID.
     """
 
     losses: Elements
@@ -72,7 +56,7 @@ class RowResults(NamedTuple):
 
 def build_loss_row(real: Any) -> tuple[Any, Any]:
     """Return the device functions ``scales`` and ``loss_row``."""
-    gradient, mean = build_gradient(real), build_mean(real)
+    gradient = build_gradient(real)
 
     @cuda.jit(device=True, inline="always")
     def scales(loss, step, count, width):
@@ -83,7 +67,8 @@ def build_loss_row(real: Any) -> tuple[Any, Any]:
         divisor = real(count * width) if loss.kind == SQUARED_ERROR else real(count)
         if not is_null(loss.divisors):
             divisor = load(loss.divisors, step.steps_before[0] + step.number)
-        return one / divisor, mean(real(count), divisor)
+        # where no row has a weight, torch's loss has a part that is 0 / 0, whatever a smoothed label adds
+        return one / divisor, real(count) / divisor if divisor != real(0) else real(float("nan"))
 
     @cuda.jit(device=True, inline="always")
     def loss_row(row, outputs_of_row, grads_of_row, width, relu, scales, loss, results):

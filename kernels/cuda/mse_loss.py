@@ -135,7 +135,14 @@ def mse_loss_forward(
     )
     if blocks > 1:
         ADD_PARTIAL_SUMS[element].launch(
-            stream, 1, partial_sums=partial_sums, count=blocks, factor=factor, has_divisor=False, loss=loss
+            stream,
+            1,
+            partial_sums=partial_sums,
+            count=blocks,
+            factor=factor,
+            has_divisor=False,
+            has_second=False,
+            loss=loss,
         )
 
 

@@ -6,6 +6,7 @@ would save the last block, but the order of their additions changes from run to 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -30,82 +31,67 @@ def lanes_for(count: int) -> int:
     return min(WARP, 1 << max(0, count - 1).bit_length())
 
 
-@cuda.jit(device=True, inline="always")
-def lanes_sum(value, lanes):
-    """Return the sum over each group of so many lanes (a power of 2, at most a warp) to all of the group."""
-    offset = lanes // 2
-    while offset > 0:
-        value += cuda.shfl_xor_sync(ALL_LANES, value, offset)
-        offset //= 2
-    return value
+def _build_reductions(combine: Any) -> tuple[Any, Any]:
+    """Return how numbers are combined over each group of lanes, and over a block, to all of its threads.
 
-
-@cuda.jit(device=True, inline="always")
-def lanes_max(value, lanes):
-    """Return the greatest value of each group of lanes, NaN left out, to all of the group."""
-    offset = lanes // 2
-    while offset > 0:
-        value = max(value, cuda.shfl_xor_sync(ALL_LANES, value, offset))
-        offset //= 2
-    return value
-
-
-@cuda.jit(device=True, inline="always")
-def block_sum(value, shared):
-    """Return the sum over the block's threads to all of them; shared is workspace for WARPS numbers."""
-    thread = cuda.threadIdx.x
-    value = lanes_sum(value, WARP)
-    if thread % WARP == 0:
-        store(shared, thread // WARP, value)
-    cuda.syncthreads()
-    total = load(shared, 0)
-    for warp in range(1, WARPS):
-        total += load(shared, warp)
-    # the workspace may be written anew
-    cuda.syncthreads()
-    return total
-
-
-@cuda.jit(device=True, inline="always")
-def block_max(value, shared):
-    """Return the greatest value of the block's threads to all of them, as ``block_sum`` does."""
-    thread = cuda.threadIdx.x
-    value = lanes_max(value, WARP)
-    if thread % WARP == 0:
-        store(shared, thread // WARP, value)
-    cuda.syncthreads()
-    greatest = load(shared, 0)
-    for warp in range(1, WARPS):
-        greatest = max(greatest, load(shared, warp))
-    cuda.syncthreads()
-    return greatest
-
-
-def build_mean(real: Any) -> Any:
-    """Return ``mean(total, weight)``: a loss's sum over the sum of its rows' weights."""
+    So many lanes of a warp, a power of 2, are a group; ``shared`` is workspace for WARPS numbers.
+    """
 
     @cuda.jit(device=True, inline="always")
-    def mean(total, weight):
-        # where no row has a weight, torch's loss has a part that is 0 / 0, whatever a smoothed label adds
-        return total / weight if weight != real(0) else real(float("nan"))
+    def over_lanes(value, lanes):
+        offset = lanes // 2
+        while offset > 0:
+            value = combine(value, cuda.shfl_xor_sync(ALL_LANES, value, offset))
+            offset //= 2
+        return value
 
-    return mean
+    @cuda.jit(device=True, inline="always")
+    def over_block(value, shared):
+        thread = cuda.threadIdx.x
+        value = over_lanes(value, WARP)
+        if thread % WARP == 0:
+            store(shared, thread // WARP, value)
+        cuda.syncthreads()
+        result = load(shared, 0)
+        for warp in range(1, WARPS):
+            result = combine(result, load(shared, warp))
+        # the workspace may be written anew
+        cuda.syncthreads()
+        return result
+
+    return over_lanes, over_block
+
+
+lanes_sum, block_sum = _build_reductions(operator.add)
+# NaN is left out
+lanes_max, block_max = _build_reductions(max)
 
 
 def _build(real: Any) -> Callable[..., None]:
-    mean = build_mean(real)
-
     def add_partial_sums(
-        partial_sums: Sums, count: int, factor: float, has_divisor: bool, loss: Elements
+        partial_sums: Sums, count: int, factor: float, has_divisor: bool, has_second: bool, loss: Elements
     ) -> None:
-        """Write partial_sums (count,) summed to loss (1,), times factor or over the number behind them."""
+        """Write partial_sums (count,) summed to loss (1,), times factor or over the number behind them.
+
+        Behind that number may be as many sums of a second part of the loss.
+        """
         shared = pointer_to(cuda.shared.array(WARPS, real, alignment=16))
-        total = real(0)
+        total, second = real(0), real(0)
         for i in range(types.int64(cuda.threadIdx.x), count, THREADS):
             total += load(partial_sums, i)
-        total = block_sum(total, shared)
+            if has_second:
+                second += load(partial_sums, count + 1 + i)
+        total, second = block_sum(total, shared), block_sum(second, shared)
         if cuda.threadIdx.x == 0:
-            store(loss, 0, mean(total, load(partial_sums, count)) if has_divisor else total * factor)
+            if has_divisor:
+                divisor = load(partial_sums, count)
+                # one by one, as over 0 infinities of both signs may meet
+                result = total / divisor
+                if has_second:
+                    result += second / divisor
+                store(loss, 0, result)
+            else:
+                store(loss, 0, (total + second) * factor)
 
     return add_partial_sums
 

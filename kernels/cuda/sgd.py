@@ -79,11 +79,8 @@ def _build(real: Any, element: Any) -> Callable[..., None]:
 
     def update(table: Any, options: SGDOptions) -> None:
         row, block = row_of_block(table, "size", types.int64(cuda.blockIdx.x), BLOCK)
-        param, grad, buffer = (
-            as_pointer(row.param, like),
-            as_pointer(row.grad, like),
-            as_pointer(row.buffer, like),
-        )
+        param, grad = as_pointer(row.param, like), as_pointer(row.grad, like)
+        buffer = as_pointer(row.buffer, like)
         is_first_step = row.is_first_step != 0
         start = block * BLOCK + cuda.threadIdx.x * CHUNK
         left = row.size - start
@@ -118,15 +115,8 @@ _KERNELS = {(element, num_rows): _kernel(element, num_rows) for element in ELEME
 def sgd(table: Sequence[Sequence[int]], like: Array, options: SGDOptions, stream: Stream) -> None:
     """Update every parameter of the table, and its momentum buffer, in place.
 
-    Parameters
-    ----------
-    table : sequence of Row
-        A row for each parameter: the addresses of parameter, gradient and momentum buffer (0 without
-        momentum), each contiguous; the number of elements; and 1 where the buffer is to be started.
-    like : Array
-        Any array of the parameters' dtype.
-    options : SGDOptions
-    stream : Stream
+    The table has a Row for each parameter, whose arrays are contiguous, and whose buffer's address is 0
+    without momentum. ``like`` is any array of the parameters' dtype.
     """
     element = element_of(like)
     for first in range(0, len(table), NUM_ROWS[-1]):

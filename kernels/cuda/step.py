@@ -22,15 +22,9 @@ REALS = ("float32", "float64")
 class Source(NamedTuple):
     """What a layer reads: the examples, or what a layer has computed for the rows of a batch.
 
-    Parameters
-    ----------
-    array : (rows, K), uint8 or the type that is computed in
-    scale : float
-        What a number of the array is multiplied by.
-    is_gathered : bool
-        Whether a batch's rows are found through the epoch's order, or are the first ones.
-    is_wide : bool
-        Whether its rows can be read a chunk at a time.
+    The array, (rows, K), is uint8 or of the type that is computed in, and is multiplied by the scale. A
+    batch's rows are gathered through the epoch's order, or are the first ones. Wide ones can be read a chunk
+    at a time.
     """
 
     array: Inputs
@@ -45,17 +39,10 @@ def source_of(array: Array, scale: float = 1.0, is_gathered: bool = False) -> So
 
 
 class Layer(NamedTuple):
-    """The arrays of a layer of K inputs and M outputs, all of them at multiples of 16 bytes.
+    """The arrays of a layer: weight (M, K), bias (M,) or None, all of them at multiples of 16 bytes.
 
-    Parameters
-    ----------
-    weight : (M, K)
-    bias : (M,) or None
-    weight_buffer, bias_buffer : of the same shapes
-        The momentum buffers; None where the parameter isn't trained.
-    output, grad : (rows of a batch, M)
-        What the layer gives, and the gradient of it before its ReLU.
-    has_relu : bool
+    The momentum buffers are of the same shapes, or None where the parameter isn't trained. ``output`` (rows
+    of a batch, M) is what the layer gives, ``grad`` the gradient of it before its ReLU.
     """
 
     weight: Array
@@ -68,18 +55,10 @@ class Layer(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Which rows a step has.
+    """Which rows a step has: which of the graph's steps it is, and the order of the epoch's examples.
 
-    Parameters
-    ----------
-    number : int
-        Which of the graph's steps it is.
-    batch_size : int
-    order : (examples of the epoch,), int64
-        Which examples, in the order in which they come.
-    steps_before, num_rows, stop : (1,), int64
-        How many steps of the epoch came before the graph that runs, how many rows the epoch has, and whether
-        the steps that are still to come are to be left out.
+    On the GPU, (1,) each, are how many steps of the epoch came before the graph that runs, how many rows the
+    epoch has, and whether the steps that are still to come are to be left out.
     """
 
     number: int
@@ -93,11 +72,7 @@ class Step(NamedTuple):
 class Updates(NamedTuple):
     """How the parameters are updated: a row for each weight and one for each bias, layer by layer.
 
-    Parameters
-    ----------
-    options : (2 * layers, fields of SGDOptions)
-    is_first_step : (2 * layers,), int64
-        Whether the epoch's first step starts the momentum buffer.
+    A row is the fields of SGDOptions, and whether the epoch's first step starts the momentum buffer.
     """
 
     options: Elements
@@ -134,15 +109,9 @@ def build_options_of(real: Any) -> Any:
 def build_raw(real: Any, element: str) -> tuple[Any, Any, Any]:
     """Return how a chunk of an element type is held until it is needed.
 
-    Returns
-    -------
-    load_raw
-        ``load_raw(array, at, left, wide)`` is a chunk as ``load_chunk`` loads it; four uint8 stay one word,
-        because to widen them would be to wait for them.
-    widen
-        ``widen(operand, raw)`` is the chunk in the type that is computed in.
-    nothing
-        A chunk of zeros.
+    ``load_raw(array, at, left, wide)`` is a chunk as ``load_chunk`` loads it; four uint8 stay one word, as to
+    widen them would be to wait for them. ``widen(operand, raw)`` is the chunk in the type that is computed
+    in, and last comes a chunk of zeros.
     """
     if element != "uint8":
         zero = real(0)

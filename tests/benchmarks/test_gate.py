@@ -81,8 +81,7 @@ def test_a_gradient_that_is_a_tenth_wrong_is_noticed_for_every_seed(name, seed):
 
 
 def test_a_rounding_of_the_precision_passes_and_more_does_not():
-    x = torch.randn(64, 64, dtype=torch.float64)
-    truth = x @ x
+    truth = torch.randn(64, 64, dtype=torch.float64)
     exact, rounded = truth.float(), (truth * (1 + 2e-3)).float()
     gate.same_results([rounded], [exact], [truth], TF32)
     with pytest.raises(AssertionError):
@@ -94,8 +93,7 @@ def test_a_rounding_of_the_precision_passes_and_more_does_not():
 @pytest.mark.parametrize("name", internals.PRODUCTS)
 def test_an_inaccurate_product_is_noticed(name):
     product = internals.product(256, 64, 64, name)
-    product.ours(1)
-    product.torchs()
+    product.ours(1), product.torchs()
     (ours, torchs), truth = product.results(), product.truth()
     gate.same_results([ours], [torchs], [truth])
     with pytest.raises(AssertionError):
@@ -115,9 +113,8 @@ def test_one_partial_fit_an_epoch_is_one_for_each_batch_bit_for_bit(seed):
 
 
 def test_a_captured_loop_trains_as_the_eager_one(seed):
-    problem = problem_of("softmax", seed)
-    captured = GraphTrainer(problem, torch.float64, device=Cpu())
-    assert captured.train(2) == EagerTrainer(problem, torch.float64).train(2)
+    arguments = problem_of("softmax", seed), torch.float64
+    assert GraphTrainer(*arguments, device=Cpu()).train(2) == EagerTrainer(*arguments).train(2)
 
 
 @pytest.mark.parametrize("num_hiddens", [1, 2, 4])

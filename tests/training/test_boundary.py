@@ -648,6 +648,10 @@ CALLBACKS = {
         _set("loss.weight", lambda _: torch.tensor([1.0, math.inf, 1.0]).double()),
         "class weight that has values that aren't finite",
     ),
+    "class weights that may sum to 0": (
+        _set("loss.weight", lambda _: torch.tensor([1.0, 0.5, -1.0]).double()),
+        "class weight that has values of both signs",
+    ),
     "y in two": (_set("y.data", lambda p: p.y.data[:, None].clone()), "one class for each"),
     "narrower X": (_set("X.data", lambda p: p.X.data[:, :5].clone()), "takes 6 features"),
     "shape": (_set("net.0.weight.data", lambda _: torch.ones(6, 7).double()), r"0\.weight"),

@@ -160,7 +160,7 @@ def test_a_file_in_memory_trains_without_a_copy_and_without_a_warning(tmp_path, 
     problem.X = np.load(tmp_path / "X.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        X, _ = checked(problem.net, problem.X, problem.y)
+        X, _ = checked(next(problem.net.parameters()), problem.X, problem.y)
     assert X.data_ptr() == problem.X.ctypes.data
     problem.fit(test=(problem.X, problem.y))
     twin.loop()

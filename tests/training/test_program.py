@@ -42,14 +42,22 @@ def assert_untouched(net, optimizer, before):
         assert all(torch.equal(ours[key][name], value) for name, value in state.items() if value is not None)
 
 
-def assert_the_loops(results, **tolerance):
-    """Compare parameters, momentum buffers and losses element for element, NaN and infinities too."""
+def assert_the_loops(results, of_largest=0.0, **tolerance):
+    """Compare parameters, momentum buffers and losses element for element, NaN and infinities too.
+
+    `of_largest` allows each tensor that part of its largest finite element besides.
+    """
     (net, history, optimizer, _), (loop_net, loop_history, loop_optimizer, _) = results
+    tolerance = {"rtol": 0.0, "atol": 0.0} | tolerance
     for ours, theirs in zip(net.parameters(), loop_net.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, equal_nan=True, **tolerance)
+        pairs = [(ours, theirs)]
         for key, value in loop_optimizer.state[theirs].items():
             if value is not None:
-                torch.testing.assert_close(optimizer.state[ours][key], value, equal_nan=True, **tolerance)
+                pairs.append((optimizer.state[ours][key], value))
+        for actual, expected in pairs:
+            largest = float(expected.detach().nan_to_num(0.0, 0.0, 0.0).abs().max())
+            allowed = tolerance | {"atol": tolerance["atol"] + of_largest * largest}
+            torch.testing.assert_close(actual, expected, equal_nan=True, **allowed)
     for name, figures in loop_history.figures().items():
         if "loss" in name or "accuracy" in name:
             np.testing.assert_allclose(history.figures()[name], figures, rtol=1e-9, atol=1e-12, err_msg=name)
@@ -319,18 +327,22 @@ def test_an_example_that_is_not_finite(widths, value, seed):
 @pytest.mark.parametrize("widths", [(784, 64, 5), (784, 64), (61, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_weight_that_overflows_within_an_epoch(widths, dtype, seed):
-    """By a gradient that is finite: of the pixels that aren't 0 in one row, for all that follow."""
+    """By a gradient that is finite: of the pixels that aren't 0 in one row, for all that follow.
+
+    In the first batch, as every run diverges at this learning rate, and what cancels in one step has lost all
+    of its digits in the next one.
+    """
     X, _ = images(80, widths[0])
     X[:, 1] = 0
     y = torch.randn(80, widths[-1], dtype=dtype)
-    y[37, 0] = torch.finfo(dtype).max / 10
+    y[7, 0] = torch.finfo(dtype).max / 10
     options = {"lr": 1e3, "momentum": 0.5}
     results = both(
         mlp(*widths).to(dtype), X.to(dtype) / 255, y, loss=nn.MSELoss(), options=options, shuffle=False
     )
     assert not all(torch.isfinite(parameter).all() for parameter in results[0][0].parameters())
-    # a few steps of a run that diverges, whose first ones are finite
-    assert_the_loops(results, **({"rtol": 1e-3, "atol": 1e-3} if dtype == torch.float32 else FLOAT64))
+    # what is summed may cancel: the error is some roundings of the largest one, 5 in hundreds of seeds
+    assert_the_loops(results, of_largest=100 * torch.finfo(dtype).eps)
 
 
 def test_results_with_infinities_do_not_depend_on_the_number_of_threads(seed):

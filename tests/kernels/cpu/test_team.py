@@ -119,6 +119,19 @@ def test_callbacks_run_in_the_calling_thread():
     assert {thread for _, thread in seen} == {threading.current_thread()}
 
 
+def test_an_interrupt_that_comes_out_as_the_error_of_a_lock_is_an_interrupt():
+    """CPython's Condition.wait releases a lock that an interrupt kept it from taking back."""
+
+    def broken():
+        try:
+            raise KeyboardInterrupt("number 1")
+        finally:
+            threading.Lock().release()
+
+    with pytest.raises(KeyboardInterrupt, match="number 1"):
+        Team(2).run(lambda thread, shared: _meet(thread, shared, 10**12), meanwhile=broken)
+
+
 def test_a_second_interrupt_while_the_first_is_handled_leaves_nobody(monkeypatch):
     sleeps = []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,14 @@ def _truth(logits, target, weight, smoothing, reduction):
     loss = F.cross_entropy(x, y, w, ignore_index=IGNORE, reduction=reduction, label_smoothing=smoothing)
     (grad,) = torch.autograd.grad(loss.sum(), x)
     return np.atleast_1d(loss.detach().numpy()), grad.numpy()
+
+
+def _assert_torchs(logits, target, weight, smoothing, reduction, size):
+    loss, grad_logits = _run(logits, target, weight, smoothing, reduction)
+    exact_loss, exact_grad = _truth(logits, target, weight, smoothing, reduction)
+    assert_near(loss, exact_loss, size, 8 + len(exact_grad))
+    assert_near(grad_logits, exact_grad, 4.0, 16)
+    return exact_loss
 
 
 def _check(
@@ -107,11 +117,35 @@ def test_class_weights_of_zero_count_as_in_torch(weights, num_rows, smoothing, r
     # no row of the class that has a weight: the mean divides by 0
     target = DeviceArray([IGNORE, *[0, 1] * num_rows][:num_rows], "int64")
     weight = DeviceArray(weights)
-    loss, grad_logits = _run(logits, target, weight, smoothing, reduction)
-    exact_loss, exact_grad = _truth(logits, target, weight, smoothing, reduction)
+    exact_loss = _assert_torchs(logits, target, weight, smoothing, reduction, size=4.0 * num_rows)
     assert np.isnan(exact_loss).any() == (reduction == "mean")
-    assert_near(loss, exact_loss, 4.0 * num_rows, 8 + num_rows)
-    assert_near(grad_logits, exact_grad, 1.0, 16)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+def test_class_weights_that_are_not_finite_or_sum_to_0_give_torchs_numbers(smoothing, reduction):
+    rows = [[1.0, 2, 3], [3, 1, 0], [1000, 0, 0], [2, 2, 2], [np.inf, 1, 2], [1, 2, 3]]
+    weights = [
+        [value, *rest] for value in (np.inf, -np.inf, np.nan) for rest in ([1, 1], [0, 2], [-value, 1])
+    ]
+    weights += [[1, -1, 0], [2, -2, 3], [-1, 1, 1]]
+    labels = [[0, 1, 2, IGNORE, 1, 1], [0, 1, 1, 0, IGNORE, 2], [0, 1, *[IGNORE] * 4], [2] * 6]
+    for weight, target in itertools.product(weights, labels):
+        inputs = DeviceArray(rows), DeviceArray(target, "int64"), DeviceArray(weight)
+        _assert_torchs(*inputs, smoothing, reduction, size=1e4)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("weight", [[1, -1, 0], [-1, 1, 1], [np.inf, 1, 1]], ids=str)
+def test_such_class_weights_of_rows_of_several_blocks(weight, smoothing, reduction, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "_ROWS_OF_ONE_BLOCK", 0)
+    inputs = (
+        DeviceArray([[1.0, 2, 3], [3, 1, 0]] * 300),
+        DeviceArray([0, 1] * 300, "int64"),
+        DeviceArray(weight),
+    )
+    _assert_torchs(*inputs, smoothing, reduction, size=4.0 * 600)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import fastdl
-from fastdl.training import cuda_examples, cuda_program, engines, evaluation, program
+from fastdl.training import cuda_examples, cuda_program, engines, evaluation, program, small
 from fastdl.training.lower import UnsupportedError, lower
 from tests.kernels.cuda.simulated.simulator import LAUNCHES, STREAM, DeviceArray
 
@@ -112,7 +112,8 @@ def gpu(monkeypatch):
         monkeypatch.setattr(module, "pinned_memory", lambda shape, dtype: torch.empty(shape, dtype=dtype))
     monkeypatch.setattr(cuda_program, "run", gpu.run)
     monkeypatch.setattr(cuda_program, "_EVALUATION_ROWS", 4)
-    monkeypatch.setattr(program, "Program", cuda_program.CudaProgram)
+    for module, name in ((program, "Program"), (small, "SmallProgram")):
+        monkeypatch.setattr(module, name, cuda_program.CudaProgram)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
     monkeypatch.setattr(_Event, "interrupt", False)
     # every example on the stand-in is a copy, as those on a GPU are
