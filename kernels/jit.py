@@ -81,6 +81,8 @@ class _Cache:
 
 def _dispatcher(function: Callable[..., Any], options: dict[str, Any], *, is_linked: bool = False) -> Any:
     dispatcher = numba.njit(**(_OPTIONS | options))(function)
+    # what compiling makes is no garbage either
+    dispatcher.compile = collector_paused()(dispatcher.compile)
     # an edit of a function from elsewhere, such as a test's, would not be noticed
     if function.__module__.startswith(f"{__package__}."):
         name = f"{_name(function)}.linked" if is_linked else _name(function)
