@@ -40,17 +40,8 @@ def itself(run: Callable[[], Any]) -> float:
 class Work:
     """What is timed, and how it went so far.
 
-    Attributes
-    ----------
-    run : callable
-    parts : float
-        What a time is divided by, e.g. the number of epochs.
-    timer : callable
-        Takes what to run; returns its seconds.
-    rounds : int, optional
-        For what takes long, or counts its calls itself: it is run this often, and not warmed.
-    info : dict
-        For ``extra_info``; a run may add to it.
+    A time is divided by `parts`, e.g. the number of epochs. `rounds` is for what takes long, or counts its
+    calls itself: it is run this often, and not warmed. `info` is for ``extra_info``; a run may add to it.
     """
 
     run: Callable[[], object]
@@ -117,25 +108,11 @@ def in_turn(
     settle: float = _SETTLE_SECONDS,
     close: str | None = None,
 ) -> dict[str, Work]:
-    """Time the programs of a group, and of each program all variants until it is plain which is the fastest.
+    """Time the programs of a group, and of each all variants until it is plain which is the fastest.
 
-    Parameters
-    ----------
-    programs : mapping of str to mapping of str to Work
-        For each program its variants.
-    seconds : float
-        After which a program has had enough rounds.
-    rounds : pair of int
-        The fewest and the most of each program, whatever the seconds.
-    settle : float
-        Seconds to wait before each run.
-    close : str, optional
-        A program: where the best other's time is 0.85 to 1.05 of its own, both get 9 rounds at least.
-
-    Returns
-    -------
-    dict of str to Work
-        Each program's fastest variant, which is named in its info; one with an error if all have one.
+    A program has the fewest of the rounds whatever they take, and the most if the seconds allow it; before
+    each run some settle. Where the best other's time is 0.85 to 1.05 of the program `close`, both get 9 at
+    least. Returned is each program's fastest variant; one with an error if all have one.
     """
     live = [work for own in programs.values() for work in own.values()]
     gc.collect()
