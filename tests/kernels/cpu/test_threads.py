@@ -207,6 +207,7 @@ OP = """
 import threading, time, torch
 torch.set_num_threads(4)
 from fastdl import arrays, functional
+from fastdl.kernels import cpu
 # workers are few where cores are
 arrays.num_cores = lambda: 4
 x, w = torch.randn(500, 300), torch.randn(200, 300)
@@ -261,6 +262,15 @@ stop = True
     assert _run(program) == f"{[0] * 10} True"
 
 
+# the kernel alone: the end of the process unwinds a daemon's stack, which torch's C++ doesn't survive
+BUSY_DAEMON = """
+def kernels():
+    while True: cpu.relu_forward((x.data_ptr(), x.data_ptr()), x.numel(), 4, arrays.like(x.dtype))
+threading.Thread(target=kernels, daemon=True).start()
+time.sleep(0.1)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "end",
@@ -268,7 +278,7 @@ stop = True
         "op()",
         "op(); sys.exit(0)",
         "op(); time.sleep(0.01)",
-        "threading.Thread(target=lambda: [op() for _ in range(10**9)], daemon=True).start(); time.sleep(0.1)",
+        BUSY_DAEMON,
         "import atexit; atexit.register(op)",
     ],
 )

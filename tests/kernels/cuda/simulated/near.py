@@ -21,9 +21,9 @@ def assert_near(result, exact, sizes, roundings):
     assert actual.shape == exact.shape
     stored = _STORED[result.element]
     allowed = roundings * _COMPUTED[result.element] * np.asarray(sizes, np.float64)
-    allowed = allowed + stored * np.maximum(np.abs(exact), _LEAST.get(result.element, 0.0))
     nan = np.isnan(exact)
     np.testing.assert_array_equal(np.isnan(actual), nan)
     with np.errstate(invalid="ignore"):
+        allowed = allowed + stored * np.maximum(np.abs(exact), _LEAST.get(result.element, 0.0))
         wrong = ~((np.abs(actual - exact) <= allowed) | (actual == exact) | nan)
     assert not wrong.any(), f"{np.argwhere(wrong)[0]}: {actual[wrong][0]}, truth {exact[wrong][0]}"
