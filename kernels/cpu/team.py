@@ -19,8 +19,8 @@ from fastdl.kernels.cpu.memory import aligned
 
 # how often a waiting thread looks for Ctrl-C and reports progress, in seconds
 _PATIENCE = 0.05
-# how long a thread whose start was interrupted may take to begin, in seconds
-_LONGEST_START = 1.0
+# how long threads without work may take to begin and to end, in seconds
+_LONGEST_WAIT = 1.0
 # in place of a row
 NO_ROW = np.iinfo(np.int64).max
 
@@ -60,7 +60,7 @@ class Team:
     ) -> None:
         """Run work in every thread of the team, and return when all have ended.
 
-        Whatever is raised, in a thread, by a callback or by Ctrl-C, is raised here when no thread is left.
+        Whatever is raised, in a thread, by a callback or by Ctrl-C, is raised here when no thread works.
         The calling thread calls ``meanwhile`` once, and now and then ``tick`` with how many steps are done.
         With ``in_caller`` it does the work of a team of one itself, and calls neither.
         """
@@ -71,14 +71,18 @@ class Team:
             work(0, shared)
             return
         errors: list[BaseException] = []
+        working: set[int] = set()
 
         def run_member(thread: int) -> None:
             try:
+                working.add(thread)
                 if shared.counters[STOP] == 0:
                     work(thread, shared)
             except BaseException as error:
                 errors.append(error)
                 shared.counters[STOP] = 1
+            finally:
+                working.discard(thread)
 
         threads = [
             threading.Thread(target=run_member, args=(index,), name=f"fastdl-{index}", daemon=True)
@@ -99,7 +103,7 @@ class Team:
             while True:
                 try:
                     shared.counters[STOP] = 1
-                    _wait_for_end(threads)
+                    _wait_for_end(threads, working)
                     break
                 except BaseException:
                     continue
@@ -111,12 +115,11 @@ class Team:
             raise errors.pop(0)
 
 
-def _wait_for_end(threads: list[threading.Thread]) -> None:
-    """Wait until no thread runs, also where Ctrl-C came while one was started or joined."""
-    # is_alive() is false then, until the thread begins in start(), and for good after join() (bpo-46726)
-    latest = time.monotonic() + _LONGEST_START
-    while any(
-        thread in threading.enumerate() and (thread.ident is not None or time.monotonic() < latest)
-        for thread in threads
-    ):
+def _wait_for_end(threads: list[threading.Thread], working: set[int]) -> None:
+    """Wait until no thread works, also where Ctrl-C came while one was started or joined."""
+    # Python's own account of a thread may be wrong for good then: is_alive() is false of one that runs
+    # (bpo-46726), and enumerate() has one that ended, where the caller let go of a lock that the beginning
+    # thread held. Who begins after STOP does no work.
+    latest = time.monotonic() + _LONGEST_WAIT
+    while working or (time.monotonic() < latest and not set(threads).isdisjoint(threading.enumerate())):
         time.sleep(1e-3)

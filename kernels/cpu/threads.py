@@ -197,7 +197,8 @@ def run(function, arguments, length, num_threads):
 def usable(num_threads: int) -> int:
     """Return how many threads an op may use, all that it wants, and start the workers that jobs could use."""
     if _words[WANTED] > _asked:
-        start_workers(_words[WANTED])
+        # never more than an op could use, whatever those that call kernels themselves ask for
+        start_workers(min(_words[WANTED], num_threads - 1))
     return num_threads
 
 
