@@ -196,8 +196,8 @@ def run(function, arguments, length, num_threads):
 
 def usable(num_threads: int) -> int:
     """Return how many threads an op may use, all that it wants, and start the workers that jobs could use."""
-    if _words[WANTED] > _asked:
-        # never more than an op could use, whatever those that call kernels themselves ask for
+    # never more than an op could use, whatever those that call kernels themselves ask for
+    if _words[WANTED] > _asked < num_threads - 1:
         start_workers(min(_words[WANTED], num_threads - 1))
     return num_threads
 

@@ -344,20 +344,24 @@ def test_bytes_are_transposed_part_by_part(count, depth, seed):
     np.testing.assert_array_equal(result[:depth, :count], rows.T)
 
 
-def _check_parity(rows, matrix, scale, times=1.0):
-    """Check that the error against float64 is at most so many times that of torch's float32."""
-    expected = rows.astype(float) @ matrix.astype(float) * scale
-    floats = (torch.from_numpy(rows).float() * scale) @ torch.from_numpy(matrix)
-    errors = [result.astype(float) - expected for result in (product(rows, matrix, scale), floats.numpy())]
+def _check_parity(products, scale):
+    """Check that the error against float64, over all of some products, is at most that of torch's float32."""
+    errors = [[], []]
+    for rows, matrix in products:
+        expected = rows.astype(float) @ matrix.astype(float) * scale
+        floats = (torch.from_numpy(rows).float() * scale) @ torch.from_numpy(matrix)
+        for found, result in zip(errors, (product(rows, matrix, scale), floats.numpy()), strict=True):
+            found.append(result.astype(float) - expected)
     for size in (np.linalg.norm, lambda error: np.abs(error).max()):
-        ours, torchs = map(size, errors)
-        assert ours <= times * torchs, f"{ours:.3g} against torch's {torchs:.3g}"
+        ours, torchs = map(size, np.array(errors))
+        assert ours <= torchs, f"{ours:.3g} against torch's {torchs:.3g}"
 
 
 def test_parity_on_images_of_noise(seed):
     rng = np.random.default_rng(seed)
-    # both err alike: of 300 draws one in eight had a norm above torch's, one in fifty a largest error
-    _check_parity(images(rng, 256, 784), weights(rng, 784, 256), 1 / 255, times=1.5)
+    # Of one product the norms are those of torch's times 0.98, give or take 0.03: one draw in eight is above
+    # torch's. Of 30 products it is 0.981, give or take 0.003.
+    _check_parity([(images(rng, 256, 784), weights(rng, 784, 256)) for _ in range(30)], 1 / 255)
 
 
 @pytest.fixture(scope="module")
@@ -382,13 +386,13 @@ def trained(fashion_mnist_data):
 @pytest.mark.real_data
 def test_parity_of_forward_on_fashion_mnist(trained):
     rows, weight, _ = trained
-    _check_parity(rows, weight, 1 / 255)
+    _check_parity([(rows, weight)], 1 / 255)
 
 
 @pytest.mark.real_data
 def test_parity_of_the_gradient_on_fashion_mnist(trained):
     rows, _, grad = trained
-    _check_parity(np.ascontiguousarray(rows.T), grad, 1 / 255)
+    _check_parity([(np.ascontiguousarray(rows.T), grad)], 1 / 255)
 
 
 def digest_of_products():

@@ -227,6 +227,14 @@ def test_the_first_op_that_could_use_workers_asks_for_them():
     ) == ("0 True 3")
 
 
+@pytest.mark.parametrize(("num_threads", "num_workers"), [(1, 0), (2, 1), (4, 3)])
+def test_an_op_starts_no_more_workers_than_it_could_use(num_threads, num_workers):
+    wish = "cpu.relu_forward((x.data_ptr(), x.data_ptr()), x.numel(), 100, arrays.like(x.dtype))"
+    program = OP.replace("set_num_threads(4)", f"set_num_threads({num_threads})")
+    program = program.replace("expected =", f"{wish}\nexpected =", 1)
+    assert _run(program + "print(op(), op(), num_workers())") == f"True True {num_workers}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True])
 def test_a_child_forked_while_others_compute_has_workers_of_its_own(again):
