@@ -130,11 +130,11 @@ def cpu_kernels() -> ModuleType:
 
 def num_threads() -> int:
     """Return how many threads a kernel may use: torch's count, as far as there are cores for them."""
-    return _usable_threads()(min(get_num_threads(), num_cores()))
+    return _usable_threads()(get_num_threads(), num_cores())
 
 
 @cache
-def _usable_threads() -> Callable[[int], int]:
+def _usable_threads() -> Callable[[int, int], int]:
     return cpu_kernels().threads.usable  # type: ignore[no-any-return]
 
 

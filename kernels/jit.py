@@ -27,6 +27,8 @@ if numba_private.is_compiler_disabled():
         "own modules"
     )
 
+numba_private.fork_between_compilations()
+
 # reassoc lets sums vectorise, contract allows fused multiply-add, nsz drops the sign of zero. NaN and inf
 # keep their meaning: the flags that would lose them (nnan, ninf) stay off.
 FASTMATH = frozenset({"reassoc", "contract", "nsz"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 from llvmlite import binding
 from numba.core import cgutils, config
 from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 from numba.core.typing import signature
@@ -41,6 +43,15 @@ def configuration() -> str:
 def is_compiler_disabled() -> bool:
     """Return whether NUMBA_DISABLE_JIT has every kernel run as Python."""
     return bool(config.DISABLE_JIT)
+
+
+def fork_between_compilations() -> None:
+    """Have a fork wait while another thread compiles: the child would wait for ever for Numba's lock."""
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 def set_cache(dispatcher: Any, cache: Any) -> None:

@@ -159,3 +159,37 @@ def test_a_kernel_from_elsewhere_whose_edits_nobody_would_notice_is_not_kept(tmp
     root = Path(fastdl.__file__).parents[1]
     assert str(tmp_path) in _run(root, _ELSEWHERE, FASTDL_CACHE_DIR=str(tmp_path))
     assert list(tmp_path.glob("*/*kernel_from_elsewhere*")) == []
+
+
+def test_a_child_forked_while_a_thread_compiles_compiles():
+    program = """
+import os, threading, time
+import numpy as np
+from fastdl.kernels.jit import jit
+def compile_one():
+    @jit
+    def work(x):
+        return np.sqrt(x) + 1
+    return work(4.0) == 3
+stop = False
+def compile_many():
+    while not stop: compile_one()
+other = threading.Thread(target=compile_many)
+other.start()
+codes = []
+for _ in range(5):
+    time.sleep(0.05)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if compile_one() else 1)
+    end = time.monotonic() + 60
+    while not (found := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.01)
+    if found[0] == 0: os.kill(child, 9)
+    codes.append(os.waitstatus_to_exitcode(found[1]) if found[0] else "hung")
+stop = True
+other.join()
+print(codes)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
+    assert done.stdout.strip() == "[0, 0, 0, 0, 0]", done.stderr

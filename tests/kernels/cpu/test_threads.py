@@ -1,4 +1,4 @@
-"""The workers of single ops: every part once, the same bits, nobody waited for who has no core to run on."""
+"""The threads of single ops: every part once, the same bits, nobody waited for who has no core to run on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from fastdl.kernels import cpu
+from fastdl.kernels.cpu import threads
 from fastdl.kernels.cpu.atomics import add, load, pause
 from fastdl.kernels.cpu.parallel import shared_out
 from fastdl.kernels.cpu.sgd import BUFFER, FIRST_STEP, GRAD, NUM_COLUMNS, PARAM, SIZE
@@ -22,6 +24,19 @@ from tests.kernels.cpu.conftest import NUM_WORKERS
 # so long a part waits for others before a test fails, in nanoseconds
 _PATIENCE = 20 * 10**9
 DTYPES = [np.float32, np.float64]
+
+
+@pytest.fixture(params=["OpenMP", "workers"])
+def kind(request):
+    """Have jobs done by OpenMP's threads, as long as they have cores, or by workers."""
+    words, num_threads = threads._words, torch.get_num_threads()
+    before = words[threads.OPENMP]
+    words[threads.OPENMP] = threads._openmp if request.param == "OpenMP" else 0
+    words[threads.AVOIDED_UNTIL] = 0
+    assert (words[threads.OPENMP] != 0) == (request.param == "OpenMP")
+    yield request.param
+    torch.set_num_threads(num_threads)
+    words[threads.OPENMP] = before
 
 
 def _run(program, timeout=240):
@@ -70,7 +85,7 @@ def fail(flags, num_threads):
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8, 9, 100, 100_000])
 @pytest.mark.parametrize("length", [0, 1, 2, 7, 1000])
-def test_every_element_is_done_once(length, num_threads):
+def test_every_element_is_done_once(length, num_threads, kind):
     times = np.zeros(length, np.int64)
     for _ in range(100):
         count(times, num_threads)
@@ -78,7 +93,8 @@ def test_every_element_is_done_once(length, num_threads):
 
 
 @pytest.mark.parametrize("num_threads", [2, 3, NUM_WORKERS + 1])
-def test_as_many_threads_work_at_once_as_are_wanted(num_threads):
+def test_as_many_threads_work_at_once_as_are_wanted(num_threads, kind):
+    torch.set_num_threads(num_threads)
     for _ in range(20):
         # each part waits for all others to begin; then how many waited in vain
         counters = np.array([0, num_threads, _PATIENCE, 0])
@@ -90,7 +106,7 @@ def test_as_many_threads_work_at_once_as_are_wanted(num_threads):
 
 @pytest.mark.parametrize("num_threads", [1, 2, 8])
 @pytest.mark.parametrize("failing", [0, 13, 31, 32])
-def test_a_part_that_fails_is_an_error_and_nothing_else_is(failing, num_threads):
+def test_a_part_that_fails_is_an_error_and_nothing_else_is(failing, num_threads, kind):
     flags = np.zeros(33, np.int64)
     flags[failing] = 1
     for _ in range(50):
@@ -102,7 +118,7 @@ def test_a_part_that_fails_is_an_error_and_nothing_else_is(failing, num_threads)
     assert (times == 1).all()
 
 
-def test_callers_at_once_each_get_all_of_their_work():
+def test_callers_at_once_each_get_all_of_their_work(kind):
     def work(_):
         times = np.zeros(100, np.int64)
         for _ in range(500):
@@ -114,7 +130,7 @@ def test_callers_at_once_each_get_all_of_their_work():
             assert (times == 500).all()
 
 
-def test_a_caller_never_waits_for_another_one():
+def test_a_caller_never_waits_for_another_one(kind):
     counters = np.array([0, 3, _PATIENCE, 0])
     first = threading.Thread(target=meet, args=(counters, 2))
     first.start()
@@ -130,7 +146,7 @@ def test_a_caller_never_waits_for_another_one():
     assert counters[3] == 0
 
 
-def test_workers_without_work_sleep():
+def test_threads_without_work_sleep(kind):
     count(np.zeros(100, np.int64), 8)
     time.sleep(0.05)
     before = time.process_time()
@@ -193,7 +209,7 @@ def _results(rng, dtype, num_threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_the_number_of_threads(dtype, seed):
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, kind, seed):
     expected = _results(np.random.default_rng(seed), dtype, 1)
     assert not any(np.isnan(result).any() for result in expected)
     for num_threads in (2, 3, 8):
@@ -203,21 +219,25 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype, seed):
                 assert one.tobytes() == other.tobytes(), (index, num_threads)
 
 
+# OpenMP's threads are not used where torch's count is more than the cores
 OP = """
 import threading, time, torch
-torch.set_num_threads(4)
+torch.set_num_threads(5)
 from fastdl import arrays, functional
 from fastdl.kernels import cpu
+threads = arrays.cpu_kernels().threads
 # workers are few where cores are
 arrays.num_cores = lambda: 4
 x, w = torch.randn(500, 300), torch.randn(200, 300)
 expected = functional.linear_relu(x, w)
 def op():
     # not torch.equal, which may wake torch's own threads
-    return (functional.linear_relu(x, w).numpy() == expected.numpy()).all()
+    return bool((functional.linear_relu(x, w).numpy() == expected.numpy()).all())
 def num_workers():
     return sum(thread.name.startswith("fastdl worker") for thread in threading.enumerate())
 """
+OPENMP_OP = OP.replace("set_num_threads(5)", "set_num_threads(4)")
+OPS = {"OpenMP": OPENMP_OP, "workers": OP}
 
 
 def test_the_first_op_that_could_use_workers_asks_for_them():
@@ -230,16 +250,52 @@ def test_the_first_op_that_could_use_workers_asks_for_them():
 @pytest.mark.parametrize(("num_threads", "num_workers"), [(1, 0), (2, 1), (4, 3)])
 def test_an_op_starts_no_more_workers_than_it_could_use(num_threads, num_workers):
     wish = "cpu.relu_forward((x.data_ptr(), x.data_ptr()), x.numel(), 100, arrays.like(x.dtype))"
-    program = OP.replace("set_num_threads(4)", f"set_num_threads({num_threads})")
+    program = OP.replace("lambda: 4", f"lambda: {num_threads}")
     program = program.replace("expected =", f"{wish}\nexpected =", 1)
     assert _run(program + "print(op(), op(), num_workers())") == f"True True {num_workers}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True])
-def test_a_child_forked_while_others_compute_has_workers_of_its_own(again):
+def test_workers_are_started_where_openmps_threads_are_avoided():
+    program = """
+right = all(op() for _ in range(100))
+is_avoided = threads._words[threads.AVOIDED_UNTIL] > 0
+# the first asks for them, the second starts them
+right = right and op() and op()
+print(right, num_workers() == (3 if is_avoided else 0))
+"""
+    assert _run(OPENMP_OP + program) == "True True"
+
+
+def test_openmps_threads_whose_core_is_taken_are_avoided():
     program = (
-        OP
+        OPENMP_OP
+        + """
+import os, subprocess, sys
+others = {int(task) for task in os.listdir("/proc/self/task")} - {os.getpid()}
+core = max(os.sched_getaffinity(0))
+spin = f"import os; os.sched_setaffinity(0, {{{core}}}); any(iter(int, 1))"
+busy = subprocess.Popen([sys.executable, "-c", spin])
+for task in others:
+    os.sched_setaffinity(task, {core})
+    os.setpriority(os.PRIO_PROCESS, task, 19)
+right, end = True, time.monotonic() + 60
+while threads._words[threads.AVOIDED_UNTIL] == 0 and time.monotonic() < end:
+    right = right and op()
+avoided = threads._words[threads.AVOIDED_UNTIL] > time.monotonic_ns()
+right = right and op() and op()
+print(len(others) >= 3, avoided, num_workers(), right)
+busy.kill()
+"""
+    )
+    assert _run(program) == "True True 3 True"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_child_forked_while_others_compute_has_workers_of_its_own(again, kind):
+    program = (
+        OPS[kind]
         + f"""
 import os
 op()
@@ -290,9 +346,10 @@ time.sleep(0.1)
         "import atexit; atexit.register(op)",
     ],
 )
-def test_a_process_with_workers_ends(end):
+@pytest.mark.parametrize("kind", OPS)
+def test_a_process_with_threads_ends(end, kind):
     for _ in range(5):
-        assert _run(f"import sys{OP}op(); op()\nprint('done')\n{end}", timeout=60) == "done"
+        assert _run(f"import sys{OPS[kind]}op(); op()\nprint('done')\n{end}", timeout=60) == "done"
 
 
 @pytest.mark.parametrize("kth", [0, 2])
@@ -320,16 +377,16 @@ def test_workers_that_never_get_a_core_are_not_waited_for():
         + """
 threading.Thread.start = lambda self: None
 print(all(op() for _ in range(20)))
-threads = arrays.cpu_kernels().threads
 print(threads._words[threads.WORKERS])
 """
     )
     assert _run(program, timeout=60).split() == ["True", "3"]
 
 
-def test_numbas_threads_are_never_started():
+@pytest.mark.parametrize("kind", OPS)
+def test_numbas_threads_are_never_started(kind):
     program = (
-        OP
+        OPS[kind]
         + """
 import numba
 op(); op()
