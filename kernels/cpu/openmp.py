@@ -1,4 +1,4 @@
-"""The parallel region of the OpenMP that the process has, by its door in GNU's libgomp.
+"""The parallel region of the OpenMP that the process has, by its entry point in GNU's libgomp.
 
 torch brings libgomp, and its threads spin for a while after each region. Who computes between torch's ops on
 other threads competes with them for the cores.
@@ -47,9 +47,9 @@ def parallel_region(function):
             pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
             body = ir.FunctionType(ir.VoidType(), [pointer])
             # void GOMP_parallel(void (*function)(void *), void *data, unsigned num_threads, unsigned flags)
-            door = ir.FunctionType(ir.VoidType(), [body.as_pointer(), pointer, number, number])
+            entry = ir.FunctionType(ir.VoidType(), [body.as_pointer(), pointer, number, number])
             arguments = _body(context, builder.module, function, body), pointer(None), number(0), number(0)
-            builder.call(builder.inttoptr(values[0], door.as_pointer()), arguments)
+            builder.call(builder.inttoptr(values[0], entry.as_pointer()), arguments)
             return context.get_dummy_value()
 
         return types.void(types.intp), generate
