@@ -344,23 +344,29 @@ def test_bytes_are_transposed_part_by_part(count, depth, seed):
     np.testing.assert_array_equal(result[:depth, :count], rows.T)
 
 
+def _largest(errors):
+    """Return the mean of the products' largest errors: the largest of all hangs on one element's luck."""
+    return np.abs(errors).max(axis=(1, 2)).mean()
+
+
 def _check_parity(products, scale):
-    """Check that the error against float64, over all of some products, is at most that of torch's float32."""
+    """Check that the errors against float64, over some products, are at most those of torch's float32."""
     errors = [[], []]
     for rows, matrix in products:
         expected = rows.astype(float) @ matrix.astype(float) * scale
         floats = (torch.from_numpy(rows).float() * scale) @ torch.from_numpy(matrix)
         for found, result in zip(errors, (product(rows, matrix, scale), floats.numpy()), strict=True):
             found.append(result.astype(float) - expected)
-    for size in (np.linalg.norm, lambda error: np.abs(error).max()):
+    for size in (np.linalg.norm, _largest):
         ours, torchs = map(size, np.array(errors))
-        assert ours <= torchs, f"{ours:.3g} against torch's {torchs:.3g}"
+        assert ours <= torchs, f"{size.__name__}: {ours:.3g} against torch's {torchs:.3g}"
 
 
 def test_parity_on_images_of_noise(seed):
     rng = np.random.default_rng(seed)
     # Of one product the norms are those of torch's times 0.98, give or take 0.03: one draw in eight is above
-    # torch's. Of 30 products it is 0.981, give or take 0.003.
+    # torch's. Of 30 products it is 0.979, give or take 0.003, and of the means of their largest errors 0.70,
+    # give or take 0.02. The largest of all 30 is luck: 0.65, give or take 0.09, once above torch's.
     _check_parity([(images(rng, 256, 784), weights(rng, 784, 256)) for _ in range(30)], 1 / 255)
 
 
